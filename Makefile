@@ -1,0 +1,45 @@
+# Every target sets up what it needs: an environment of its own in .venv, made again when the project's files change.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+SECONDS ?= 300
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench stress fuzz clean
+
+help:  ## List the targets.
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m compileall -q cogtools  # so that the first start is as fast as all others
+	@touch $(READY)
+
+demo: $(READY)  ## Make a sample checkpoint, then export, verify and inspect it.
+	@$(BIN)/python -m tests.demo $(BIN)/cogtools .demo
+
+test: $(READY)  ## Run the tests.
+	$(BIN)/python -m pytest -q
+
+check: $(READY)  ## Check format, lint and types.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)  ## Put the code into the project's format.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## Measure speed and memory against torch and diffusers, as ratios.
+	$(BIN)/python -m benchmarks.bench .bench
+
+stress: $(READY)  ## Kill hundreds of exports at random moments.
+	$(BIN)/python -m tests.interruption --rounds 300
+
+fuzz: $(READY)  ## Fuzz all that reads files, for SECONDS=300 in all.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz_readers .fuzz --seconds $(SECONDS)
+
+clean:  ## Remove everything that make and the tools made.
+	rm -rf .venv .demo .bench .fuzz build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
