@@ -1,0 +1,176 @@
+"""Opening a checkpoint: what kind of file or folder it is, told from its content."""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cogtools.checkpoint import safetensors, torch_legacy, torch_tar, torch_zip
+from cogtools.checkpoint.folder import (
+    PIPELINE_INDEX,
+    find_file,
+    find_run,
+    is_shard_index,
+    pipeline_components,
+    read_shard_index,
+    refuse_choice,
+)
+from cogtools.checkpoint.index import Checkpoint
+from cogtools.checkpoint.storage import SourceFile, is_folder
+from cogtools.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from cogtools.checkpoint.storage import TensorEntry
+
+_OTHER_FILES = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch the file with: git lfs pull"),
+    (b"<!DOCTYPE", "a web page", "download the file itself, not the page that shows it"),
+    (b"<html", "a web page", "download the file itself, not the page that shows it"),
+    (b"GGUF", "a GGUF file", "give the checkpoint that it was made from"),
+    (b"\x89HDF", "an HDF5 file", "give a checkpoint of PyTorch or safetensors"),
+    (b"\x93NUMPY", "a NumPy array", "give a checkpoint of PyTorch or safetensors"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it first: gunzip or tar xzf"),
+    (b"PK\x05\x06", "an empty zip archive", "copy or download it again"),
+    (b"Rar!", "a RAR archive", "unpack it first"),
+    (b"7z\xbc\xaf", "a 7z archive", "unpack it first"),
+)
+"""Files that are given in place of a checkpoint: how they begin, what they are, what to do."""
+
+_START_BYTES = 512
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, iteration: int | None = None, ema: bool = False) -> Checkpoint:
+    """Index a checkpoint. Close it when done, or use it in a `with` statement.
+
+    Args:
+        path: a file, or any of the folders that `cogtools.checkpoint.folder` describes.
+        iteration: which iteration of a trainer's save folder; None takes the latest.
+        ema: take its EMA weights.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or no checkpoint, or could be one of several.
+    """
+    given = Path(path)
+    if is_folder(given):
+        file = find_file(given, iteration=iteration, ema=ema)
+    else:
+        refuse_choice(given, iteration=iteration, ema=ema)
+        file = given
+    checkpoint = _open_any(file)
+    checkpoint.run = find_run(file) or find_run(file.resolve())
+    return checkpoint
+
+
+def _open_any(path: Path) -> Checkpoint:
+    if path.name == PIPELINE_INDEX:
+        return _open_pipeline(path)
+    return _open_weights(path)
+
+
+def _open_weights(path: Path) -> Checkpoint:
+    return _open_shards(path) if is_shard_index(path) else _open_file(path)
+
+
+def _open_file(path: Path) -> Checkpoint:
+    file = SourceFile.open(path)
+    try:
+        return _index(file)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _index(file: SourceFile) -> Checkpoint:
+    start = file.read(0, min(_START_BYTES, file.size_bytes))
+    if start.startswith(torch_zip.MAGIC):
+        return torch_zip.open_torch_zip(file)
+    if safetensors.looks_like_safetensors(start):
+        return safetensors.open_safetensors(file)
+    if torch_legacy.looks_legacy(start):
+        return torch_legacy.open_torch_legacy(file)
+    if torch_tar.looks_like_tar(start):
+        return torch_tar.open_torch_tar(file)
+    raise _no_checkpoint(file, start)
+
+
+def _open_shards(index: Path) -> Checkpoint:
+    """Sharded weights as one checkpoint."""
+    weight_map = read_shard_index(index)
+    names = sorted(set(weight_map.values()))
+    whole = _join(index, "sharded", {name: index.with_name(name) for name in names}, _open_file)
+    tensors: dict[str, TensorEntry] = {}
+    missing = []
+    for key, name in weight_map.items():
+        entry = whole.parts[name].tensors.get(key)
+        if entry is None:
+            missing.append(key)
+        else:
+            tensors[key] = entry
+    if missing:
+        whole.close()
+        raise CheckpointError(
+            "the files lack tensors that the index names",
+            file=index,
+            found=f"no {missing[0]} in {weight_map[missing[0]]}"
+            + (f", and {len(missing) - 1:,} more" if len(missing) > 1 else ""),
+            hint="copy or download the files again, all of one version",
+        )
+    whole.tensors = tensors
+    return whole
+
+
+def _open_pipeline(index: Path) -> Checkpoint:
+    """The components of a diffusers pipeline as one checkpoint, keys prefixed with their names."""
+    components = pipeline_components(index)
+    if not components:
+        raise CheckpointError("there are no weights in this pipeline", file=index.parent)
+    whole = _join(index, "diffusers pipeline", components, _open_weights)
+    whole.tensors = {
+        f"{name}.{key}": entry for name, part in whole.parts.items() for key, entry in part.tensors.items()
+    }
+    return whole
+
+
+def _join(path: Path, how: str, files: dict[str, Path], open_part: Callable[[Path], Checkpoint]) -> Checkpoint:
+    """Several files as one checkpoint, its tensors not yet chosen."""
+    parts: dict[str, Checkpoint] = {}
+    try:
+        for name, file in files.items():
+            parts[name] = open_part(file)
+    except BaseException:
+        for part in parts.values():
+            part.close()
+        raise
+    formats = " and ".join(sorted({part.format for part in parts.values()}))
+    whole = Checkpoint(path=path, format=f"{formats}, {how}" if formats else how, files=[], tensors={}, parts=parts)
+    for part in parts.values():
+        whole.files += part.files
+        for foreign, count in part.foreign.items():
+            whole.foreign[foreign] = whole.foreign.get(foreign, 0) + count
+    return whole
+
+
+def _no_checkpoint(file: SourceFile, start: bytes) -> CheckpointError:
+    expected = "a file of torch.save (.pt, .pth, .bin, .ckpt) or safetensors"
+    found, hint = _what_it_is(start)
+    return CheckpointError("this is no checkpoint", file=file.path, found=found, expected=expected, hint=hint)
+
+
+def _what_it_is(start: bytes) -> tuple[str, str | None]:
+    for signature, name, hint in _OTHER_FILES:
+        if start.startswith(signature):
+            return name, hint
+    if not start:
+        return "nothing: the file is empty", "copy or download it again"
+    if not start.strip(b"\0"):
+        return "zeros: its content is missing", "copy or download it again"
+    try:
+        # Where the file goes on, its start may end in the middle of a character.
+        text = codecs.getincrementaldecoder("utf-8")().decode(start, final=len(start) < _START_BYTES)
+    except UnicodeDecodeError:
+        return f"a file that begins with {start[:8].hex(' ')}", None
+    return f"a text file that begins with {text.splitlines()[0][:60]!r}", None

@@ -1,0 +1,138 @@
+"""Safetensors files: a header that names every tensor, then the tensors' bytes.
+
+    8 bytes       the length of the header, little-endian
+    the header    JSON: {key: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {text: text}}
+    the rest      the tensors, little-endian and row-major, one after the other without holes
+
+Format: the safetensors README; the limits are those of its Rust reader (safetensors/src/tensor.rs).
+"""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from typing import TYPE_CHECKING, NoReturn, TypeGuard
+
+from cogtools.checkpoint.dtypes import BY_SAFETENSORS_CODE
+from cogtools.checkpoint.index import Checkpoint
+from cogtools.checkpoint.storage import FileRange, SourceFile, Storage, TensorEntry, contiguous_strides
+from cogtools.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+FORMAT = "safetensors"
+METADATA_KEY = "__metadata__"
+
+MAX_HEADER_BYTES = 100_000_000
+"""The longest header that the safetensors library reads."""
+
+MAX_SIZE = 2**63
+
+
+def open_safetensors(file: SourceFile) -> Checkpoint:
+    """Index a safetensors file.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
+    header, data_offset = read_header(file)
+    metadata = header.pop(METADATA_KEY, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        _damaged(file, found=f"{METADATA_KEY} with values that are not text")
+    tensors: dict[str, TensorEntry] = {}
+    ranges: list[tuple[int, int, str]] = []
+    for key, description in header.items():
+        tensors[key], begin, end = _tensor(file, data_offset, key, description)
+        ranges.append((begin, end, key))
+    _refuse_holes(file, sorted(ranges), file.size_bytes - data_offset)
+    return Checkpoint(path=file.path, format=FORMAT, files=[file], tensors=tensors, metadata=metadata)
+
+
+def looks_like_safetensors(start: bytes) -> bool:
+    """Whether the first bytes of a file are those of a safetensors file, be it cut short or not."""
+    return len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES
+
+
+def read_header(file: SourceFile) -> tuple[dict[str, object], int]:
+    """The header's entries, and the offset in bytes at which the tensors begin.
+
+    Raises:
+        CheckpointError: if the header is not complete, no JSON, or names a key twice.
+    """
+    header_bytes = int.from_bytes(file.read(0, 8), "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        _damaged(file, found=f"a header of {header_bytes:,} bytes", expected=f"at most {MAX_HEADER_BYTES:,}")
+    try:
+        text = file.read(8, header_bytes).decode()
+        header = json.loads(text, object_pairs_hook=_unique_keys)
+        if "\\u" in text:  # refuse half a surrogate pair, as the safetensors library does
+            json.dumps(header, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a huge number, a key twice
+        _damaged(file, found=f"a header that cannot be read: {error}", cause=error)
+    if not isinstance(header, dict):
+        _damaged(file, found="a header that is no JSON object")
+    return header, 8 + header_bytes
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result: dict[str, object] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {key!r} stands in it twice")
+        result[key] = value
+    return result
+
+
+def _sizes(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < MAX_SIZE for item in value)
+
+
+def _tensor(file: SourceFile, data_offset: int, key: str, description: object) -> tuple[TensorEntry, int, int]:
+    match description:
+        case {"dtype": str(code), "shape": shape, "data_offsets": offsets} if _sizes(shape) and _sizes(offsets):
+            pass
+        case _:
+            _damaged(file, found=f"tensor {key!r} is described as {str(description)[:100]}")
+    dtype = BY_SAFETENSORS_CODE.get(code)
+    if dtype is None:
+        _damaged(file, found=f"tensor {key!r} of dtype {code!r}", expected=_listed(BY_SAFETENSORS_CODE))
+    size_bytes = prod(shape) * dtype.itemsize
+    if len(offsets) != 2 or offsets[1] - offsets[0] != size_bytes:
+        _damaged(
+            file,
+            found=f"tensor {key!r} of shape {shape} at {offsets}",
+            expected=f"{size_bytes:,} bytes for that shape and {code}",
+        )
+    begin, end = offsets
+    if data_offset + end > file.size_bytes:
+        raise file.cut_short(data_offset + begin, size_bytes)
+    storage = Storage.at(key, FileRange(file, data_offset + begin, size_bytes))
+    return TensorEntry(dtype, tuple(shape), contiguous_strides(tuple(shape)), storage), begin, end
+
+
+def _refuse_holes(file: SourceFile, ranges: list[tuple[int, int, str]], data_bytes: int) -> None:
+    """Refuse tensors that share bytes, and bytes that no tensor has, as the safetensors library does."""
+    position = 0
+    for begin, end, key in ranges:
+        if begin != position:
+            _damaged(file, found=f"tensor {key!r} at {begin:,}", expected=f"it to begin at {position:,}")
+        position = end
+    if position != data_bytes:
+        _damaged(file, found=f"{data_bytes:,} bytes of tensors", expected=f"{position:,}, as the header says")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return "one of " + ", ".join(names)
+
+
+def _damaged(
+    file: SourceFile, *, found: str, expected: str | None = None, cause: BaseException | None = None
+) -> NoReturn:
+    raise CheckpointError(
+        "this safetensors file is damaged",
+        file=file.path,
+        found=found,
+        expected=expected,
+        hint="copy, download or export it again",
+    ) from cause

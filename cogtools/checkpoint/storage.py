@@ -1,0 +1,261 @@
+"""Where bytes lie: an open file, a storage in it, and a tensor's view of that storage.
+
+Files are read with positioned reads, never through a memory map: a file that shrinks while it is read then gives
+an error that can be told, not a SIGBUS that ends the process.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from cogtools.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from cogtools.checkpoint.dtypes import DType
+
+
+class SourceFile:
+    """A regular file, held open for reading, so that what was looked at is what is read later.
+
+    Args:
+        path: where it is, for messages.
+        fd: its open file descriptor, which `close` closes.
+    """
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path = path
+        self.fd = fd
+        self.size_bytes = os.fstat(fd).st_size
+        self._lock = threading.Lock()
+        self._kept: list[SourceFile] = []
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a file. Pipes, devices and folders are refused: their bytes cannot be read by position.
+
+        Raises:
+            CheckpointError: if it is missing, not readable, or not a regular file.
+        """
+        try:
+            # Without O_NONBLOCK a pipe would block here until somebody writes to it.
+            fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        except FileNotFoundError as error:
+            raise CheckpointError("there is no such file", file=path) from error
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise CheckpointError(f"the file cannot be opened: {_reason(error)}", file=path) from error
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode):
+            os.close(fd)
+            raise CheckpointError(
+                "this is not a regular file",
+                file=path,
+                found=_file_kind(mode),
+                expected="a file on disk: its parts are read by position",
+                hint="save the stream to a file first",
+            )
+        return cls(path, fd)
+
+    def read(self, offset_bytes: int, size_bytes: int) -> bytes:
+        """Exactly `size_bytes` bytes from `offset_bytes` on.
+
+        Raises:
+            CheckpointError: if the file ends before that, or cannot be read.
+        """
+        if offset_bytes + size_bytes > self.size_bytes:
+            raise self.cut_short(offset_bytes, size_bytes)
+        parts: list[bytes] = []
+        missing = size_bytes
+        while missing:
+            try:
+                part = self._pread(missing, offset_bytes + size_bytes - missing)
+            except OSError as error:
+                raise CheckpointError(f"the file cannot be read: {_reason(error)}", file=self.path) from error
+            if not part:
+                raise self.cut_short(offset_bytes, size_bytes)
+            parts.append(part)
+            missing -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _pread(self, size_bytes: int, offset_bytes: int) -> bytes:
+        if hasattr(os, "pread"):
+            return os.pread(self.fd, size_bytes, offset_bytes)
+        with self._lock:  # Windows has no positioned read.
+            os.lseek(self.fd, offset_bytes, os.SEEK_SET)
+            return os.read(self.fd, size_bytes)
+
+    def cut_short(self, offset_bytes: int, size_bytes: int) -> CheckpointError:
+        """The error for a read beyond the end of the file."""
+        return CheckpointError(
+            "the file is cut short",
+            file=self.path,
+            found=f"the file ends at {os.fstat(self.fd).st_size:,}",
+            expected=f"{size_bytes:,} bytes at offset {offset_bytes:,}",
+            hint="copy or download it again; a checkpoint that is still being written looks like this too",
+        )
+
+    def keep(self, copy: SourceFile) -> SourceFile:
+        """Take charge of an unpacked copy of a part of this file: it is closed together with it."""
+        self._kept.append(copy)
+        return copy
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        for copy in self._kept:
+            copy.close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class FileRange(NamedTuple):
+    """`size_bytes` bytes of a file, from `offset_bytes` on."""
+
+    file: SourceFile
+    offset_bytes: int
+    size_bytes: int
+
+    def read(self) -> bytes:
+        """All of the bytes."""
+        return self.file.read(self.offset_bytes, self.size_bytes)
+
+
+@dataclass(slots=True, eq=False)
+class Storage:
+    """The raw bytes that one or more tensors view.
+
+    Attributes:
+        key: its name in the file.
+        size_bytes: how many bytes it has, once unpacked.
+        crc32: the CRC-32 that the file records for them; None where it records none.
+        locate: finds the bytes. Called once, when they are first needed: for a zip archive that takes a read.
+        big_endian: whether its numbers have their highest byte first.
+    """
+
+    key: str
+    size_bytes: int
+    crc32: int | None
+    locate: Callable[[], FileRange]
+    big_endian: bool = False
+    _range: FileRange | None = field(default=None, init=False)
+
+    @classmethod
+    def at(cls, key: str, place: FileRange) -> Self:
+        """A storage whose place is known, without a CRC-32."""
+        return cls(key, place.size_bytes, None, lambda: place)
+
+    def range(self) -> FileRange:
+        """Where the unpacked bytes are."""
+        if self._range is None:
+            self._range = self.locate()
+        return self._range
+
+
+@dataclass(slots=True, eq=False)
+class TensorEntry:
+    """A tensor as its checkpoint describes it. Nothing of it is loaded.
+
+    Attributes:
+        dtype: what its elements are.
+        shape: as PyTorch, () for a single number.
+        stride: elements from one index to the next, per dimension.
+        storage: the bytes it views.
+        storage_offset: elements from the start of the storage to the first one of the tensor.
+        attributes: Python attributes saved with it, such as DeepSpeed's `ds_shape`.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    storage: Storage
+    storage_offset: int = 0
+    attributes: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def numel(self) -> int:
+        """How many elements the tensor has."""
+        return prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes its elements take when they lie one after the other."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def offset_bytes(self) -> int:
+        """Bytes from the start of the storage to the first element."""
+        return self.storage_offset * self.dtype.itemsize
+
+    @property
+    def span_bytes(self) -> int:
+        """Bytes of the storage from the first element to the end of the last one."""
+        if 0 in self.shape:
+            return 0
+        elements = 1
+        for size, stride in zip(self.shape, self.stride, strict=True):
+            elements += (size - 1) * stride
+        return elements * self.dtype.itemsize
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements lie one after the other in row-major order."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1 and stride != expected:
+                return 0 in self.shape
+            expected *= size
+        return True
+
+    def range(self) -> FileRange | None:
+        """Where its bytes lie in a file as safetensors wants them; None if they have to be rearranged."""
+        swapped = self.storage.big_endian and self.dtype.swap_bytes > 1
+        if swapped or not self.is_contiguous:
+            return None
+        file, start, _ = self.storage.range()
+        return FileRange(file, start + self.offset_bytes, self.size_bytes)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path is that of a file; false also where it may not be looked at, or no file can have that name."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path is that of a folder; false also where `is_file` says it may be."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a row-major tensor of this shape, in elements."""
+    strides = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * max(shape[axis + 1], 1)
+    return tuple(strides)
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _file_kind(mode: int) -> str:
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+    return next((name for matches, name in kinds if matches(mode)), "a device")

@@ -1,0 +1,358 @@
+"""Files of `torch.save` since PyTorch 1.6: a zip archive with a pickle and one entry per storage.
+
+    <root>/data.pkl       the pickle: names, dtypes, shapes, and which storage holds each tensor
+    <root>/data/<key>     the raw bytes of a storage
+    <root>/byteorder      "little" or "big"; absent in files of PyTorch before 2.1, which are little-endian
+    <root>/version …      not needed here
+
+PyTorch writes the entries stored, not deflated; an archive that was packed again may have them deflated, and is read
+too. Real checkpoints pass 4 GiB, so zip64 is ordinary. The directory at the end of the file tells each entry's place,
+size and CRC-32. Where its bytes begin is told by its own header only, which may be padded further than the directory
+says; that header is read when the bytes are needed.
+
+Not supported: encryption, archives in several parts, compression other than deflate, TorchScript.
+
+Format: PKWARE's APPNOTE.TXT; PyTorch's writer: caffe2/serialize/inline_container.cc.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+from cogtools.checkpoint.index import Checkpoint, index_pickle
+from cogtools.checkpoint.storage import FileRange, SourceFile, Storage
+from cogtools.checkpoint.torch_pickle import malformed, torch_vocabulary
+from cogtools.checkpoint.unpickler import MalformedPickleError, read_pickle
+from cogtools.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from cogtools.checkpoint.dtypes import DType
+
+MAGIC = b"PK\x03\x04"
+FORMAT = "torch.save (zip)"
+
+MAX_PICKLE_BYTES = 128 << 20
+"""The longest data.pkl. That of a 26 GB checkpoint has half a megabyte; a deflated one could unpack to anything."""
+
+_CHUNK_BYTES = 1 << 20
+
+_STORED, _DEFLATED = 0, 8
+_ENCRYPTED = 1  # bit 0 of an entry's flags
+
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_DIRECTORY_HEADER = struct.Struct("<4s6H3L5H2L")
+_END = struct.Struct("<4s4H2LH")
+_END64_LOCATOR = struct.Struct("<4sLQL")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_MAX_COMMENT_BYTES = 0xFFFF
+_EXTRA_ZIP64 = 1
+_IN_EXTRA_ZIP64 = 0xFFFFFFFF
+
+
+class ZipEntry(NamedTuple):
+    """One entry, as the directory at the end of the archive describes it."""
+
+    name: str
+    flags: int
+    method: int
+    crc32: int
+    packed_bytes: int
+    size_bytes: int
+    header_offset: int
+
+
+class ZipArchive(NamedTuple):
+    """A zip archive's entries, by name. `has_crc32` is false if its writer left every CRC-32 at zero."""
+
+    file: SourceFile
+    entries: dict[str, ZipEntry]
+    has_crc32: bool
+
+
+def open_torch_zip(file: SourceFile) -> Checkpoint:
+    """Index a zip file of `torch.save`.
+
+    Raises:
+        CheckpointError: if it is damaged, or is another kind of archive.
+    """
+    archive = read_directory(file)
+    root = _root_folder(archive)
+    big_endian = _is_big_endian(archive, root)
+    storages: dict[str, Storage] = {}
+
+    def open_storage(key: str, dtype: DType | None, numel: int) -> Storage:
+        size_bytes = numel * (dtype.itemsize if dtype else 1)
+        entry = archive.entries.get(f"{root}/data/{key}")
+        if entry is None or entry.size_bytes != size_bytes:
+            raise MalformedPickleError(
+                f"storage {key!r} should have {size_bytes:,} bytes and "
+                + ("is not in the archive" if entry is None else f"has {entry.size_bytes:,}")
+            )
+        if key not in storages:
+            crc32 = entry.crc32 if archive.has_crc32 else None
+            storages[key] = Storage(key, size_bytes, crc32, lambda: unpacked_range(archive, entry), big_endian)
+        return storages[key]
+
+    data = _read_small(archive, f"{root}/data.pkl", MAX_PICKLE_BYTES)
+    try:
+        pickle = read_pickle(data, torch_vocabulary(open_storage))
+    except MalformedPickleError as error:
+        raise malformed(file.path, error) from error
+    return index_pickle(pickle, file, FORMAT)
+
+
+def _root_folder(archive: ZipArchive) -> str:
+    """The one folder that holds data.pkl."""
+    roots = [name.removesuffix("/data.pkl") for name in archive.entries if name.endswith("/data.pkl")]
+    if any(name.endswith("/constants.pkl") for name in archive.entries):
+        raise CheckpointError(
+            "this is a TorchScript archive: a program, not a checkpoint",
+            file=archive.file.path,
+            expected="a file of torch.save",
+            hint="save the model's state_dict() with torch.save",
+        )
+    if len(roots) != 1 or "/" in roots[0]:
+        names = ", ".join(sorted(archive.entries)[:3]) or "nothing"
+        raise CheckpointError(
+            "this zip archive is no file of torch.save",
+            file=archive.file.path,
+            found=f"{len(archive.entries)} entries: {names} …",
+            expected="one folder with data.pkl in it",
+            hint="if the checkpoint was packed into this archive, unpack it first",
+        )
+    return roots[0]
+
+
+def _is_big_endian(archive: ZipArchive, root: str) -> bool:
+    name = f"{root}/byteorder"
+    if name not in archive.entries:
+        # Not one of the others may be the missing one under a damaged name: the directory has no CRC-32.
+        for entry in archive.entries.values():
+            if not entry.name.startswith(f"{root}/data/"):
+                packed_range(archive, entry)
+        return False
+    order = _read_small(archive, name, 16)
+    if order not in (b"little", b"big"):
+        raise _damaged(archive.file, found=f"the byte order {order!r}", expected="'little' or 'big'")
+    return order == b"big"
+
+
+# Bytes of entries
+
+
+def packed_range(archive: ZipArchive, entry: ZipEntry) -> FileRange:
+    """Where the bytes of an entry lie, packed as they are.
+
+    Raises:
+        CheckpointError: if the entry's own header does not agree with the directory, or it is encrypted.
+    """
+    if entry.flags & _ENCRYPTED or entry.method not in (_STORED, _DEFLATED):
+        raise CheckpointError(
+            f"entry {entry.name!r} is packed in a way that is not supported",
+            file=archive.file.path,
+            found="encryption" if entry.flags & _ENCRYPTED else f"zip method {entry.method}",
+            expected="stored or deflated entries",
+            hint="unpack the archive and pack it again without compression (zip -0)",
+        )
+    header = archive.file.read(entry.header_offset, _LOCAL_HEADER.size)
+    magic, *_, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
+    name_offset = entry.header_offset + _LOCAL_HEADER.size
+    if magic != MAGIC or _decoded(archive.file.read(name_offset, name_bytes)) != entry.name:
+        raise _damaged(
+            archive.file, found=f"no entry {entry.name!r} at {entry.header_offset:,}, where the directory has it"
+        )
+    return FileRange(archive.file, name_offset + name_bytes + extra_bytes, entry.packed_bytes)
+
+
+def unpacked_range(archive: ZipArchive, entry: ZipEntry) -> FileRange:
+    """Where the bytes of an entry lie unpacked: in the archive or, if it is deflated, in a temporary file.
+
+    Raises:
+        CheckpointError: if it cannot be unpacked.
+    """
+    packed = packed_range(archive, entry)
+    if entry.method == _STORED:
+        return packed
+    import os
+    import tempfile
+
+    try:
+        with tempfile.TemporaryFile() as spool:
+            for chunk in _inflated(archive, entry):
+                spool.write(chunk)
+            spool.flush()
+            copy = archive.file.keep(SourceFile(archive.file.path, os.dup(spool.fileno())))
+    except OSError as error:
+        raise CheckpointError(
+            f"there is no room to unpack entry {entry.name!r}: {error.strerror}",
+            file=archive.file.path,
+            expected=f"{entry.size_bytes:,} bytes of temporary space in {tempfile.gettempdir()}",
+            hint="free some space, or set TMPDIR to a folder that has it",
+        ) from error
+    return FileRange(copy, 0, entry.size_bytes)
+
+
+def _inflated(archive: ZipArchive, entry: ZipEntry) -> Iterator[bytes]:
+    """The bytes of a deflated entry; never more than the directory says there are."""
+    packed = packed_range(archive, entry)
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    offset, end = packed.offset_bytes, packed.offset_bytes + packed.size_bytes
+    produced = 0
+    try:
+        while not inflater.eof and produced <= entry.size_bytes:
+            data = inflater.unconsumed_tail
+            if not data and offset < end:
+                data = archive.file.read(offset, min(_CHUNK_BYTES, end - offset))
+                offset += len(data)
+            # Without further input there may be output still: what did not fit into the last chunk.
+            chunk = inflater.decompress(data, _CHUNK_BYTES)
+            if not data and not chunk:
+                break
+            produced += len(chunk)
+            yield chunk
+    except zlib.error as error:
+        raise _damaged(archive.file, found=f"entry {entry.name!r} cannot be unpacked: {error}") from error
+    if not inflater.eof or produced != entry.size_bytes:
+        raise _damaged(
+            archive.file,
+            found=f"entry {entry.name!r} unpacks to {'more' if produced > entry.size_bytes else 'other'} than it says",
+            expected=f"{entry.size_bytes:,} bytes",
+        )
+
+
+def _read_small(archive: ZipArchive, name: str, limit_bytes: int) -> bytes:
+    """All bytes of an entry, checked against its CRC-32 where there is one."""
+    entry = archive.entries[name]
+    if entry.size_bytes > limit_bytes:
+        raise CheckpointError(
+            f"entry {name!r} is too long to be what its name says",
+            file=archive.file.path,
+            found=f"{entry.size_bytes:,} bytes",
+            expected=f"at most {limit_bytes:,}",
+        )
+    deflated = entry.method == _DEFLATED
+    data = b"".join(_inflated(archive, entry)) if deflated else packed_range(archive, entry).read()
+    if archive.has_crc32 and zlib.crc32(data) != entry.crc32:
+        raise _damaged(
+            archive.file,
+            found=f"entry {name!r} with CRC-32 {zlib.crc32(data):08x}",
+            expected=f"CRC-32 {entry.crc32:08x}, as the archive records it",
+        )
+    return data
+
+
+# The directory
+
+
+def read_directory(file: SourceFile) -> ZipArchive:
+    """Read the directory at the end of a zip archive.
+
+    Raises:
+        CheckpointError: if there is none, or it contradicts itself.
+    """
+    count, size_bytes, offset_bytes = _find_directory(file)
+    if offset_bytes + size_bytes > file.size_bytes:
+        raise file.cut_short(offset_bytes, size_bytes)
+    entries: dict[str, ZipEntry] = {}
+    for entry in _directory_entries(file, file.read(offset_bytes, size_bytes), count):
+        if entry.name in entries:
+            raise _damaged(file, found=f"two entries {entry.name!r}: readers disagree on which one counts")
+        entries[entry.name] = entry
+    _refuse_overlaps(file, entries.values(), offset_bytes)
+    return ZipArchive(file, entries, has_crc32=any(entry.crc32 for entry in entries.values()))
+
+
+def _find_directory(file: SourceFile) -> tuple[int, int, int]:
+    """How many entries the directory has, its size and its offset in bytes."""
+    tail_bytes = min(file.size_bytes, _END.size + _MAX_COMMENT_BYTES)
+    tail = file.read(file.size_bytes - tail_bytes, tail_bytes)
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or at + _END.size > len(tail):
+        raise CheckpointError(
+            "the file is cut short: this zip archive has no directory at its end",
+            file=file.path,
+            found=f"{file.size_bytes:,} bytes",
+            hint="copy or download it again; a checkpoint that is still being written looks like this too",
+        )
+    _, _, _, _, count, size_bytes, offset_bytes, comment_bytes = _END.unpack_from(tail, at)
+    end_offset = file.size_bytes - tail_bytes + at
+    if end_offset + _END.size + comment_bytes != file.size_bytes:
+        raise _damaged(file, found="bytes after the end of the zip archive")
+    if at >= _END64_LOCATOR.size:
+        magic, _, end64_offset, _ = _END64_LOCATOR.unpack_from(tail, at - _END64_LOCATOR.size)
+        if magic == b"PK\x06\x07":
+            record = _END64.unpack(file.read(end64_offset, _END64.size))
+            if record[0] != b"PK\x06\x06":
+                raise _damaged(file, found="no zip64 record where the archive says it is")
+            count, size_bytes, offset_bytes = record[7:]
+    return count, size_bytes, offset_bytes
+
+
+def _directory_entries(file: SourceFile, directory: bytes, count: int) -> Iterator[ZipEntry]:
+    position = 0
+    for _ in range(count):
+        if position + _DIRECTORY_HEADER.size > len(directory):
+            raise _damaged(file, found=f"a directory that ends before its {count:,} entries do")
+        fields = _DIRECTORY_HEADER.unpack_from(directory, position)
+        magic, _, _, flags, method, _, _, crc32, packed, size, name_bytes, extra_bytes, comment_bytes = fields[:13]
+        header_offset = fields[-1]
+        name_at = position + _DIRECTORY_HEADER.size
+        extra_at = name_at + name_bytes
+        position = extra_at + extra_bytes + comment_bytes
+        if magic != b"PK\x01\x02" or position > len(directory):
+            raise _damaged(file, found="a broken entry in the zip directory")
+        if _IN_EXTRA_ZIP64 in (packed, size, header_offset):
+            extra = directory[extra_at : extra_at + extra_bytes]
+            size, packed, header_offset = _zip64_fields(file, extra, (size, packed, header_offset))
+        if method == _STORED and packed != size:
+            raise _damaged(file, found=f"a stored entry of {size:,} bytes that takes {packed:,}")
+        name = _decoded(directory[name_at:extra_at])
+        yield ZipEntry(name, flags, method, crc32, packed, size, header_offset)
+    if position != len(directory):
+        raise _damaged(file, found=f"a directory with more than its {count:,} entries")
+
+
+def _zip64_fields(file: SourceFile, extra: bytes, fields: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The size, packed size and offset: those that do not fit into 32 bits stand in the zip64 extra field."""
+    position = 0
+    while position + 4 <= len(extra):
+        kind, length = struct.unpack_from("<HH", extra, position)
+        if kind == _EXTRA_ZIP64:
+            missing = sum(value == _IN_EXTRA_ZIP64 for value in fields)
+            if length < 8 * missing or position + 4 + length > len(extra):
+                break
+            wide = iter(struct.unpack_from(f"<{missing}Q", extra, position + 4))
+            size, packed, offset = (next(wide) if value == _IN_EXTRA_ZIP64 else value for value in fields)
+            return size, packed, offset
+        position += 4 + length
+    raise _damaged(file, found="an entry whose 64-bit size or offset is missing")
+
+
+def _refuse_overlaps(file: SourceFile, entries: Iterable[ZipEntry], directory_offset: int) -> None:
+    """Refuse entries that share bytes, or reach out of the archive: that is how zip bombs are made."""
+    spans = sorted(
+        (entry.header_offset, entry.header_offset + _LOCAL_HEADER.size + entry.packed_bytes) for entry in entries
+    )
+    spans.append((directory_offset, directory_offset))
+    for (_, end), (next_start, _) in pairwise(spans):
+        if end > next_start:
+            raise _damaged(file, found=f"an entry that ends at {end:,}, where another starts at {next_start:,}")
+
+
+def _decoded(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")
+
+
+def _damaged(file: SourceFile, *, found: str, expected: str | None = None) -> CheckpointError:
+    return CheckpointError(
+        "this zip archive is damaged",
+        file=file.path,
+        found=found,
+        expected=expected,
+        hint="copy or download it again",
+    )

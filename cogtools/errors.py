@@ -1,0 +1,131 @@
+"""The errors that cogtools raises for bad input, told in fields.
+
+Whoever shows one of these decides how: the command line prints the fields under each other, `--json` puts them
+into an object. Any other exception is a bug in cogtools and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+SHOWN_PROBLEMS = 10
+"""How many problems a message lists before it says how many more there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with one key, or with a few alike.
+
+    Attributes:
+        kind: what sort of problem: "missing", "unexpected", "shape", "dtype", "collision", "rank", "unreadable".
+        subject: the key, or several folded into one name ("layers 3-5: v lora_B").
+        found: what the checkpoint holds, where there is something.
+        expected: what should be there, where that can be said.
+    """
+
+    kind: str
+    subject: str
+    found: str | None = None
+    expected: str | None = None
+
+    def __str__(self) -> str:
+        details = [
+            f"{label} {value}"
+            for label, value in (("found", self.found), ("expected", self.expected))
+            if value is not None
+        ]
+        return f"{self.kind}: {self.subject}" + (f" ({', '.join(details)})" if details else "")
+
+
+class CogtoolsError(Exception):
+    """Something that the user can act on.
+
+    Attributes:
+        what: what failed, in a sentence without a full stop.
+        file: the file or folder in which it failed.
+        found: what is there.
+        expected: what should be there.
+        hint: what to do about it.
+        problems: all that is wrong with single keys, collected.
+    """
+
+    kind = "error"
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        file: str | os.PathLike[str] | None = None,
+        found: str | None = None,
+        expected: str | None = None,
+        hint: str | None = None,
+        problems: Sequence[Problem] = (),
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.file = None if file is None else str(file)
+        self.found = found
+        self.expected = expected
+        self.hint = hint
+        self.problems = tuple(problems)
+
+    def fields(self) -> list[tuple[str, str]]:
+        """The labelled lines under the message, in the order in which they are read."""
+        lines = [("file", self.file), ("found", self.found), ("expected", self.expected)]
+        shown = [(label, text) for label, text in lines if text is not None]
+        shown += [("problem", str(problem)) for problem in self.problems[:SHOWN_PROBLEMS]]
+        if len(self.problems) > SHOWN_PROBLEMS:
+            shown.append(("problem", f"… and {len(self.problems) - SHOWN_PROBLEMS} more (--json lists all)"))
+        if self.hint is not None:
+            shown.append(("try", self.hint))
+        return shown
+
+    def to_dict(self) -> dict[str, object]:
+        """The error as plain data, for `--json`: every field, every problem."""
+        return {
+            "kind": self.kind,
+            "what": self.what,
+            "file": self.file,
+            "found": self.found,
+            "expected": self.expected,
+            "hint": self.hint,
+            "problems": [asdict(problem) for problem in self.problems],
+        }
+
+    def __str__(self) -> str:
+        return "\n".join([self.what, *(f"  {label + ':':<10} {text}" for label, text in self.fields())])
+
+
+class CheckpointError(CogtoolsError):
+    """A checkpoint cannot be read: it is missing, damaged, hostile, or no checkpoint."""
+
+    kind = "checkpoint"
+
+
+class ExportError(CogtoolsError):
+    """A checkpoint was read, but no right LoRA can be made of it."""
+
+    kind = "export"
+
+
+class OutputError(CogtoolsError):
+    """The output cannot be written: it exists, is not writable, or there is no room."""
+
+    kind = "output"
+
+
+class OptionError(CogtoolsError):
+    """An option or argument has a value that makes no sense."""
+
+    kind = "usage"
+
+
+class InterruptedByUserError(CogtoolsError):
+    """Ctrl-C or a signal has ended the work; nothing was left half-written."""
+
+    kind = "interrupted"
