@@ -1,0 +1,74 @@
+"""The two things that need arithmetic, and therefore torch: multiplying a LoRA's scale in, and casting."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from cogtools.checkpoint.gather import tensor_chunks
+from cogtools.errors import ExportError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cogtools.checkpoint.dtypes import DType
+    from cogtools.convert import Rounding
+    from cogtools.planning import LoraPlan, PlannedTensor
+
+
+def scaled_and_cast(plan: LoraPlan, scaling: float, dtype: DType, rounding: Rounding) -> Iterator[bytes]:
+    """The bytes of every tensor of a plan, so that lora_B @ lora_A comes out multiplied by `scaling`.
+
+    A power of two is exact as long as the results stay in the dtype's normal range. float16 has a narrow one: there
+    the power of two is divided between lora_A and lora_B so that both keep the same distance from its lower end.
+
+    Args:
+        plan: the tensors, every lora_A followed by its lora_B.
+        scaling: the factor.
+        dtype: what the results are cast to.
+        rounding: takes down the largest relative error.
+
+    Raises:
+        ExportError: if a value does not fit into the dtype.
+    """
+    for lora_a, lora_b in zip(plan.tensors[::2], plan.tensors[1::2], strict=True):
+        a, b = _load(lora_a), _load(lora_b)
+        for_a, for_b = _divide(scaling, a, b) if dtype.name == "float16" else (1.0, scaling)
+        yield _finish(lora_a, a * for_a, dtype, rounding)
+        yield _finish(lora_b, b * for_b, dtype, rounding)
+
+
+def _load(tensor: PlannedTensor) -> torch.Tensor:
+    """The tensor in double precision, in which every product here is exact."""
+    entry = tensor.source.entry
+    data = bytearray().join(tensor_chunks(entry))
+    return torch.frombuffer(data, dtype=getattr(torch, entry.dtype.name)).reshape(entry.shape).double()
+
+
+def _divide(scaling: float, a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
+    """Two factors whose product is `scaling`: the first a power of two, chosen to bring both tensors to one size."""
+    _, exponent = math.frexp(scaling)
+    whole = exponent - 1
+    size_a, size_b = a.square().mean().sqrt().item(), b.square().mean().sqrt().item() * scaling
+    if not (0 < size_a < math.inf and 0 < size_b < math.inf):
+        return 1.0, scaling
+    wanted = round(math.log2(size_b / size_a) / 2)
+    for_a = 2.0 ** min(max(wanted, min(whole, 0)), max(whole, 0))
+    return for_a, scaling / for_a
+
+
+def _finish(tensor: PlannedTensor, exact: torch.Tensor, dtype: DType, rounding: Rounding) -> bytes:
+    result = exact.to(getattr(torch, dtype.name))
+    if not torch.equal(result.isfinite(), exact.isfinite()):
+        raise ExportError(
+            f"{tensor.source.key} does not fit into {dtype.name}",
+            found=f"values up to {exact.abs().max().item():.3g}",
+            expected=f"at most {torch.finfo(result.dtype).max:.3g}",
+            hint="export with --dtype fp32 or bf16",
+        )
+    norm = exact.norm().item()
+    error = (result.double() - exact).norm().item() / norm if norm else 0.0
+    rounding.largest_relative_error = max(rounding.largest_relative_error or 0.0, error)
+    return result.contiguous().view(torch.uint8).numpy().tobytes()

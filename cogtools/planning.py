@@ -1,0 +1,274 @@
+"""The plan: what a SAT checkpoint's LoRA becomes in diffusers' layout.
+
+A plan needs names and shapes only. It says for every tensor of the output what its key and shape are and which
+tensor of the checkpoint it is; so it serves `inspect` (what would this become?), `export-lora` (write it) and
+`verify` (is this what it should be?) alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from cogtools.errors import ExportError, OptionError, Problem
+from cogtools.layouts import cogvideox, diffusers, sat
+from cogtools.layouts.cogvideox import LoraKey, Transformer
+from cogtools.refusals import no_lora, refuse_unexportable, whole_tensor
+from cogtools.training_config import TrainingConfig, find_training_config, read_training_config
+
+if TYPE_CHECKING:
+    from cogtools.checkpoint.dtypes import DType
+    from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.storage import TensorEntry
+
+DEFAULT_ALPHA = 1
+"""SAT's alpha where the user set none (sat/model/finetune/lora2.py, `LoraMixin.__init__`)."""
+
+
+class Alpha(NamedTuple):
+    """A LoRA's alpha and where it comes from: "--alpha", "training_config.yaml" or "default"."""
+
+    value: float
+    source: str
+
+
+class Source(NamedTuple):
+    """A tensor of the checkpoint: its key there, and what is known of it."""
+
+    key: str
+    entry: TensorEntry
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor of the output.
+
+    Attributes:
+        name: which tensor of the LoRA it is.
+        key: its key in the output.
+        source: the tensor of the checkpoint that it is.
+    """
+
+    name: LoraKey
+    key: str
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPlan:
+    """What a checkpoint's LoRA becomes.
+
+    Attributes:
+        transformer: the transformer that it belongs to.
+        layers: the layers that it adapts.
+        rank: the rank of every module.
+        alpha: the training's alpha.
+        dtype: the dtype of every tensor in the checkpoint.
+        tensors: the tensors of the output, in the order of their keys.
+        notices: what the user should know.
+    """
+
+    transformer: Transformer
+    layers: tuple[int, ...]
+    rank: int
+    alpha: Alpha
+    dtype: DType
+    tensors: tuple[PlannedTensor, ...]
+    notices: tuple[str, ...] = ()
+
+    @property
+    def scaling(self) -> float:
+        """What the training multiplied lora_B @ lora_A by."""
+        return self.alpha.value / self.rank
+
+    @property
+    def modules(self) -> list[str]:
+        """The paths of the adapted modules inside the transformer."""
+        return sorted({diffusers.module_path(tensor.name.layer, tensor.name.projection) for tensor in self.tensors})
+
+
+def plan_lora_export(checkpoint: Checkpoint, *, alpha: float | None = None, allow_partial: bool = False) -> LoraPlan:
+    """Plan what the LoRA in a SAT checkpoint becomes. None of its weights are read.
+
+    Args:
+        checkpoint: the checkpoint, open.
+        alpha: the training's alpha; None takes it from the training configuration beside the checkpoint, and 1,
+            SAT's default, where that does not say.
+        allow_partial: accept a LoRA that adapts some of the layers only.
+
+    Raises:
+        ExportError: if there is no LoRA, or not a right one: all that is wrong is listed.
+        CheckpointError: if the training configuration cannot be read.
+        OptionError: if alpha is no number above 0.
+    """
+    refuse_unexportable(checkpoint)
+    sources, problems = _find_lora(checkpoint)
+    facts = _common_facts(sources)
+    problems += _differing(sources, facts)
+    config = _read_config(checkpoint)
+    if config is not None and config.rank not in (None, facts.rank):
+        problems.append(Problem("rank", str(config.path), f"r: {config.rank}", f"r: {facts.rank}, as the shapes say"))
+    transformer, notices = _transformer(checkpoint, sources, facts)
+    layers, layer_problems, layer_notices = _layers(sources, transformer, config, allow_partial=allow_partial)
+    problems += layer_problems
+    if problems:
+        raise _wrong(checkpoint, problems)
+    tensors = [
+        PlannedTensor(name, diffusers.diffusers_key(name), sources[name]) for name in cogvideox.lora_keys(layers)
+    ]
+    chosen_alpha, alpha_notices = _alpha(alpha, config)
+    return LoraPlan(
+        transformer=transformer,
+        layers=layers,
+        rank=facts.rank,
+        alpha=chosen_alpha,
+        dtype=facts.dtype,
+        tensors=tuple(sorted(tensors, key=lambda tensor: tensor.key)),
+        notices=(*notices, *layer_notices, *alpha_notices),
+    )
+
+
+class _Facts(NamedTuple):
+    """What most tensors of a LoRA agree on."""
+
+    rank: int
+    hidden: int
+    dtype: DType
+
+
+def _find_lora(checkpoint: Checkpoint) -> tuple[dict[LoraKey, Source], list[Problem]]:
+    """The LoRA's tensors by what they are, and the keys that cannot be placed."""
+    sources: dict[LoraKey, Source] = {}
+    problems: list[Problem] = []
+    for key in [*checkpoint.tensors, *checkpoint.not_tensors]:
+        if not sat.is_lora_key(key):
+            continue
+        name = sat.parse_lora_key(key)
+        entry = checkpoint.tensors.get(key)
+        if name is None:
+            problems.append(Problem("unexpected", key, expected="a q, k, v or dense factor of an attention layer"))
+        elif entry is None:
+            problems.append(Problem("unreadable", key, found="something else than a plain tensor"))
+        elif name in sources:
+            problems.append(Problem("collision", key, found=f"the same tensor as {sources[name].key}"))
+        else:
+            sources[name] = Source(key, whole_tensor(entry))
+    if not any(len(source.entry.shape) == 2 for source in sources.values()):
+        if sources:
+            raise _wrong(checkpoint, [*problems, *_differing(sources, None)])
+        raise no_lora(checkpoint)
+    return sources, problems
+
+
+def _common_facts(sources: dict[LoraKey, Source]) -> _Facts:
+    """The rank, hidden size and dtype that most tensors have."""
+    shapes: Counter[tuple[int, ...]] = Counter()
+    for name, source in sources.items():
+        if len(source.entry.shape) == 2:
+            shapes[source.entry.shape if name.factor == "A" else source.entry.shape[::-1]] += 1
+    (rank, hidden), _ = shapes.most_common(1)[0]
+    (dtype, _), *_ = Counter(source.entry.dtype for source in sources.values()).most_common(1)
+    return _Facts(rank, hidden, dtype)
+
+
+def _differing(sources: dict[LoraKey, Source], facts: _Facts | None) -> list[Problem]:
+    """The tensors that are not as the others, or cannot be written."""
+    problems = []
+    for name, (key, entry) in sources.items():
+        if facts is None or entry.shape != cogvideox.lora_shape(name.factor, facts.rank, facts.hidden):
+            expected = cogvideox.lora_shape(name.factor, facts.rank, facts.hidden) if facts else "two dimensions"
+            problems.append(Problem("shape", key, str(entry.shape), str(expected)))
+        elif entry.dtype != facts.dtype:
+            problems.append(Problem("dtype", key, entry.dtype.name, facts.dtype.name))
+        elif entry.dtype.name not in FLOATS:
+            problems.append(Problem("dtype", key, entry.dtype.name, "one of " + ", ".join(FLOATS)))
+        elif entry.size_bytes > entry.storage.size_bytes or not entry.numel:
+            problems.append(Problem("shape", key, f"{entry.shape} in {entry.storage.size_bytes:,} bytes of storage"))
+    return problems
+
+
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+"""The dtypes that a LoRA can have."""
+
+
+def _transformer(
+    checkpoint: Checkpoint, sources: dict[LoraKey, Source], facts: _Facts
+) -> tuple[Transformer, list[str]]:
+    shapes = {key: whole_tensor(entry).shape for key, entry in checkpoint.tensors.items()}
+    known = sat.recognise_transformer(shapes, facts.hidden)
+    if known is not None:
+        return known, []
+    layers = max(name.layer for name in sources) + 1
+    return Transformer(layers, facts.hidden, ()), [
+        f"Nothing tells how many layers the model has (hidden size {facts.hidden}, no base weights): "
+        f"taken to be {layers}, as the LoRA has."
+    ]
+
+
+def _layers(
+    sources: dict[LoraKey, Source], transformer: Transformer, config: TrainingConfig | None, *, allow_partial: bool
+) -> tuple[tuple[int, ...], list[Problem], list[str]]:
+    """The layers to export, what is wrong with them, and what to say of them."""
+    present = {name.layer for name in sources}
+    everything = range(transformer.layers)
+    declared = config.layers if config is not None else None
+    expected = tuple(everything) if declared is None else declared
+    if allow_partial:
+        expected = tuple(sorted(present))
+    problems = [Problem("missing", sat.sat_key(name)) for name in cogvideox.lora_keys(expected) if name not in sources]
+    allowed = set(expected) & set(everything)
+    for name, source in sources.items():
+        if name.layer not in allowed:
+            problems.append(Problem("unexpected", source.key, expected=f"layers {fold_numbers(sorted(allowed))}"))
+    notices = []
+    if len(expected) < transformer.layers:
+        why = "--allow-partial" if allow_partial else "layer_range in training_config.yaml"
+        notices.append(
+            f"The LoRA adapts {len(expected)} of {transformer.layers} layers: {fold_numbers(expected)} ({why})."
+        )
+    return expected, problems, notices
+
+
+def fold_numbers(numbers: tuple[int, ...] | list[int]) -> str:
+    """Sorted numbers as ranges: "0-3, 7, 9-11"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+def _read_config(checkpoint: Checkpoint) -> TrainingConfig | None:
+    path = find_training_config(checkpoint.path)
+    return None if path is None else read_training_config(path)
+
+
+def _alpha(given: float | None, config: TrainingConfig | None) -> tuple[Alpha, list[str]]:
+    """The training's alpha, and what to say if nothing states it."""
+    if given is not None:
+        if not (math.isfinite(given) and given > 0):
+            raise OptionError("alpha must be a number above 0", found=str(given), hint="leave --alpha out if unsure")
+        return Alpha(int(given) if given == int(given) else given, "--alpha"), []
+    if config is not None and config.alpha is not None:
+        return Alpha(config.alpha, "training_config.yaml"), []
+    why = "training_config.yaml sets no lora_alpha" if config else "There is no training_config.yaml with a lora_alpha"
+    doubt = "" if config else " If the training had another one, say so with --alpha."
+    return Alpha(DEFAULT_ALPHA, "default"), [f"{why}, so alpha is {DEFAULT_ALPHA}, SAT's default.{doubt}"]
+
+
+def _wrong(checkpoint: Checkpoint, problems: list[Problem]) -> ExportError:
+    kinds = Counter(problem.kind for problem in problems)
+    summary = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    missing_layers = set(kinds) == {"missing"} and len(problems) % 8 == 0
+    partial = "if it was trained on some layers only: --allow-partial; to see what is there: "
+    look = f"cogtools inspect {checkpoint.path} --lora"
+    return ExportError(
+        f"the LoRA in this checkpoint is not as it should be: {summary}",
+        file=checkpoint.path,
+        problems=problems,
+        hint=(partial if missing_layers else "") + look,
+    )
