@@ -1,0 +1,85 @@
+"""Which tensors a LoRA file should have: those of all layers of its transformer, or of the modules that it states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cogtools.errors import OptionError
+from cogtools.layouts import cogvideox, diffusers
+from cogtools.layouts.cogvideox import MAX_LAYERS, MODELS, LoraKey, Transformer, recognise
+
+if TYPE_CHECKING:
+    from cogtools.verification.stated import Stated
+    from cogtools.verification.written import WrittenLora
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a file should hold.
+
+    Attributes:
+        transformer: the transformer that it belongs to; its hidden size is 0 if nothing tells it.
+        known_by: what tells the number of layers; None if nothing does, and the file's own are taken.
+        names: the tensors that it should have.
+        partial: whether these are not all that a LoRA of that transformer could have.
+    """
+
+    transformer: Transformer
+    known_by: str | None
+    names: frozenset[LoraKey]
+    partial: bool
+
+
+def expect(lora: WrittenLora, stated: Stated, *, model: str | None, layers: int | None) -> Expected:
+    """What a file should hold, by what the user says, what the file says, and what is known of the models.
+
+    Raises:
+        OptionError: if there is no such model, or no such number of layers.
+    """
+    transformer, known_by = _transformer(lora, stated, model, layers)
+    every = cogvideox.lora_keys(range(transformer.layers))
+    config = stated.config
+    meant = [name for name in every if config and config.is_targeted(module_of(name), name.layer)] or every
+    return Expected(transformer, known_by, frozenset(meant), len(meant) < len(every))
+
+
+def module_of(name: LoraKey) -> str:
+    """The path of the module that a tensor belongs to."""
+    return diffusers.module_path(name.layer, name.projection)
+
+
+def _transformer(
+    lora: WrittenLora, stated: Stated, model: str | None, layers: int | None
+) -> tuple[Transformer, str | None]:
+    if model is not None and layers is not None:
+        raise OptionError("--model and --layers both say how many layers there are", hint="leave one of them out")
+    if model is not None:
+        chosen = next((known for known in MODELS if known.slug == model), None)
+        if chosen is None:
+            slugs = ", ".join(known.slug for known in MODELS)
+            raise OptionError("there is no such model", found=model, expected=slugs)
+        return Transformer(chosen.layers, chosen.hidden, (chosen,)), "--model"
+    if layers is not None and not 1 <= layers <= MAX_LAYERS:
+        raise OptionError("no transformer has so many layers", found=str(layers), expected=f"1 to {MAX_LAYERS}")
+    recorded, hidden = _size(lora.record.get("transformer_layers")), _size(lora.record.get("hidden_size"), 1 << 20)
+    hidden = hidden or lora.most_common_hidden() or 0
+    count = layers or recorded
+    if count is not None:
+        fitting = recognise(hidden, count, None) or Transformer(count, hidden, ())
+        named = lora.record.get("models")
+        recorded_models = tuple(known for known in fitting.models if isinstance(named, list) and known.slug in named)
+        known_by = "--layers" if layers else "the exporter's record"
+        return Transformer(count, hidden, recorded_models or fitting.models), known_by
+    published = recognise(hidden, None, None)
+    if published is not None:
+        return published, "its hidden size"
+    targets = stated.config.targets if stated.config is not None else None
+    targeted = [module[0] for target in targets or () if (module := diffusers.parse_module(target))]
+    if targeted:
+        return Transformer(max(targeted) + 1, hidden, ()), "target_modules"
+    return Transformer(max(lora.layers, default=-1) + 1, hidden, ()), None
+
+
+def _size(value: object, most: int = MAX_LAYERS) -> int | None:
+    return value if type(value) is int and 1 <= value <= most else None

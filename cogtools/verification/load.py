@@ -1,0 +1,262 @@
+"""Really loading a LoRA with the libraries that people load it with, into a transformer whose weights take no memory.
+
+The transformer has its real shapes. Every base parameter views one zero, so that 5.6 billion of them take nothing,
+and lies on the CPU: adapters of a model on the meta device would stay there and receive nothing. What the libraries
+say while they load is heard, whatever the log level; a word of theirs is a problem here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cogtools.errors import Problem
+from cogtools.layouts.naming import DIFFUSERS
+from cogtools.verification.checks import scalings
+from cogtools.verification.expected import module_of
+from cogtools.verification.result import Check, counted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cogtools.layouts.cogvideox import Transformer
+    from cogtools.verification.expected import Expected
+    from cogtools.verification.stated import Stated
+    from cogtools.verification.written import WrittenLora
+
+LIBRARIES = ("diffusers", "peft", "transformers", "huggingface_hub", "accelerate")
+
+HEAD_SIZE = 64
+"""Of every attention head in the family."""
+
+_V1 = {"patch_size": 2, "patch_size_t": None, "patch_bias": True, "sample_frames": 49}
+_V1_5 = {"patch_size": 2, "patch_size_t": 2, "patch_bias": False, "sample_frames": 81}
+_V1_SAMPLE = {"sample_height": 60, "sample_width": 90}
+_V1_5_SAMPLE = {"sample_height": 300, "sample_width": 300}
+_ROTARY = {"use_rotary_positional_embeddings": True}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "2b": {**_V1, **_V1_SAMPLE},
+    "5b": {**_V1, **_V1_SAMPLE, **_ROTARY},
+    "5b-i2v": {**_V1, **_V1_SAMPLE, **_ROTARY, "in_channels": 32, "use_learned_positional_embeddings": True},
+    "1.5-5b": {**_V1_5, **_V1_5_SAMPLE, **_ROTARY},
+    "1.5-5b-i2v": {**_V1_5, **_V1_5_SAMPLE, **_ROTARY, "in_channels": 32, "ofs_embed_dim": 512},
+}
+"""diffusers' configuration of every model, without layers and heads. A transformer that is no published model takes
+that of 2B: LoRAs of the trainer touch the attention only, which all have alike.
+
+Source: diffusers, scripts/convert_cogvideox_to_diffusers.py.
+"""
+
+
+def check_load(lora: WrittenLora, expected: Expected, stated: Stated) -> tuple[Check, dict[str, str]]:
+    """Load a file, and compare what the model then holds with it; also the versions of the libraries.
+
+    Every parameter of every adapter must be one of the file's tensors, with its dtype, shape and bytes, and every
+    tensor of the file such a parameter; every module that should be adapted is, at the scaling that the file states.
+    """
+    # Imported before anything is listened to: what they say of themselves is not about the file.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import diffusers
+        import peft
+        from diffusers.loaders import lora_pipeline  # noqa: F401
+        from diffusers.models.transformers import cogvideox_transformer_3d  # noqa: F401
+
+    libraries = {"diffusers": diffusers.__version__, "peft": peft.__version__}
+    names = " and ".join(f"{name} {version}" for name, version in libraries.items())
+    reason = _cannot(lora, expected)
+    if reason is not None:
+        return Check("load", "fail", reason), libraries
+    with _everything_said() as said:
+        try:
+            transformer = weightless_transformer(expected.transformer, _dtype(lora))
+            loaded = _load(lora, transformer)
+        except Exception as error:  # noqa: BLE001 - whatever they raise is what a user of the file would see
+            text = f"{type(error).__name__}: {_one_line(str(error))}"
+            return Check("load", "fail", f"{names} do not load it", (Problem("error", text),)), libraries
+    problems = [Problem("said", f"{library}: {_one_line(text)}") for library, text in said]
+    adapters, held = _adapters(lora, loaded)
+    problems += _wrong_modules(lora, expected, stated, adapters)
+    problems += _wrong_tensors(lora, held)
+    if problems:
+        return Check("load", "fail", f"{names}: not loaded as the file says", tuple(problems)), libraries
+    scaling = ", ".join(f"{value:.10g}" for value in sorted({scaling for _, scaling in adapters.values()})[:5])
+    what = f"{counted(len(adapters), 'module')} took {counted(len(held), 'tensor')} at scaling {scaling}"
+    return Check("load", "pass", f"{names}: {what}, without a warning"), libraries
+
+
+def _cannot(lora: WrittenLora, expected: Expected) -> str | None:
+    """Why there is nothing to load the file into, or nothing that should read it; None if all is well."""
+    transformer = expected.transformer
+    if not transformer.hidden or not transformer.layers:
+        return "the file has no LoRA tensors, so there is nothing to load"
+    if transformer.hidden % HEAD_SIZE:
+        return f"no CogVideoX transformer has hidden size {transformer.hidden}: its heads have {HEAD_SIZE} each"
+    if lora.path.suffix != ".safetensors":
+        # diffusers would unpickle it.
+        return f"diffusers reads safetensors only from a file named .safetensors, not {lora.path.name}"
+    return None
+
+
+def _dtype(lora: WrittenLora) -> torch.dtype:
+    """The dtype of the base weights: the file's, since PEFT casts adapters to it without a word."""
+    name = next((tensor.entry.dtype.name for tensor in lora.tensors.values()), "float32")
+    dtype = getattr(torch, name)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
+
+
+def weightless_transformer(transformer: Transformer, dtype: torch.dtype) -> Any:
+    """A CogVideoXTransformer3DModel of real shapes whose base parameters all view one zero."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    slug = transformer.models[0].slug if transformer.models else "2b"
+    with torch.device("meta"):
+        model = CogVideoXTransformer3DModel(
+            num_layers=transformer.layers, num_attention_heads=transformer.hidden // HEAD_SIZE, **CONFIGS[slug]
+        )
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            zero = torch.zeros((), dtype=dtype).expand(parameter.shape)
+            setattr(module, name, torch.nn.Parameter(zero, requires_grad=False))
+    return model
+
+
+def _load(lora: WrittenLora, transformer: Any) -> Any:
+    """Load the file as its users do; the model with the adapters in it.
+
+    Both libraries would ask the Hugging Face Hub for a path that is no folder: this one is, and they are told not to.
+    """
+    folder = lora.path.absolute().parent
+    if lora.naming is not DIFFUSERS:
+        return _load_with_peft(folder, transformer)
+    from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
+
+    class Pipeline(CogVideoXLoraLoaderMixin):  # type: ignore[misc] # diffusers ships no types
+        """What `load_lora_weights` needs of a pipeline."""
+
+        hf_device_map = None
+        _lora_loadable_modules = ("transformer",)
+
+        def __init__(self, transformer: Any) -> None:
+            self.transformer = transformer
+            self.components = {"transformer": transformer}
+
+    Pipeline(transformer).load_lora_weights(
+        str(folder), weight_name=lora.path.name, low_cpu_mem_usage=True, local_files_only=True
+    )
+    return transformer
+
+
+def _load_with_peft(folder: Path, transformer: Any) -> Any:
+    from peft import PeftModel
+
+    # PEFT makes adapters in float32 unless told not to, whatever the file has.
+    loaded = PeftModel.from_pretrained(
+        transformer, str(folder), autocast_adapter_dtype=False, low_cpu_mem_usage=True, local_files_only=True
+    )
+    return loaded.get_base_model()
+
+
+def _adapters(lora: WrittenLora, model: Any) -> tuple[dict[str, tuple[bool, float]], dict[str, torch.Tensor]]:
+    """Every adapted module, whether its adapter works, and its scaling; and the adapters' parameters by file key."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapters: dict[str, tuple[bool, float]] = {}
+    held: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        (adapter,) = module.scaling
+        works = module.active_adapters == [adapter] and not module.disable_adapters and not module.merged
+        adapters[name] = works, float(module.scaling[adapter])
+        for parameter_name, parameter in module.named_parameters():
+            if not parameter_name.startswith("base_layer."):
+                held[f"{lora.naming.prefix}{name}.{parameter_name.replace(f'.{adapter}.', '.')}"] = parameter
+    return adapters, held
+
+
+def _wrong_modules(
+    lora: WrittenLora, expected: Expected, stated: Stated, adapters: dict[str, tuple[bool, float]]
+) -> list[Problem]:
+    """Modules without a working adapter, or with another scaling than the file states."""
+    problems = [
+        Problem("module", module, "no adapter", "an adapter")
+        for module in sorted({module_of(name) for name in expected.names} - adapters.keys())
+    ]
+    wanted = scalings(lora, stated)
+    for module, (works, scaling) in adapters.items():
+        if not works:
+            problems.append(Problem("module", module, "an adapter that is not active", "an active one"))
+        if module in wanted and not math.isclose(scaling, wanted[module], rel_tol=1e-9):
+            problems.append(Problem("scale", module, f"scaling {scaling:.10g}", f"{wanted[module]:.10g}, as stated"))
+    return problems
+
+
+def _wrong_tensors(lora: WrittenLora, held: dict[str, torch.Tensor]) -> list[Problem]:
+    """Differences between the adapters' parameters and the file's tensors, in both directions."""
+    problems = [
+        Problem("missing", key, "in the model, not in the file") for key in sorted(held.keys() - lora.file.tensors)
+    ]
+    for key, entry in lora.file.tensors.items():
+        parameter = held.get(key)
+        if parameter is None:
+            problems.append(Problem("unexpected", key, "in the file, not in the model"))
+        elif parameter.is_meta:
+            problems.append(Problem("value", key, "nothing: the adapter was never filled", "the file's values"))
+        elif str(parameter.dtype) != f"torch.{entry.dtype.name}" or tuple(parameter.shape) != entry.shape:
+            found = f"{parameter.dtype} {tuple(parameter.shape)}"
+            problems.append(Problem("value", key, found, f"{entry.dtype.name} {entry.shape}"))
+        elif not _same_bytes(parameter, entry.storage.range().read()):
+            problems.append(Problem("value", key, "other values", "the file's"))
+    return problems
+
+
+def _same_bytes(parameter: torch.Tensor, expected: bytes) -> bool:
+    held = parameter.detach().contiguous().view(-1).view(torch.uint8)
+    return torch.equal(held, torch.frombuffer(bytearray(expected), dtype=torch.uint8))
+
+
+@contextlib.contextmanager
+def _everything_said() -> Iterator[list[tuple[str, str]]]:
+    """Collect (library, text) of what the libraries warn of, by their loggers and by `warnings`; print nothing.
+
+    Their log level is that which they have by default, whatever the environment says.
+    """
+    said: list[tuple[str, str]] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append((record.name.split(".")[0], record.getMessage()))
+
+    listener = Listener(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in LIBRARIES]
+    before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers[:], logger.propagate = [listener], False
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            yield said
+        said += [(_library(warning.filename), str(warning.message)) for warning in warned]
+    finally:
+        for logger, handlers, level, propagate in before:
+            logger.handlers[:], logger.propagate = handlers, propagate
+            logger.setLevel(level)
+
+
+def _library(filename: str) -> str:
+    """The library that a source file belongs to."""
+    return next((name for name in (*LIBRARIES, "torch") if name in Path(filename).parts), Path(filename).name)
+
+
+def _one_line(text: str, length: int = 300) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"
