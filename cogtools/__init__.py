@@ -1,0 +1,61 @@
+"""Export, inspect and verify CogVideoX LoRA checkpoints.
+
+    >>> import cogtools
+    >>> report = cogtools.export_lora("ckpts/lora-disney/1000/mp_rank_00_model_states.pt", "out")
+
+Importing this package is instant: what it offers is imported when it is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from cogtools.checkpoint.opening import open_checkpoint
+    from cogtools.convert import ExportReport, export_lora
+    from cogtools.errors import CogtoolsError
+    from cogtools.inspection.analysis import Selection, inspect_checkpoint
+    from cogtools.inspection.report import CheckpointReport
+    from cogtools.verification.result import VerifyReport
+    from cogtools.verification.verify import verify_lora
+
+_HOME = {
+    "CheckpointReport": "cogtools.inspection.report",
+    "CogtoolsError": "cogtools.errors",
+    "ExportReport": "cogtools.convert",
+    "VerifyReport": "cogtools.verification.result",
+    "Selection": "cogtools.inspection.analysis",
+    "export_lora": "cogtools.convert",
+    "inspect_checkpoint": "cogtools.inspection.analysis",
+    "open_checkpoint": "cogtools.checkpoint.opening",
+    "verify_lora": "cogtools.verification.verify",
+}
+
+__all__ = [
+    "CheckpointReport",
+    "CogtoolsError",
+    "ExportReport",
+    "Selection",
+    "VerifyReport",
+    "__version__",
+    "export_lora",
+    "inspect_checkpoint",
+    "open_checkpoint",
+    "verify_lora",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

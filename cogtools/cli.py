@@ -1,0 +1,323 @@
+"""The command line: it parses the words, calls the library, shows the report, and chooses the exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from cogtools import __version__
+from cogtools.errors import CogtoolsError, InterruptedByUserError, OptionError
+from cogtools.layouts.cogvideox import MODELS
+from cogtools.render import text
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from cogtools.batch import BatchChoice
+    from cogtools.convert import ExportOptions
+
+DONE = 0
+WRONG = 1
+COULD_NOT = 2
+INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt
+
+app = typer.Typer(
+    name="cogtools",
+    help="Export, inspect and verify CogVideoX LoRA checkpoints.",
+    rich_markup_mode=None,  # plain help: long names stay whole, and nothing else has to be imported
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Iteration = Annotated[
+    int | None, typer.Option(metavar="N", help="Which iteration of a save folder; the latest if not given.")
+]
+Ema = Annotated[bool, typer.Option("--ema", help="Take the EMA weights (the folder N-ema).")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        text.emit(f"cogtools {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("export-lora", short_help="Make a LoRA for diffusers of a trainer's checkpoint.")
+def export_lora_command(
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CHECKPOINT... OUT_DIR",
+            show_default=False,
+            help="A checkpoint (a file, an iteration's folder or the trainer's save folder), and where to write. "
+            "With several checkpoints, each gets a folder of its own in OUT_DIR.",
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="The training's lora_alpha, where training_config.yaml does not say.")
+    ] = None,
+    scale: Annotated[
+        str,
+        typer.Option(
+            metavar="metadata|fold|none",
+            help="How alpha/rank travels: stated in the header (diffusers >= 0.34), multiplied into the weights "
+            "(everything else), or not at all.",
+        ),
+    ] = "metadata",
+    dtype: Annotated[str, typer.Option(metavar="keep|fp32|fp16|bf16", help="Cast the tensors.")] = "keep",
+    iteration: Iteration = None,
+    ema: Ema = False,
+    every: Annotated[bool, typer.Option("--all", help="Export every iteration of a save folder.")] = False,
+    allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Accept a LoRA of some layers only.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
+    sha256: Annotated[bool, typer.Option("--sha256", help="Tell the output's SHA-256.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    sat_pt_path: Annotated[str | None, typer.Option("--sat_pt_path", hidden=True)] = None,
+    lora_save_directory: Annotated[str | None, typer.Option("--lora_save_directory", hidden=True)] = None,
+) -> None:
+    """Turn the LoRA in a checkpoint of the SAT trainer into one that diffusers loads at the right strength.
+
+    Example: cogtools export-lora ckpts/lora-disney/1000/mp_rank_00_model_states.pt out/
+    """
+    from cogtools.checkpoint.storage import is_folder
+    from cogtools.convert import ExportOptions, export_lora
+    from cogtools.render.export import show_export
+    from cogtools.render.progress import Progress
+    from cogtools.report import report_json
+
+    *sources, out = _sources_and_output([*(paths or []), *filter(None, (sat_pt_path, lora_save_directory))])
+    options = ExportOptions(
+        alpha=alpha,
+        scale=scale,  # type: ignore[typeddict-item] # export_lora refuses other words
+        dtype=dtype,  # type: ignore[typeddict-item] # the same
+        allow_partial=allow_partial,
+        sha256=sha256,
+    )
+    # As `cp` has it: a folder that goes into another one keeps a name of its own there.
+    if len(sources) > 1 or every or (is_folder(Path(sources[0])) and out.endswith(("/", os.sep))):
+        from cogtools.batch import BatchChoice
+
+        chosen = BatchChoice(iteration=iteration, ema=ema, every=every)
+        _export_many(sources, out, options, chosen, overwrite=overwrite, dry_run=dry_run, json=json, quiet=quiet)
+        return
+    with Progress("writing", hidden=quiet or json) as progress:
+        report = export_lora(
+            sources[0],
+            out,
+            **options,
+            iteration=iteration,
+            ema=ema,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=progress.update,
+        )
+    if json:
+        text.emit(report_json("export-lora", "ok", report))
+    elif not quiet:
+        show_export(report)
+
+
+def _sources_and_output(paths: list[str]) -> list[str]:
+    if len(paths) < 2:
+        raise OptionError(
+            "export-lora takes a checkpoint and a place for the output",
+            found=" ".join(paths) or "neither",
+            expected="cogtools export-lora CHECKPOINT OUT_DIR",
+            hint="cogtools export-lora --help",
+        )
+    return paths
+
+
+def _export_many(
+    sources: list[str],
+    out: str,
+    options: ExportOptions,
+    chosen: BatchChoice,
+    *,
+    overwrite: bool,
+    dry_run: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    from cogtools.batch import batch_report, export_many, plan_batch
+    from cogtools.render.export import show_batch, show_batch_item
+    from cogtools.report import report_json
+
+    items = []
+    for item in export_many(plan_batch(sources, Path(out), **chosen), options, overwrite=overwrite, dry_run=dry_run):
+        items.append(item)
+        if not json:
+            show_batch_item(item, quiet=quiet)
+    report = batch_report(items)
+    if json:
+        text.emit(report_json("export-lora", "error" if report.failed else "ok", report))
+    elif not quiet:
+        show_batch(report)
+    if report.failed:
+        raise typer.Exit(COULD_NOT)
+
+
+@app.command("inspect", short_help="Show what a checkpoint holds.")
+def inspect_command(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="CHECKPOINT...", show_default=False, help="Files or folders."),
+    ],
+    keys: Annotated[
+        list[str] | None, typer.Option("--keys", metavar="GLOB", help="List keys that fit, or have this in them.")
+    ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="List the LoRA only.")] = False,
+    section: Annotated[
+        str | None, typer.Option(metavar="NAME", help="List one section only, such as transformer or vae.")
+    ] = None,
+    tree: Annotated[bool, typer.Option("--tree", help="Fold equal layers: all keys on a screen or two.")] = False,
+    sort: Annotated[str, typer.Option(metavar="key|size|offset", help="The order of the list.")] = "key",
+    limit: Annotated[int | None, typer.Option(metavar="N", help="List so many at most.")] = None,
+    offsets: Annotated[bool, typer.Option("--offsets", help="Tell where in the file each tensor begins.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Read the listed tensors: min, max, mean, std, norm, zeros, NaN, Inf.")
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw how strong a LoRA's updates are (.png, .svg); of two, both."),
+    ] = None,
+    iteration: Iteration = None,
+    ema: Ema = False,
+    json: Json = False,
+) -> None:
+    """Show what a checkpoint holds. Nothing of it is run, and its weights are read for --stats and --plot only.
+
+    Example: cogtools inspect ckpts/lora-disney/1000/mp_rank_00_model_states.pt --tree
+    """
+    from cogtools.inspection.analysis import Selection
+    from cogtools.inspection.command import inspect_checkpoints
+    from cogtools.render.progress import Progress
+
+    selection = Selection(
+        keys=tuple(keys or ()),
+        lora=lora,
+        section=section,
+        sort=sort,  # type: ignore[arg-type] # inspect_checkpoints refuses other words
+        limit=limit,
+        offsets=offsets,
+        statistics=stats,
+    )
+    with Progress("reading", hidden=json) as progress:
+        report = inspect_checkpoints(
+            paths, selection, iteration=iteration, ema=ema, plot=plot, progress=progress.update
+        )
+    if json:
+        from cogtools.report import report_json
+
+        text.emit(report_json("inspect", "ok", report))
+    else:
+        from cogtools.render.inspect import show_inspection
+
+        show_inspection(report, tree=tree)
+
+
+@app.command("verify", short_help="Prove that a LoRA is complete, faithful and loads.")
+def verify_command(
+    out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="The LoRA: a folder or a file.")],
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="CHECKPOINT", help="Compare every value and the scale with the checkpoint's."),
+    ] = None,
+    iteration: Iteration = None,
+    ema: Ema = False,
+    load: Annotated[
+        bool, typer.Option("--load", help="Load it with diffusers and PEFT, into a model of the real size.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="|".join(model.slug for model in MODELS), help="The model, where the file does not tell."),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(metavar="N", help="How many layers the model has, where it is none of those.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Take warnings for failures.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check that an exported LoRA is complete, is what the checkpoint holds, and loads at the right strength.
+
+    Exit code: 0 verified, 1 something is wrong with it, 2 it could not be opened.
+
+    Example: cogtools verify out/ --against ckpts/lora-disney --load
+    """
+    from cogtools.render.progress import Progress
+    from cogtools.render.verify import show_verification
+    from cogtools.report import report_json
+    from cogtools.verification.verify import verify_lora
+
+    with Progress("verifying", hidden=quiet or json) as progress:
+        report = verify_lora(
+            out,
+            against=against,
+            iteration=iteration,
+            ema=ema,
+            load=load,
+            model=model,
+            layers=layers,
+            strict=strict,
+            progress=progress.update,
+        )
+    wrong = report.verdict == "fail"
+    if json:
+        text.emit(report_json("verify", "wrong" if wrong else "ok", report))
+    else:
+        show_verification(report, quiet=quiet)
+    if wrong:
+        raise typer.Exit(WRONG)
+
+
+def run(arguments: list[str]) -> int:
+    """Carry out a command line; the exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = app(arguments or ["--help"], prog_name="cogtools", standalone_mode=False)
+    except CogtoolsError as error:
+        _fail(arguments, error)
+        return COULD_NOT
+    except typer.TyperException as error:
+        _fail(arguments, _usage_error(error))
+        return COULD_NOT
+    if code == INTERRUPTED:
+        _fail(arguments, InterruptedByUserError("interrupted: nothing was left half-written"))
+    return code if isinstance(code, int) else DONE
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _usage_error(error: typer.TyperException) -> OptionError:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "cogtools"
+    return OptionError(error.format_message().rstrip("."), hint=f"{command} --help")
+
+
+def _fail(arguments: list[str], error: CogtoolsError) -> None:
+    if "--json" not in arguments:
+        text.error(error)
+        return
+    from cogtools.report import error_json
+
+    commands = [command.name for command in app.registered_commands]
+    text.emit(error_json(next((word for word in arguments if word in commands), None), error))

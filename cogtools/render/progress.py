@@ -1,0 +1,57 @@
+"""A progress bar for those who wait: on a terminal, and only once there is something to wait for."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+PATIENCE_SECONDS = 0.5
+"""How long a job may take before a bar appears."""
+
+
+class Progress:
+    """Shows how many bytes of a job are done.
+
+    Args:
+        verb: what is going on, such as "writing".
+        hidden: show nothing, whatever happens.
+    """
+
+    def __init__(self, verb: str, *, hidden: bool = False) -> None:
+        self._verb = verb
+        self._hidden = hidden or not sys.stderr.isatty()
+        self._start = time.monotonic()
+        self._bar: RichProgress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done_bytes: int, all_bytes: int) -> None:
+        """Tell how far the job is."""
+        if self._hidden or time.monotonic() - self._start < PATIENCE_SECONDS:
+            return
+        if self._bar is None:
+            self._bar = self._make_bar()
+            self._task = self._bar.add_task(self._verb, total=all_bytes)
+            self._bar.start()
+        if self._task is not None:
+            self._bar.update(self._task, completed=done_bytes, total=all_bytes)
+
+    @staticmethod
+    def _make_bar() -> RichProgress:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+        return RichProgress(*columns, console=Console(stderr=True), transient=True)

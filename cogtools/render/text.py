@@ -1,0 +1,93 @@
+"""What all commands share: numbers with units, text that is safe to print, and where it is printed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+from cogtools.errors import InterruptedByUserError
+
+if TYPE_CHECKING:
+    from cogtools.errors import CogtoolsError
+
+MAX_SHOWN_CHARS = 1000
+"""The longest text that an error shows of a file."""
+
+_UNITS = ("bytes", "kB", "MB", "GB", "TB")
+_BOLD_RED, _BOLD, _YELLOW, _RESET = "\x1b[1;31m", "\x1b[1m", "\x1b[33m", "\x1b[0m"
+
+
+def size(size_bytes: int) -> str:
+    """A number of bytes as people read it: "118.0 MB", in powers of 1000 as disks and `ls -h --si` count."""
+    value, unit = float(size_bytes), 0
+    while value >= 999.95 and unit < len(_UNITS) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{size_bytes} bytes" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
+
+
+def number(value: float) -> str:
+    """A number without needless digits: "1", "0.0078125"."""
+    return f"{value:.10g}"
+
+
+def printable(text: str) -> str:
+    """Text from a file or a file name, in which nothing acts on the terminal.
+
+    Control characters, escapes, bidirectional overrides and bytes that are no text are shown as their codes.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
+    )
+
+
+def emit(text: str) -> None:
+    """Print a result. A reader that has seen enough and closed the pipe is no error."""
+    _print(text, sys.stdout)
+
+
+def talk(text: str) -> None:
+    """Print what is not the result: notices, errors."""
+    _print(text, sys.stderr)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    try:
+        stream.write(text + "\n")
+        stream.flush()
+    except UnicodeEncodeError:
+        encoding = stream.encoding or "ascii"
+        _print(text.encode(encoding, "backslashreplace").decode(encoding), stream)
+    except BrokenPipeError:
+        # What is still buffered would fail once more when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def has_colour(stream: TextIO) -> bool:
+    """Whether to colour: a terminal that can, and no NO_COLOR (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def notice(text: str) -> None:
+    """Say something that the user should know."""
+    label = f"{_YELLOW}note:{_RESET}" if has_colour(sys.stderr) else "note:"
+    talk(f"{label} {printable(text)}")
+
+
+def _shortened(text: str) -> str:
+    """At most `MAX_SHOWN_CHARS` of a text; a hostile file has keys of a million. `--json` has all of it."""
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]} … ({len(text):,} characters)"
+
+
+def error(problem: CogtoolsError) -> None:
+    """Say what failed, in fields."""
+    if isinstance(problem, InterruptedByUserError):
+        talk(problem.what)
+        return
+    colour = has_colour(sys.stderr)
+    label, bold, reset = (f"{_BOLD_RED}error:{_RESET}", _BOLD, _RESET) if colour else ("error:", "", "")
+    lines = [f"{label} {bold}{printable(problem.what)}{reset}"]
+    lines += [f"  {name + ':':<10} {_shortened(printable(value))}" for name, value in problem.fields()]
+    talk("\n".join(lines))

@@ -1,0 +1,91 @@
+"""What `verify` says: a line or a table row per check, what is wrong under it, and the verdict last."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from cogtools.errors import SHOWN_PROBLEMS
+from cogtools.render.text import emit, number, printable, size
+
+if TYPE_CHECKING:
+    from cogtools.verification.result import Check, VerifyReport
+
+_STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "skipped": "dim"}
+
+
+def show_verification(report: VerifyReport, *, quiet: bool = False) -> None:
+    """Print the checks and the verdict; if quiet, only what is wrong."""
+    checks = [check for check in report.checks if not quiet or check.status == "fail"]
+    if quiet and not checks:
+        return
+    if sys.stdout.isatty():
+        _show_table(report, checks)
+    else:
+        emit("\n".join(printable(line) for line in [*_about(report), "", *_lines(checks), "", verdict_line(report)]))
+
+
+def _about(report: VerifyReport) -> list[str]:
+    rank = ", ".join(map(str, report.rank)) or "unknown"
+    scaling = ", ".join(map(number, report.scaling)) or "unknown"
+    dtype = ", ".join(report.dtype) or "none"
+    rows = [
+        ("file", f"{report.path} ({size(report.size_bytes)})"),
+        ("model", report.model),
+        ("LoRA", f"{report.naming}, {len(report.layers)} layers, rank {rank}, {dtype}, effective scaling {scaling}"),
+    ]
+    if report.against is not None:
+        rows.append(("against", str(report.against)))
+    return [f"{name:<8} {value}" for name, value in rows]
+
+
+def _lines(checks: list[Check]) -> list[str]:
+    width = max(len(check.name) for check in checks)
+    lines = []
+    for check in checks:
+        lines.append(f"{check.status:<8} {check.name:<{width}}  {check.seen}")
+        lines += [" " * 9 + text for text in problem_lines(check)]
+    return lines
+
+
+def problem_lines(check: Check) -> list[str]:
+    """What is wrong, the first ones of many."""
+    lines = [str(problem) for problem in check.problems[:SHOWN_PROBLEMS]]
+    more = len(check.problems) - SHOWN_PROBLEMS
+    return [*lines, f"… and {more:,} more (--json lists all)"] if more > 0 else lines
+
+
+def verdict_line(report: VerifyReport) -> str:
+    """The verdict in one line."""
+    of = {status: [check.name for check in report.checks if check.status == status] for status in _STYLES}
+    done = len(report.checks) - len(of["skipped"])
+    if report.verdict == "fail":
+        return f"NOT verified: {len(of['fail'])} of {done} checks failed ({', '.join(of['fail'])})"
+    if report.verdict == "warn":
+        warnings = f"{len(of['warn'])} warning{'s' if len(of['warn']) > 1 else ''} ({', '.join(of['warn'])})"
+        return f"verified, with {warnings}: {len(of['pass'])} of {done} checks passed"
+    return f"verified: all {done} checks passed"
+
+
+def _show_table(report: VerifyReport, checks: list[Check]) -> None:
+    """The same on a terminal. Text of the file goes in as `Text`, in which rich reads no markup."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("check", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    table.add_column("seen", overflow="fold")
+    for check in checks:
+        seen = Text(printable(check.seen))
+        for line in problem_lines(check):
+            seen.append("\n" + printable(line), style="dim")
+        table.add_row(Text(check.name), Text(check.status, style=_STYLES[check.status]), seen)
+    console = Console(highlight=False)
+    for line in _about(report):
+        console.print(Text(printable(line)))
+    console.print()
+    console.print(table)
+    console.print()
+    console.print(Text(printable(verdict_line(report)), style=_STYLES[report.verdict]))
