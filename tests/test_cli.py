@@ -1,0 +1,385 @@
+"""The command line: what it prints where, how it ends, and that it starts without what it does not need."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from referencing import Registry, Resource
+from safetensors.torch import load_file, save_file
+
+import cogtools
+from cogtools import cli
+from tests.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
+
+NAME = "pytorch_lora_weights.safetensors"
+SCHEMAS = Path(cogtools.__file__).parent / "schemas"
+
+
+class Result:
+    """How a command ended, and what it printed."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def cogtools_cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run a command line in this process."""
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+
+    def run(*words: str | Path) -> Result:
+        code = cli.run([str(word) for word in words])
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A trainer's save folder with a toy LoRA of rank 4."""
+    save_run(tmp_path / "run", sat_checkpoint(sat_state_dict(TOY_2B, 4)), rank=4)
+    return tmp_path / "run"
+
+
+def process(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the program in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "cogtools", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def validate(found: Any) -> None:
+    """Hold an object that --json printed against the schema of its command."""
+    schemas = [json.loads(path.read_text()) for path in SCHEMAS.glob("*.json")]
+    registry: Registry[Any] = Registry().with_resources(
+        (schema["$id"], Resource.from_contents(schema)) for schema in schemas
+    )
+    name = f"{found['command']}.json" if found["command"] else "error.json"
+    schema = json.loads((SCHEMAS / name).read_text())
+    jsonschema.Draft202012Validator(schema, registry=registry).validate(found)
+
+
+# The result
+
+
+def test_export_says_what_it_found_and_wrote_and_how_to_load_it(
+    cogtools_cli: Callable[..., Result], run_folder: Path, tmp_path: Path
+) -> None:
+    result = cogtools_cli("export-lora", run_folder, tmp_path / "out")
+    out = tmp_path / "out"
+    assert (result.code, result.out) == (
+        0,
+        "model     CogVideoX of no published size: 3 layers, hidden size 128\n"
+        "LoRA      3 layers, 12 modules, rank 4, float16\n"
+        "alpha     1 (SAT's default), scaling 1/4 = 0.25, stated in the header\n"
+        f"written   {out / NAME}: 24 tensors, float16, 28.5 kB\n"
+        "checked   the CRC-32s of the weights that were read\n"
+        "\n"
+        "Load it at weight 1.0, for the scale is in the file (no set_adapters or fuse_lora with 1/rank):\n"
+        f'    pipe.load_lora_weights("{out}", weight_name="{NAME}", adapter_name="lora")\n',
+    )
+    assert result.err == (
+        "note: training_config.yaml sets no lora_alpha, so alpha is 1, SAT's default.\n"
+        "note: The scale is stated in the file's header, which diffusers reads from 0.34 on. "
+        "For ComfyUI and everything else, export with --scale fold.\n"
+    )
+
+
+def test_an_export_without_its_scale_says_at_what_weight_to_load_it(
+    cogtools_cli: Callable[..., Result], run_folder: Path, tmp_path: Path
+) -> None:
+    result = cogtools_cli("export-lora", run_folder, tmp_path / "a.safetensors", "--scale", "none", "--alpha", "2")
+    assert result.out.splitlines()[-3:] == [
+        "Load it, and bring the scale yourself:",
+        f'    pipe.load_lora_weights("{tmp_path}", weight_name="a.safetensors", adapter_name="lora")',
+        '    pipe.set_adapters("lora", 0.5)',
+    ]
+    assert result.err == "note: The file does not carry its scale: whoever loads it must use weight 0.5.\n"
+
+
+def test_quiet_prints_nothing(cogtools_cli: Callable[..., Result], run_folder: Path, tmp_path: Path) -> None:
+    result = cogtools_cli("export-lora", run_folder, tmp_path / "out", "--quiet")
+    assert (result.code, result.out, result.err) == (0, "", "")
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"], ["--sha256", "--scale", "fold"], ["--scale", "none"]])
+def test_json_is_one_object_of_the_schema(
+    cogtools_cli: Callable[..., Result], run_folder: Path, tmp_path: Path, options: list[str]
+) -> None:
+    result = cogtools_cli("export-lora", run_folder, tmp_path / "out", "--json", *options)
+    assert (result.code, result.err) == (0, "")
+    validate(result.json)
+    assert result.json["report"]["tensors"] == 24
+
+
+def test_the_flags_of_the_old_script_keep_working(
+    cogtools_cli: Callable[..., Result], run_folder: Path, tmp_path: Path
+) -> None:
+    path = run_folder / "1000" / "mp_rank_00_model_states.pt"
+    result = cogtools_cli("export-lora", "--sat_pt_path", path, "--lora_save_directory", tmp_path / "out")
+    assert result.code == 0
+    assert len(load_file(tmp_path / "out" / NAME)) == 24
+
+
+# Bad input
+
+
+def a_text(folder: Path) -> Path:
+    (folder / "a.pt").write_text("epoch 1: loss 0.3\n")
+    return folder / "a.pt"
+
+
+def cut_short(folder: Path) -> Path:
+    torch.save(sat_state_dict(TOY_2B, 4), folder / "a.pt")
+    content = (folder / "a.pt").read_bytes()
+    (folder / "a.pt").write_bytes(content[: len(content) // 2])
+    return folder / "a.pt"
+
+
+def an_empty_folder(folder: Path) -> Path:
+    (folder / "a").mkdir()
+    return folder / "a"
+
+
+def a_base_model(folder: Path) -> Path:
+    torch.save(sat_state_dict(TOY_2B, 4, layers=[]), folder / "a.pt")
+    return folder / "a.pt"
+
+
+def one_tensor_missing(folder: Path) -> Path:
+    state = dict(sat_state_dict(TOY_2B, 4))
+    del state["model.diffusion_model.transformer.layers.2.attention.dense.matrix_B.0"]
+    torch.save(state, folder / "a.pt")
+    return folder / "a.pt"
+
+
+def safetensors_in_its_place(folder: Path) -> Path:
+    save_file({"transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(4, 128)}, folder / "a.pt")
+    return folder / "a.pt"
+
+
+BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "missing": (lambda folder: folder / "a.pt", "error: there is no such file\n  file:      {path}\n"),
+    "text": (
+        a_text,
+        "error: this is no checkpoint\n"
+        "  file:      {path}\n"
+        "  found:     a text file that begins with 'epoch 1: loss 0.3'\n"
+        "  expected:  a file of torch.save (.pt, .pth, .bin, .ckpt) or safetensors\n",
+    ),
+    "cut-short": (
+        cut_short,
+        "error: the file is cut short: this zip archive has no directory at its end\n"
+        "  file:      {path}\n"
+        "  found:     {size} bytes\n"
+        "  try:       copy or download it again; a checkpoint that is still being written looks like this too\n",
+    ),
+    "empty-folder": (
+        an_empty_folder,
+        "error: there is no checkpoint in this folder\n"
+        "  file:      {path}\n"
+        "  found:     nothing: the folder is empty\n"
+        "  expected:  a checkpoint file, or folders of iterations as the trainer makes them (1000/, latest)\n",
+    ),
+    "base-model": (
+        a_base_model,
+        "error: there is no LoRA of the SAT trainer in this checkpoint\n"
+        "  file:      {path}\n"
+        "  found:     a base model without a LoRA (188 tensors)\n"
+        "  expected:  keys such as …layers.0.attention.query_key_value.matrix_A.0\n"
+        "  try:       cogtools inspect {path}\n",
+    ),
+    "tensor-missing": (
+        one_tensor_missing,
+        "error: the LoRA in this checkpoint is not as it should be: 1 missing\n"
+        "  file:      {path}\n"
+        "  problem:   missing: model.diffusion_model.transformer.layers.2.attention.dense.matrix_B.0\n"
+        "  try:       cogtools inspect {path} --lora\n",
+    ),
+    "diffusers-lora": (
+        safetensors_in_its_place,
+        "error: there is no LoRA of the SAT trainer in this checkpoint\n"
+        "  file:      {path}\n"
+        "  found:     a LoRA in diffusers' layout already\n"
+        "  expected:  keys such as …layers.0.attention.query_key_value.matrix_A.0\n"
+        "  try:       cogtools verify {path}\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_one_clear_error(cogtools_cli: Callable[..., Result], tmp_path: Path, name: str) -> None:
+    make, message = BAD[name]
+    path = make(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    size = f"{path.stat().st_size:,}" if path.exists() else ""
+    result = cogtools_cli("export-lora", path, tmp_path / "out")
+    assert (result.code, result.out, result.err) == (2, "", message.format(path=path, size=size))
+    as_json = cogtools_cli("export-lora", path, tmp_path / "out", "--json")
+    assert (as_json.code, as_json.err) == (2, "")
+    validate(as_json.json)
+    assert as_json.json["error"]["what"] == message.splitlines()[0].removeprefix("error: ")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param(["export-lora"], "export-lora takes a checkpoint and a place for the output", id="nothing"),
+        pytest.param(["export-lora", "a.pt"], "export-lora takes a checkpoint and a place for the output", id="one"),
+        pytest.param(["export-lora", "--alhpa", "1", "a", "b"], "No such option: --alhpa", id="unknown-option"),
+        pytest.param(["exprot-lora"], "No such command 'exprot-lora'", id="unknown-command"),
+        pytest.param(["export-lora", "a", "b", "--alpha", "x"], "Invalid value for '--alpha'", id="no-number"),
+    ],
+)
+def test_wrong_usage_is_told_and_ends_with_2(
+    cogtools_cli: Callable[..., Result], words: list[str], message: str
+) -> None:
+    result = cogtools_cli(*words)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(f"error: {message}")
+    as_json = cogtools_cli(*words, "--json")
+    assert (as_json.code, as_json.err) == (2, "")
+    validate(as_json.json)
+    assert as_json.json["error"]["kind"] == "usage"
+
+
+def test_only_ten_problems_are_shown_and_json_has_them_all(cogtools_cli: Callable[..., Result], tmp_path: Path) -> None:
+    torch.save(sat_state_dict(TOY_2B, 4, layers=[0]), tmp_path / "a.pt")
+    lines = cogtools_cli("export-lora", tmp_path / "a.pt", tmp_path / "out").err.splitlines()
+    assert sum(line.startswith("  problem: ") for line in lines) == 11
+    assert lines[-2] == "  problem:   … and 6 more (--json lists all)"
+    found = cogtools_cli("export-lora", tmp_path / "a.pt", tmp_path / "out", "--json").json
+    assert len(found["error"]["problems"]) == 16
+
+
+def test_what_a_file_says_does_not_act_on_the_terminal(cogtools_cli: Callable[..., Result], tmp_path: Path) -> None:
+    state = {**sat_state_dict(TOY_2B, 4), "evil\x1b[2J\n[red].matrix_A.0": torch.zeros(1)}
+    torch.save(state, tmp_path / "a.pt")
+    result = cogtools_cli("export-lora", tmp_path / "a.pt", tmp_path / "out")
+    assert "unexpected: evil\\x1b[2J\\n[red].matrix_A.0 (" in result.err
+
+
+def test_a_key_of_a_million_characters_is_shown_in_part(cogtools_cli: Callable[..., Result], tmp_path: Path) -> None:
+    key = "k" * 1_000_000 + ".matrix_A.0"
+    torch.save({**sat_state_dict(TOY_2B, 4), key: torch.zeros(1)}, tmp_path / "a.pt")
+    result = cogtools_cli("export-lora", tmp_path / "a.pt", tmp_path / "out")
+    assert f"unexpected: {'k' * 988} … (" in result.err
+    assert len(result.err) < 2000
+    as_json = cogtools_cli("export-lora", tmp_path / "a.pt", tmp_path / "out", "--json").json
+    assert as_json["error"]["problems"][0]["subject"] == key
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, ("touch fired",)
+
+
+def test_an_export_warns_of_a_checkpoint_that_would_run_code(
+    cogtools_cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"module": sat_state_dict(TOY_2B, 4), "hook": Evil()}, tmp_path / "a.pt")
+    result = cogtools_cli("export-lora", tmp_path / "a.pt", tmp_path / "out")
+    assert (result.code, len(load_file(tmp_path / "out" / NAME))) == (0, 24)
+    assert result.err.splitlines()[0] == (
+        f"note: The checkpoint names what can run code: {os.system.__module__}.system. "
+        "Nothing was run; do not torch.load it."
+    )
+    assert not (tmp_path / "fired").exists()
+
+
+# The program
+
+
+def test_the_version_is_told() -> None:
+    assert process("--version").stdout == f"cogtools {cogtools.__version__}\n"
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["export-lora", "--help"], ["export-lora", "-h"]])
+def test_help_is_plain_text(words: list[str]) -> None:
+    done = process(*words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Usage: cogtools ")
+    assert "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_can_complete_it(shell: str) -> None:
+    done = process("--show-completion", shell)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "COGTOOLS" in done.stdout
+
+
+def test_a_pipe_that_is_closed_early_is_no_error(run_folder: Path, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "cogtools", "export-lora", run_folder, tmp_path / "out"],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, "Traceback" in done.stderr, "BrokenPipe" in done.stderr) == (0, False, False)
+
+
+HEAVY = ("torch", "diffusers", "peft", "safetensors", "numpy", "transformers", "rich", "yaml")
+
+WATCHED = """
+import sys
+from cogtools.cli import run
+code = run(sys.argv[2:])
+loaded = sorted(name for name in sys.argv[1].split(",") if name in sys.modules)
+sys.exit(f"loaded {loaded}" if loaded or code else 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("heavy", "words"),
+    [
+        pytest.param(HEAVY, ["--help"], id="help"),
+        pytest.param(HEAVY, ["export-lora", "--help"], id="command-help"),
+        pytest.param(tuple(set(HEAVY) - {"yaml"}), ["export-lora", "{run}", "{out}"], id="export-lora"),
+    ],
+)
+def test_nothing_is_imported_that_is_not_needed(
+    heavy: tuple[str, ...], words: list[str], run_folder: Path, tmp_path: Path
+) -> None:
+    words = [word.format(run=run_folder, out=tmp_path / "out") for word in words]
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, ",".join(heavy), *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    command = "import sys; before = set(sys.modules); import cogtools; print(sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    loaded = [name for name in json.loads(done.stdout.replace("'", '"')) if name.startswith("cogtools")]
+    assert loaded == ["cogtools"]
+
+
+def test_the_package_offers_what_it_says() -> None:
+    assert all(getattr(cogtools, name) is not None for name in cogtools.__all__)
+    assert set(cogtools.__all__) <= set(dir(cogtools))
+    with pytest.raises(AttributeError, match="module 'cogtools' has no attribute 'nothing'"):
+        _ = cogtools.nothing

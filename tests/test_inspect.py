@@ -1,0 +1,676 @@
+"""inspect: what it says of a checkpoint is what torch.load and the files themselves say."""
+
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cogtools import cli
+from cogtools.errors import CogtoolsError
+from cogtools.inspection.analysis import Selection, inspect_checkpoint, kind_of, matches, natural
+from cogtools.inspection.globals import danger_of
+from cogtools.inspection.report import (
+    CheckpointReport,
+    DTypeReport,
+    EntryReport,
+    ExportOutlook,
+    FileReport,
+    GlobalReport,
+    IterationReport,
+    LoraReport,
+    ModelReport,
+    SecondCopy,
+    SectionReport,
+)
+from cogtools.inspection.sections import SECTIONS, section_of
+from cogtools.layouts.diffusers import adapter_metadata
+from tests.factories import (
+    COGVIDEOX_2B,
+    SAVERS,
+    TOY_2B,
+    module_shapes,
+    sat_checkpoint,
+    sat_state_dict,
+    save_run,
+    zoo,
+)
+from tests.test_cli import process, validate
+
+
+class Result:
+    """How a command ended, and what it printed."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def report(self) -> Any:
+        """The report of the one checkpoint, from JSON that keeps to its schema."""
+        found = json.loads(self.out)
+        validate(found)
+        (checkpoint,) = found["report"]["checkpoints"]
+        return checkpoint
+
+
+@pytest.fixture
+def inspect(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run `cogtools inspect` in this process."""
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+
+    def run(*words: str | Path) -> Result:
+        code = cli.run(["inspect", *map(str, words)])
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A checkpoint file of a toy training, alone."""
+    path = tmp_path / "toy.pt"
+    torch.save(sat_checkpoint(sat_state_dict(TOY_2B, 4)), path)
+    return path
+
+
+# What torch.load sees
+
+
+def described_by_torch(value: Any, path: str = "") -> dict[str, tuple[Any, ...]]:
+    """Every tensor in nested containers: dtype, shape, stride, offset, and which storage it views."""
+    if isinstance(value, torch.Tensor):
+        facts = (
+            str(value.dtype).removeprefix("torch."),
+            tuple(value.shape),
+            tuple(value.stride()),
+            value.storage_offset(),
+            value.untyped_storage()._cdata,
+        )
+        return {path: facts}
+    items = list(value.items()) if isinstance(value, dict) else []
+    items = list(enumerate(value)) if isinstance(value, list | tuple) else items
+    found: dict[str, tuple[Any, ...]] = {}
+    for name, item in items:
+        found |= described_by_torch(item, f"{path}.{name}" if path else str(name))
+    return found
+
+
+def renumbered(described: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    """The same with storages numbered by the keys, in order, that view them first."""
+    numbers: dict[object, int] = {}
+    return {key: (*facts[:-1], numbers.setdefault(facts[-1], len(numbers))) for key, facts in sorted(described.items())}
+
+
+def described_by_report(report: CheckpointReport) -> dict[str, tuple[Any, ...]]:
+    wrapper = report.wrapper + "." if report.wrapper else ""
+    return {
+        (wrapper if tensor.in_state_dict else "") + tensor.key: (
+            tensor.dtype,
+            tensor.shape,
+            tensor.stride,
+            tensor.storage_offset,
+            tensor.storage,
+        )
+        for tensor in report.tensors
+    }
+
+
+@pytest.mark.parametrize("saver", [name for name in SAVERS if name != "cuda"])
+def test_every_tensor_is_as_torch_loads_it(tmp_path: Path, saver: str) -> None:
+    path = tmp_path / "a.pt"
+    SAVERS[saver](sat_checkpoint(sat_state_dict(TOY_2B, 4)), path)
+    loaded = torch.load(path, weights_only=False)
+    assert renumbered(described_by_report(inspect_checkpoint(path))) == renumbered(described_by_torch(loaded))
+
+
+def test_odd_tensors_are_as_torch_loads_them(tmp_path: Path) -> None:
+    torch.save(zoo(), tmp_path / "zoo.pt")
+    loaded = torch.load(tmp_path / "zoo.pt", weights_only=False)
+    assert renumbered(described_by_report(inspect_checkpoint(tmp_path / "zoo.pt"))) == renumbered(
+        described_by_torch(loaded)
+    )
+
+
+def test_the_real_trainers_tensors_are_as_torch_loads_them(real: Path) -> None:
+    paths = sorted(real.glob("*/*/*.pt"))
+    assert len(paths) >= 10
+    for path in paths:
+        loaded = torch.load(path, weights_only=False)
+        found = described_by_report(inspect_checkpoint(path))
+        assert renumbered(found) == renumbered(described_by_torch(loaded)), path
+
+
+def test_offsets_are_where_the_bytes_are(tmp_path: Path) -> None:
+    state = zoo()
+    torch.save(state, tmp_path / "zoo.pt")
+    content = (tmp_path / "zoo.pt").read_bytes()
+    report = inspect_checkpoint(tmp_path / "zoo.pt", Selection(offsets=True, sort="offset"))
+    offsets = [tensor.offset_bytes for tensor in report.tensors if tensor.offset_bytes is not None]
+    assert offsets == sorted(offsets)
+    assert len(offsets) == len(state)
+    for tensor in report.tensors:
+        first = state[tensor.key].detach().flatten()[:1].contiguous()
+        found = content[tensor.offset_bytes :][: first.nbytes]
+        assert found == first.view(torch.uint8).numpy().tobytes(), tensor.key
+        assert tensor.file == tmp_path / "zoo.pt"
+
+
+# The whole report
+
+
+def test_the_report_of_a_training_says_what_is_in_it(toy: Path) -> None:
+    report = inspect_checkpoint(toy, Selection(limit=0))
+    layers = (0, 1, 2)
+    shapes = module_shapes(TOY_2B, 4)
+    parameters = {
+        section: sum(
+            math.prod(shape)
+            for key, shape in shapes.items()
+            # The embedding of T5 has two keys and one storage.
+            if section_of(key) == section and not key.endswith("embed_tokens.weight")
+        )
+        for section in ("lora", "transformer", "text_encoder", "vae")
+    }
+    tensors = {section: sum(section_of(key) == section for key in shapes) for section in parameters}
+    frozen = sum(parameters.values()) - parameters["lora"]
+    rng_bytes = torch.Generator().get_state().numel() + 16
+    assert report == CheckpointReport(
+        checkpoint=toy,
+        format="torch.save (zip)",
+        size_bytes=toy.stat().st_size,
+        files=(),
+        iterations=(),
+        wrapper="module",
+        state_dict_tensors=len(shapes),
+        beside_tensors=len(shapes) - tensors["lora"] - 1 + 2,
+        parameters=sum(parameters.values()),
+        stored_bytes=2 * sum(parameters.values()) + rng_bytes,
+        dtypes=(DTypeReport("float16", len(shapes), sum(parameters.values()), 2 * sum(parameters.values())),),
+        sections=(
+            *(
+                SectionReport(name, tensors[name], parameters[name], 2 * parameters[name], 2 * parameters[name])
+                for name in parameters
+            ),
+            SectionReport("frozen_param_fragments", len(shapes) - tensors["lora"] - 1, frozen, 2 * frozen, 0),
+            SectionReport("random_states", 2, rng_bytes, rng_bytes, rng_bytes),
+        ),
+        second_copy=None,
+        trainer={
+            "iteration": 1000,
+            "global_steps": 1000,
+            "global_samples": 1000,
+            "skipped_steps": 0,
+            "ds_version": "0.19.8",
+            "dp_world_size": 1,
+            "mp_world_size": 1,
+        },
+        entries=report.entries,  # in a test of their own
+        not_tensors=(),
+        globals=(
+            GlobalReport("numpy._core.multiarray._reconstruct", 1, "harmless"),
+            GlobalReport("numpy.dtype", 1, "harmless"),
+            GlobalReport("numpy.ndarray", 1, "harmless"),
+        ),
+        metadata={},
+        model=ModelReport("CogVideoX of no published size: 3 layers, hidden size 128", (), 3, 128),
+        lora=LoraReport(
+            layout="SAT",
+            tensors=24,
+            size_bytes=24576,
+            layers=layers,
+            ranks=(4,),
+            dtypes=("float16",),
+            complete=True,
+            missing=(),
+            unplaced=(),
+            alpha=1,
+            alpha_source="default",
+            scaling=0.25,
+            export=ExportOutlook(
+                possible=True,
+                tensors=24,
+                size_bytes=24576,
+                notices=(
+                    "There is no training_config.yaml with a lora_alpha, so alpha is 1, SAT's default. "
+                    "If the training had another one, say so with --alpha.",
+                ),
+            ),
+        ),
+        tensors=(),
+        selected=2 * len(shapes) - tensors["lora"] + 1,
+    )
+
+
+def test_entries_are_told_in_few_words_whatever_they_hold() -> None:
+    endless: list[object] = []
+    endless.append(endless)
+    wide: object = []
+    for _ in range(100):
+        wide = [wide] * 10  # 10 ** 100 items when written out
+    found = [
+        kind_of(value) for value in (None, True, 7, 0.5, 10**999, "a\nb", "x" * 101, b"abc", endless, wide, {1, 2})
+    ]
+    assert found == [
+        *("None", "True", "7", "0.5", "a number of type int", '"a\\nb"', "101 characters", "3 bytes"),
+        *("list of 1", "list of 10", "set of 2"),
+    ]
+
+
+def test_a_call_that_was_not_made_is_told_by_its_name(tmp_path: Path) -> None:
+    class Config:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.path.join, ("a", "b")
+
+    torch.save({"module": {"weight": torch.ones(2)}, "config": Config(), "note": None}, tmp_path / "a.pt")
+    report = inspect_checkpoint(tmp_path / "a.pt")
+    assert report.entries == (
+        EntryReport("config", "a call of posixpath.join, not made"),
+        EntryReport("note", "None"),
+    )
+    assert report.globals == (GlobalReport("posixpath.join", 1, "dangerous"),)
+
+
+@pytest.mark.parametrize("values", ["equal", "other"])
+def test_what_is_stored_twice_is_told_by_storages_and_their_crc32s(tmp_path: Path, values: str) -> None:
+    checkpoint = sat_checkpoint(sat_state_dict(TOY_2B, 4), duplicate_frozen=True)
+    copies = checkpoint["frozen_param_fragments"]
+    if values == "other":
+        for tensor in copies.values():
+            tensor += 1
+    torch.save(checkpoint, tmp_path / "a.pt")
+    size_bytes = sum(tensor.nbytes for tensor in copies.values())
+    report = inspect_checkpoint(tmp_path / "a.pt")
+    expected = SecondCopy(len(copies), size_bytes, checked=True) if values == "equal" else None
+    assert report.second_copy == expected
+    (frozen,) = (section for section in report.sections if section.section == "frozen_param_fragments")
+    assert frozen.stored_bytes == size_bytes
+
+
+def test_without_crc32s_a_second_copy_is_told_by_its_keys(tmp_path: Path) -> None:
+    checkpoint = sat_checkpoint(sat_state_dict(TOY_2B, 4), duplicate_frozen=True)
+    SAVERS["without-crc32"](checkpoint, tmp_path / "a.pt")
+    copies = checkpoint["frozen_param_fragments"]
+    assert inspect_checkpoint(tmp_path / "a.pt").second_copy == SecondCopy(
+        len(copies), sum(tensor.nbytes for tensor in copies.values()), checked=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "section"),
+    [
+        ("model.diffusion_model.transformer.layers.0.attention.dense.matrix_A.0", "lora"),
+        ("module.model.diffusion_model.transformer.layers.0.attention.dense.original.weight", "transformer"),
+        ("mixins.patch_embed.proj.weight", "transformer"),
+        ("transformer_blocks.0.attn1.to_q.weight", "transformer"),
+        ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight", "lora"),
+        ("conditioner.embedders.0.transformer.shared.weight", "text_encoder"),
+        ("encoder.block.0.layer.0.layer_norm.weight", "text_encoder"),
+        ("first_stage_model.encoder.conv_in.conv.weight", "vae"),
+        ("encoder.conv_in.conv.weight", "vae"),
+        ("frozen_param_fragments.first_stage_model.encoder.conv_in.conv.weight", "frozen_param_fragments"),
+        ("optimizer.state.0.exp_avg", "optimizer"),
+        ("cuda_rng_state", "random_states"),
+        ("something.weight", "other"),
+    ],
+)
+def test_a_key_belongs_to_one_section(key: str, section: str) -> None:
+    assert section_of(key) == section
+    assert section in SECTIONS
+
+
+# LoRAs
+
+
+def lora_facts(report: CheckpointReport) -> tuple[Any, ...]:
+    lora = report.lora
+    assert lora is not None
+    return lora.layout, lora.complete, lora.missing, lora.ranks, lora.alpha, lora.alpha_source, lora.scaling
+
+
+def test_what_a_lora_lacks_is_folded(tmp_path: Path) -> None:
+    state = sat_state_dict(COGVIDEOX_2B, 4, base="telling")
+    gone = [key for key in state if any(f"layers.{layer}." in key for layer in (3, 4, 5)) and "matrix_B.2" in key]
+    gone += [key for key in state if "layers.29." in key and ".matrix_" in key]
+    for key in gone:
+        del state[key]
+    torch.save({"module": state}, tmp_path / "a.pt")
+    report = inspect_checkpoint(tmp_path / "a.pt")
+    assert lora_facts(report) == ("SAT", False, ("layers 3-5: v lora_B", "layer 29"), (4,), 1, "default", 0.25)
+    assert report.lora is not None
+    outlook = report.lora.export
+    assert outlook is not None
+    assert (outlook.possible, outlook.reason, len(outlook.problems)) == (
+        False,
+        "the LoRA in this checkpoint is not as it should be: 11 missing",
+        11,
+    )
+
+
+def diffusers_lora(layers: range) -> dict[str, torch.Tensor]:
+    return {
+        f"transformer.transformer_blocks.{layer}.attn1.{module}.lora_{factor}.weight": torch.ones(shape)
+        for layer in layers
+        for module in ("to_q", "to_k", "to_v", "to_out.0")
+        for factor, shape in (("A", (4, 1920)), ("B", (1920, 4)))
+    }
+
+
+def test_a_lora_in_diffusers_layout_is_held_against_its_model(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(diffusers_lora(range(28)), path)
+    report = inspect_checkpoint(path)
+    assert lora_facts(report) == ("diffusers", False, ("layers 28-29",), (4,), None, None, None)
+    assert report.model == ModelReport("CogVideoX-2B", ("2b",), 30, 1920)
+
+
+def test_a_lora_in_diffusers_layout_is_complete_if_it_has_the_layers_that_it_states(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    modules = [key.removeprefix("transformer.").removesuffix(".lora_A.weight") for key in diffusers_lora(range(28))]
+    metadata = {"lora_adapter_metadata": adapter_metadata(4, 2, filter(lambda name: "lora_B" not in name, modules))}
+    save_file(diffusers_lora(range(28)), path, metadata=metadata)
+    report = inspect_checkpoint(path)
+    assert lora_facts(report) == ("diffusers", True, (), (4,), 2, "lora_adapter_metadata", 0.5)
+
+
+@pytest.mark.parametrize(
+    "metadata", ["{", "[]", '{"transformer.lora_alpha": "4"}', '{"transformer.lora_alpha": Infinity}', "[" * 100_000]
+)
+def test_metadata_that_states_no_alpha_is_no_error(tmp_path: Path, metadata: str) -> None:
+    save_file(diffusers_lora(range(30)), tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": metadata})
+    report = inspect_checkpoint(tmp_path / "a.safetensors")
+    assert lora_facts(report) == ("diffusers", True, (), (4,), None, None, None)
+
+
+def test_a_peft_folder_states_its_alpha_in_a_file_of_its_own(tmp_path: Path) -> None:
+    tensors = {
+        "base_model.model." + key.removeprefix("transformer."): value
+        for key, value in diffusers_lora(range(30)).items()
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}')
+    report = inspect_checkpoint(tmp_path)
+    assert lora_facts(report) == ("PEFT", True, (), (4,), 8, "adapter_config.json", 2)
+
+
+def test_a_lora_in_a_layout_that_is_not_known_is_told_by_its_keys(tmp_path: Path) -> None:
+    key = "diffusion_model.blocks.0.q.lora_A.weight"
+    save_file({key: torch.ones(4, 8)}, tmp_path / "a.safetensors")
+    report = inspect_checkpoint(tmp_path / "a.safetensors")
+    assert lora_facts(report) == ("unknown", None, (), (), None, None, None)
+    assert report.lora is not None
+    assert report.lora.unplaced == (key,)
+
+
+# Names that can run code
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "danger"),
+    [
+        *(("posix", "system", "dangerous"), ("nt", "system", "dangerous"), ("os", "getcwd", "dangerous")),
+        *(("subprocess", "Popen", "dangerous"), ("builtins", "eval", "dangerous"), ("builtins", "dict", "harmless")),
+        *(("__builtin__", "getattr", "dangerous"), ("runpy", "run_path", "dangerous")),
+        *(("operator", "attrgetter", "dangerous"), ("functools", "partial", "dangerous")),
+        *(("torch.hub", "load", "dangerous"), ("torch", "load", "dangerous"), ("torch.storage", "x", "unknown")),
+        *(("torch.storage", "_load_from_bytes", "dangerous"), ("importlib.util", "find_spec", "dangerous")),
+        *(("pip._internal", "main", "dangerous"), ("pipeline", "main", "unknown")),
+        *(("numpy", "ndarray", "harmless"), ("numpy", "ndarray.tofile", "dangerous")),
+        *(("numpy", "__builtins__", "dangerous"), ("mine", "Config.os.system", "dangerous")),
+        *(("argparse", "Namespace", "harmless"), ("argparse", "FileType", "unknown")),
+        *(("mine", "Config", "unknown"), ("copyreg extension", "7", "unknown")),
+    ],
+)
+def test_a_name_is_judged_by_module_and_name(module: str, name: str, danger: str) -> None:
+    assert danger_of(module, name) == danger
+
+
+def test_a_pickle_that_would_run_code_is_looked_at_and_named(inspect: Callable[..., Result], tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save({"module": {"weight": torch.ones(2)}, "bomb": Bomb()}, tmp_path / "a.pt")
+    result = inspect(tmp_path / "a.pt")
+    assert result.code == 0
+    assert "  DANGER     posix.system (1x): can run code if this file is loaded elsewhere\n" in result.out
+    assert "             None of these names was imported or called.\n" in result.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt"]
+
+
+# Text and JSON
+
+
+GOLDEN = """\
+{path}
+  format     torch.save (zip), {size}
+  tensors    3 in 'module', 15 parameters, float32 48 bytes, int64 24 bytes; 1 more beside them
+  trainer    iteration 7
+  beside it  note
+
+  section                  tensors      parameters     stored  share
+  transformer                    2              12   48 bytes  60.0%
+  other                          1               3   24 bytes  30.0%
+  random_states                  1               8    8 bytes  10.0%
+
+key                               dtype    shape      bytes  section
+transformer.layers.2.mlp.weight   float32  (2, 3)  24 bytes  transformer
+transformer.layers.10.mlp.weight  float32  (2, 3)  24 bytes  transformer
+steps                             int64    (3,)    24 bytes  other
+torch_rng_state                   uint8    (8,)     8 bytes  random_states
+"""
+
+
+def small_checkpoint() -> dict[str, object]:
+    state = {
+        "steps": torch.arange(3),
+        "transformer.layers.10.mlp.weight": torch.ones(2, 3),
+        "transformer.layers.2.mlp.weight": torch.ones(2, 3),
+    }
+    rng = torch.zeros(8, dtype=torch.uint8)
+    return {"module": state, "iteration": 7, "note": "hi", "nothing": None, "torch_rng_state": rng}
+
+
+def test_text_and_json_are_two_renderings_of_one_report(inspect: Callable[..., Result], tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save(small_checkpoint(), path)
+    text = inspect(path)
+    assert (text.code, text.err) == (0, "")
+    assert text.out == GOLDEN.format(path=path, size=f"{path.stat().st_size / 1000:.1f} kB")
+    report = inspect(path, "--json").report
+    assert [(tensor["key"], tensor["section"], tensor["dtype"], tensor["shape"], tensor["size_bytes"])
+            for tensor in report["tensors"]] == [
+        ("transformer.layers.2.mlp.weight", "transformer", "float32", [2, 3], 24),
+        ("transformer.layers.10.mlp.weight", "transformer", "float32", [2, 3], 24),
+        ("steps", "other", "int64", [3], 24),
+        ("torch_rng_state", "random_states", "uint8", [8], 8),
+    ]  # fmt: skip
+    assert report["entries"] == [
+        {"name": "iteration", "kind": "7"},
+        {"name": "note", "kind": '"hi"'},
+        {"name": "nothing", "kind": "None"},
+    ]
+
+
+OPTIONS = [
+    [], ["--tree"], ["--lora"], ["--offsets"], ["--sort", "size"], ["--sort", "offset"], ["--limit", "3"], ["--stats"],
+    ["--keys", "*layers.1.*"], ["--section", "vae", "--stats", "--offsets"], ["--keys", "nothing like this"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
+def test_json_keeps_to_its_schema(inspect: Callable[..., Result], toy: Path, options: list[str]) -> None:
+    result = inspect(toy, "--json", *options)
+    assert (result.code, result.err) == (0, "")
+    assert result.report["state_dict_tensors"] == 212
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
+def test_text_ends_well_with_every_option(inspect: Callable[..., Result], toy: Path, options: list[str]) -> None:
+    result = inspect(toy, *options)
+    assert (result.code, result.err) == (0, "")
+    assert result.out.startswith(f"{toy}\n  format     torch.save (zip)")
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "what"),
+    [
+        (b"epoch 1: loss 0.3\n", [], "this is no checkpoint"),
+        (b"", [], "this is no checkpoint"),
+        (b"PK\x03\x04 and no more", [], "the file is cut short: this zip archive has no directory at its end"),
+        (None, [], "there is no such file"),
+        (b"", ["--sort", "colour"], "there is no such order"),
+        (b"", ["--section", "lorra"], "there is no such section"),
+        (b"", ["--limit", "-1"], "--limit is a number of tensors"),
+        (b"", ["--limit", "x"], "Invalid value for '--limit': 'x' is not a valid int"),
+        (b"", ["--plot", "a.gif"], "--plot draws a picture"),
+    ],
+)
+def test_bad_input_is_told_in_text_and_json_and_ends_with_2(
+    inspect: Callable[..., Result], tmp_path: Path, content: bytes | None, options: list[str], what: str
+) -> None:
+    if content is not None:
+        (tmp_path / "a.pt").write_bytes(content)
+    text = inspect(tmp_path / "a.pt", *options)
+    assert (text.code, text.out, text.err.splitlines()[0]) == (2, "", f"error: {what}")
+    found = inspect(tmp_path / "a.pt", "--json", *options)
+    assert (found.code, found.err) == (2, "")
+    validate(json.loads(found.out))
+    assert json.loads(found.out)["error"]["what"] == what
+
+
+def test_no_checkpoint_at_all_is_a_usage_error(inspect: Callable[..., Result]) -> None:
+    assert inspect().code == 2
+
+
+def test_several_checkpoints_are_shown_one_after_the_other(inspect: Callable[..., Result], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        torch.save({"module": {name: torch.ones(1)}}, tmp_path / name)
+    found = json.loads(inspect(tmp_path / "a", tmp_path / "b", "--json").out)
+    validate(found)
+    keys = [[tensor["key"] for tensor in one["tensors"]] for one in found["report"]["checkpoints"]]
+    assert keys == [["a"], ["b"]]
+    text = inspect(tmp_path / "a", tmp_path / "b").out
+    assert [line for line in text.splitlines() if line.startswith(str(tmp_path))] == [
+        *(str(tmp_path / "a"), str(tmp_path / "b"))
+    ]
+
+
+# Folders
+
+
+def test_a_save_folder_lists_its_iterations(tmp_path: Path) -> None:
+    checkpoint = sat_checkpoint(sat_state_dict(TOY_2B, 4))
+    save_run(tmp_path / "run", checkpoint, ema=checkpoint, rank=4, alpha=2)
+    report = inspect_checkpoint(tmp_path / "run", ema=True)
+    assert report.iterations == (
+        IterationReport("1000", ema=False, latest=True, inspected=False),
+        IterationReport("1000-ema", ema=True, latest=False, inspected=True),
+    )
+    assert lora_facts(report) == ("SAT", True, (), (4,), 2, "training_config.yaml", 0.5)
+
+
+def test_sharded_weights_list_their_files(tmp_path: Path) -> None:
+    for number, key in enumerate(("a", "b")):
+        save_file({key: torch.ones(3)}, tmp_path / f"model-{number}.safetensors")
+    weight_map = {"a": "model-0.safetensors", "b": "model-1.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    report = inspect_checkpoint(tmp_path, Selection(offsets=True))
+    size_bytes = (tmp_path / "model-0.safetensors").stat().st_size
+    assert report.files == tuple(
+        FileReport(tmp_path / name, "safetensors", size_bytes, 1) for name in weight_map.values()
+    )
+    assert [(tensor.key, tensor.file) for tensor in report.tensors] == [
+        (key, tmp_path / name) for key, name in weight_map.items()
+    ]
+
+
+# Which tensors
+
+
+def test_keys_are_globs_or_parts_of_a_key() -> None:
+    key = "model.layers.10.weight"
+    patterns = ("layers.10", "*.weight", "layers.*", "model.layers.1[0-9].*", "Layers", "model.layers.?.weight")
+    assert [matches(key, pattern) for pattern in patterns] == [True, True, False, True, False, False]
+
+
+def test_layers_come_in_the_order_of_their_numbers() -> None:
+    keys = ["a.10.b", "a.9.b", "a.9", "b", "10", "9", "a", f"a.{'9' * 40}.b"]
+    assert sorted(keys, key=natural) == ["9", "10", "a", "a.9", "a.9.b", "a.10.b", f"a.{'9' * 40}.b", "b"]
+
+
+def test_a_selection_lists_what_fits_and_says_how_many_there_are(tmp_path: Path) -> None:
+    state = OrderedDict((f"layers.{layer}.weight", torch.ones(layer + 1)) for layer in range(12))
+    torch.save({"module": state}, tmp_path / "a.pt")
+
+    def listed(selection: Selection) -> tuple[list[str], int]:
+        report = inspect_checkpoint(tmp_path / "a.pt", selection)
+        return [tensor.key.split(".")[1] for tensor in report.tensors], report.selected
+
+    assert listed(Selection(limit=3)) == (["0", "1", "2"], 12)
+    assert listed(Selection(sort="size", limit=2)) == (["11", "10"], 12)
+    assert listed(Selection(keys=("layers.1?.*", "rs.3."))) == (["3", "10", "11"], 3)
+    assert listed(Selection(lora=True)) == ([], 0)
+    assert listed(Selection(section="vae")) == ([], 0)
+
+
+def test_selections_that_make_no_sense_are_refused(toy: Path) -> None:
+    with pytest.raises(CogtoolsError):
+        inspect_checkpoint(toy, Selection(section="lorra"))
+
+
+# What it takes
+
+
+def test_it_starts_and_looks_without_torch_numpy_and_rich(toy: Path) -> None:
+    code = (
+        "import sys; from cogtools.cli import run; "
+        f"code = run(['inspect', {str(toy)!r}, '--tree']); "
+        "print(code, sorted({'torch', 'numpy', 'diffusers', 'rich', 'yaml', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts reads in /proc/self/io")
+def test_no_weights_are_read_to_look(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"module": {"weight": torch.zeros(8_000_000)}}, path)  # 32 MB
+    code = (
+        "from cogtools import inspect_checkpoint\n"
+        "import cogtools.inspection.analysis\n"
+        "def read_bytes(): return int(open('/proc/self/io').readline().split()[1])\n"
+        "before = read_bytes()\n"
+        f"inspect_checkpoint({str(path)!r})\n"
+        "print(read_bytes() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2_000_000
+
+
+def test_a_reader_that_closes_the_pipe_is_no_error(tmp_path: Path) -> None:
+    torch.save({"module": {f"layers.{layer}.weight": torch.ones(1) for layer in range(5000)}}, tmp_path / "a.pt")
+    command = f"{sys.executable} -m cogtools inspect {tmp_path / 'a.pt'} | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'a.pt'}\n", "")
+
+
+def test_whatever_a_file_says_nothing_in_it_acts_on_the_terminal(tmp_path: Path) -> None:
+    evil = "\x1b[2J\u202e[red]evil\r\n.weight"
+    state = {evil: torch.ones(2), "not": evil, "x" * 100_000: torch.ones(1), ".".join("a" * 5000): torch.ones(1)}
+    values = {"iteration": evil, "ds_version": "\x1b]0;evil\x07", evil: pickle.PickleBuffer}
+    torch.save({"module": state, **values}, tmp_path / "a.pt")
+    for options in ([], ["--tree"], ["--stats"], ["--keys", "evil"]):
+        done = process("inspect", tmp_path / "a.pt", *options)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert not set(done.stdout) - {"\n"} & {chr(code) for code in range(32)}
+        assert "\u202e" not in done.stdout
+        assert len(done.stdout) < 1_000_000

@@ -1,0 +1,358 @@
+"""Statistics, the strength of updates, and how they are shown: numbers equal torch's, pictures can be opened."""
+
+import json
+import math
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import sys
+import termios
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+
+from cogtools import cli
+from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.errors import CogtoolsError
+from cogtools.inspection import statistics
+from cogtools.inspection.analysis import Selection, inspect_checkpoint
+from cogtools.inspection.command import inspect_checkpoints
+from cogtools.inspection.report import Statistics
+from cogtools.inspection.updates import update_strength
+from cogtools.render.folding import fold, open_lines
+from cogtools.render.inspect import shortened
+from tests.factories import COGVIDEOX_2B, SAVERS, TOY_2B, fill_lora, sat_checkpoint, sat_state_dict, zoo
+from tests.test_cli import validate
+
+
+def by_torch(tensor: torch.Tensor) -> Statistics:
+    """The same statistics, computed by torch."""
+    numbers = tensor.detach().contiguous().to(torch.float64).flatten()
+    finite = numbers[numbers.isfinite()]
+    return Statistics(
+        min=finite.min().item() if finite.numel() else None,
+        max=finite.max().item() if finite.numel() else None,
+        mean=finite.mean().item() if finite.numel() else None,
+        std=finite.std().item() if finite.numel() > 1 else None,
+        norm=finite.norm().item() if finite.numel() else None,
+        zeros=(numbers == 0).double().mean().item() if numbers.numel() else None,
+        nans=int(numbers.isnan().sum()),
+        infs=int(numbers.isinf().sum()),
+    )
+
+
+def rounded(found: Statistics | None) -> tuple[object, ...]:
+    """The statistics to the digits that do not depend on the order of additions."""
+    assert found is not None
+    values = (found.min, found.max, found.mean, found.std, found.norm, found.zeros, found.nans, found.infs)
+    return (*(None if value is None else round(value, 9) for value in values), found.not_computed)
+
+
+def statistics_of(path: Path) -> dict[str, Statistics | None]:
+    report = inspect_checkpoint(path, Selection(statistics=True))
+    return {tensor.key: tensor.statistics for tensor in report.tensors}
+
+
+@pytest.fixture(params=[1 << 17, 5], ids=["whole", "in pieces of 5"])
+def piece_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read tensors whole, or in many small pieces."""
+    monkeypatch.setattr(statistics, "PIECE_ELEMENTS", request.param)
+
+
+@pytest.mark.usefixtures("piece_elements")
+@pytest.mark.parametrize("saver", ["zip", "legacy", "big-endian", "deflated"])
+def test_statistics_equal_torchs(tmp_path: Path, saver: str) -> None:
+    state = {key: tensor for key, tensor in zoo().items() if not tensor.is_complex()}
+    SAVERS[saver](state, tmp_path / "a.pt")
+    found = statistics_of(tmp_path / "a.pt")
+    assert {key: rounded(value) for key, value in found.items()} == {
+        key: rounded(by_torch(tensor)) for key, tensor in state.items()
+    }
+
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2,
+          torch.float8_e5m2fnuz, torch.float8_e8m0fnu]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_bit_pattern_is_the_number_that_torch_has(tmp_path: Path, dtype: torch.dtype) -> None:
+    bits = torch.uint8 if dtype.itemsize == 1 else torch.int16
+    patterns = torch.arange(2 ** (8 * dtype.itemsize)).to(bits).view(dtype).reshape(64, -1)
+    torch.save({f"{number}": pattern for number, pattern in enumerate(patterns)}, tmp_path / "a.pt")
+    found = statistics_of(tmp_path / "a.pt")
+    for number, pattern in enumerate(patterns):
+        one, other = found[str(number)], by_torch(pattern)
+        assert one is not None
+        assert (one.min, one.max, one.zeros, one.nans, one.infs) == (
+            *(other.min, other.max, other.zeros, other.nans, other.infs),
+        )
+
+
+def test_values_that_are_not_finite_are_counted_and_left_out(tmp_path: Path) -> None:
+    values = torch.tensor([1.0, math.nan, 3.0, math.inf, -math.inf, 0.0, math.nan, math.inf])
+    torch.save({"a": values, "all": torch.full((4,), math.nan)}, tmp_path / "a.pt")
+    found = statistics_of(tmp_path / "a.pt")
+    assert rounded(found["a"]) == rounded(
+        Statistics(0, 3, 4 / 3, 1.527525231651947, math.sqrt(10), 1 / 8, nans=2, infs=3)
+    )
+    assert found["all"] == Statistics(zeros=0.0, nans=4, infs=0)
+
+
+def test_large_integers_are_exact(tmp_path: Path) -> None:
+    torch.save({"a": torch.tensor([2**62 + 1, -(2**62) - 3])}, tmp_path / "a.pt")
+    found = statistics_of(tmp_path / "a.pt")["a"]
+    assert found is not None
+    assert (found.min, found.max) == (-(2**62) - 3, 2**62 + 1)
+
+
+def test_numbers_beyond_json_are_told_as_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"a": torch.tensor([1e300, 1e300], dtype=torch.float64)}, tmp_path / "a.pt")
+    assert cli.run(["inspect", str(tmp_path / "a.pt"), "--stats", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(word))
+    validate(found)
+    assert found["report"]["checkpoints"][0]["tensors"][0]["statistics"]["norm"] is None
+
+
+def test_what_has_no_statistics_says_why(tmp_path: Path) -> None:
+    overlapping = torch.arange(6.0).as_strided((4, 3), (1, 1))
+    torch.save({"complex": torch.ones(2, dtype=torch.complex64), "overlapping": overlapping}, tmp_path / "a.pt")
+    assert statistics_of(tmp_path / "a.pt") == {
+        "complex": Statistics(not_computed="complex64 has no order and no sign"),
+        "overlapping": Statistics(not_computed="its elements overlap in the storage"),
+    }
+
+
+def test_a_tensor_that_repeats_itself_without_end_takes_no_time(tmp_path: Path) -> None:
+    torch.save({"a": torch.tensor([[1.0], [3.0]]).expand(2, 10**12)}, tmp_path / "a.pt")
+    found = statistics_of(tmp_path / "a.pt")["a"]
+    assert found is not None
+    assert (found.min, found.max, found.mean, round(found.std or 0, 9), found.zeros) == (1, 3, 2, 1, 0)
+
+
+@pytest.mark.parametrize("how", ["whole", "transposed", "sliced"])
+def test_memory_does_not_grow_with_a_tensor(tmp_path: Path, how: str) -> None:
+    tensor = torch.ones(4000, 4000)  # 64 MB
+    views = {"whole": tensor, "transposed": tensor.T, "sliced": tensor[:, 1::3]}
+    torch.save({"a": views[how]}, tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        statistics.tensor_statistics(checkpoint.tensors["a"])  # NumPy imports parts of itself now
+        tracemalloc.start()
+        found = statistics.tensor_statistics(checkpoint.tensors["a"])
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert (found.mean, found.std) == (1, 0)
+    assert peak < 8_000_000
+
+
+# Updates
+
+
+def lora_state(rank: int = 4) -> dict[str, torch.Tensor]:
+    state = sat_state_dict(TOY_2B, rank, torch.float32)
+    fill_lora(state, seed=3)
+    return state
+
+
+def test_updates_have_the_norm_and_the_effective_rank_of_the_whole_matrix(tmp_path: Path) -> None:
+    state = lora_state()
+    torch.save({"module": state}, tmp_path / "a.pt")
+    lora = inspect_checkpoint(tmp_path / "a.pt", updates=True).lora
+    assert lora is not None
+    assert lora.updates is not None
+    expected = []
+    for layer in range(3):
+        prefix = f"model.diffusion_model.transformer.layers.{layer}.attention."
+        for name, (module, part) in {
+            **{name: ("query_key_value", part) for part, name in enumerate("qkv")},
+            "out": ("dense", 0),
+        }.items():
+            a, b = (state[f"{prefix}{module}.matrix_{factor}.{part}"].double() for factor in "AB")
+            update = 0.25 * b @ a
+            shares = torch.linalg.svdvals(update)[:4]
+            shares = shares / shares.sum()
+            effective_rank = math.exp(-(shares * shares.log()).sum().item())
+            expected.append((layer, name, round(update.norm().item(), 12), round(effective_rank, 6)))
+    assert [
+        (update.layer, update.projection, round(update.norm, 12), round(update.effective_rank, 6))
+        for update in lora.updates
+    ] == expected
+
+
+def test_the_effective_rank_counts_directions() -> None:
+    one = torch.zeros(8, 5, dtype=torch.float64)
+    one[0, 0] = 2
+    three = torch.zeros(8, 5, dtype=torch.float64)
+    three[0, 0] = three[1, 1] = three[2, 2] = 2
+    a = torch.eye(5, 6, dtype=torch.float64).numpy()
+    strengths = [update_strength(a, b.numpy()) for b in (torch.zeros_like(one), one, three)]
+    assert [tuple(round(value, 9) for value in strength) for strength in strengths] == [
+        *((0, 0), (2, 1), (round(math.sqrt(12), 9), 3)),
+    ]
+
+
+def test_a_module_that_lacks_a_factor_or_is_not_finite_has_no_update(tmp_path: Path) -> None:
+    state = lora_state()
+    prefix = "model.diffusion_model.transformer.layers."
+    del state[prefix + "0.attention.dense.matrix_B.0"]
+    state[prefix + "1.attention.query_key_value.matrix_A.2"].fill_(math.inf)
+    torch.save({"module": state}, tmp_path / "a.pt")
+    lora = inspect_checkpoint(tmp_path / "a.pt", updates=True).lora
+    assert lora is not None
+    assert lora.updates is not None
+    every = {(layer, name) for layer in range(3) for name in ("q", "k", "v", "out")}
+    assert {(update.layer, update.projection) for update in lora.updates} == every - {(0, "out"), (1, "v")}
+
+
+# Pictures
+
+
+def test_pictures_are_drawn_of_one_checkpoint_and_of_two(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name in ("a", "b"):
+        torch.save({"module": lora_state()}, tmp_path / f"{name} $x_1$ <&>.pt")
+    one, other = sorted(tmp_path.glob("*.pt"))
+    report = inspect_checkpoints([one], plot=tmp_path / "one.png")
+    assert report.plot == tmp_path / "one.png"
+    width, height = struct.unpack(">2I", (tmp_path / "one.png").read_bytes()[16:24])
+    inspect_checkpoints([one, other], plot=tmp_path / "two.png")
+    wider, as_high = struct.unpack(">2I", (tmp_path / "two.png").read_bytes()[16:24])
+    assert wider > width > height == as_high
+
+
+def test_the_same_checkpoint_gives_the_same_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    torch.save({"module": lora_state()}, tmp_path / "a.pt")
+    for name in ("1.svg", "2.svg", "1.png", "2.png"):
+        inspect_checkpoints([tmp_path / "a.pt"], plot=tmp_path / name)
+    assert (tmp_path / "1.svg").read_bytes().startswith(b"<?xml")
+    assert (tmp_path / "1.svg").read_bytes() == (tmp_path / "2.svg").read_bytes()
+    assert (tmp_path / "1.png").read_bytes() == (tmp_path / "2.png").read_bytes()
+
+
+def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    torch.save({"module": {"weight": torch.ones(2)}}, tmp_path / "none.pt")
+    torch.save({"module": lora_state()}, tmp_path / "a.pt")
+
+    def refusal(*paths: Path, plot: str) -> str:
+        with pytest.raises(CogtoolsError) as raised:
+            inspect_checkpoints(paths, plot=tmp_path / plot)
+        return raised.value.what
+
+    a = tmp_path / "a.pt"
+    assert refusal(tmp_path / "none.pt", plot="a.png") == "there is no LoRA in this checkpoint to draw"
+    assert refusal(a, a, a, plot="a.png") == "--plot draws one checkpoint, or two against each other"
+    assert refusal(a, plot="a.jpeg") == "--plot draws a picture"
+    assert refusal(a, plot="no/such/folder/a.png") == "the picture cannot be written: No such file or directory"
+
+
+def test_without_matplotlib_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(CogtoolsError) as raised:
+        inspect_checkpoints([tmp_path / "a.pt"], plot=tmp_path / "a.png")
+    assert (raised.value.what, raised.value.hint) == (
+        "--plot needs matplotlib, which is not installed",
+        'pip install "cogtools[plot]"',
+    )
+
+
+# On a terminal
+
+
+def on_terminal(columns: int, *words: str | Path, **environment: str) -> str:
+    """What the program prints on a terminal of this width."""
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (50, columns))
+    clean = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+    program = [sys.executable, "-m", "cogtools", *map(str, words)]
+    child = subprocess.Popen(
+        program, stdout=slave, stderr=slave, env={**clean, "TERM": "xterm-256color", **environment}
+    )
+    os.close(slave)
+    parts = []
+    while select.select([master], [], [], 60)[0]:
+        try:
+            part = os.read(master, 65536)
+        except OSError:  # Linux: nobody has the other end any more
+            break
+        if not part:
+            break
+        parts.append(part)
+    os.close(master)
+    assert child.wait() == 0
+    return b"".join(parts).decode().replace("\r\n", "\n")
+
+
+SGR = re.compile("\x1b\\[[0-9;]*m")
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+@pytest.mark.parametrize("options", [[], ["--tree"], ["--stats", "--lora"], ["--offsets"]], ids=" ".join)
+def test_on_a_terminal_every_line_fits(tmp_path: Path, columns: int, options: list[str]) -> None:
+    torch.save(sat_checkpoint(sat_state_dict(TOY_2B, 4)), tmp_path / "a.pt")
+    coloured = on_terminal(columns, "inspect", tmp_path / "a.pt", *options)
+    plain = on_terminal(columns, "inspect", tmp_path / "a.pt", *options, NO_COLOR="1")
+    assert "\x1b[" in coloured
+    assert SGR.sub("", coloured) == plain
+    assert "\x1b" not in plain
+    assert max(map(len, plain.splitlines()[1:])) <= columns  # the first line is the path
+    if options in ([], ["--stats", "--lora"]):
+        assert "layers.0.attention.query_key_value.matrix_A.0 " in plain
+
+
+def test_a_long_key_is_shown_from_the_start_of_a_segment_on() -> None:
+    key = "model.diffusion_model.transformer.layers.0.attention.dense.matrix_A.0"
+    assert [shortened(key, width) for width in (80, 40, 20, 4)] == [
+        key,
+        "…layers.0.attention.dense.matrix_A.0",
+        "…dense.matrix_A.0",
+        "…0",
+    ]
+
+
+# The tree
+
+
+def test_a_tree_folds_equal_layers_onto_one_screen(tmp_path: Path) -> None:
+    state = sat_state_dict(COGVIDEOX_2B, 1, base="telling")
+    torch.save(sat_checkpoint(state), tmp_path / "a.pt")
+    report = inspect_checkpoint(tmp_path / "a.pt")
+    lines = [(line.depth, line.label, line.times, line.detail) for line, _ in open_lines(fold(report.tensors))]
+    assert lines == [
+        (0, "model.diffusion_model", 1, "242 tensors"),
+        (1, "transformer.layers", 1, "241 tensors"),
+        (2, "0", 1, "9 tensors"),
+        (3, "attention", 1, "8 tensors"),
+        (4, "dense", 1, "2 tensors"),
+        (5, "matrix_A.0", 1, "float16 (1, 1920)"),
+        (5, "matrix_B.0", 1, "float16 (1920, 1)"),
+        (4, "query_key_value", 1, "6 tensors"),
+        (5, "matrix_A.0-2", 3, "float16 (1, 1920)"),
+        (5, "matrix_B.0-2", 3, "float16 (1920, 1)"),
+        (3, "input_layernorm.weight", 1, "float16 (1920,)"),
+        (2, "1-29.attention", 29, "232 tensors"),
+        (3, "dense", 1, "58 tensors"),
+        (4, "matrix_A.0", 1, "float16 (1, 1920)"),
+        (4, "matrix_B.0", 1, "float16 (1920, 1)"),
+        (3, "query_key_value", 1, "174 tensors"),
+        (4, "matrix_A.0-2", 3, "float16 (1, 1920)"),
+        (4, "matrix_B.0-2", 3, "float16 (1920, 1)"),
+        (1, "mixins.patch_embed.proj.weight", 1, "float16 (1920, 16, 2, 2)"),
+        (0, "cuda_rng_state", 1, "uint8 (16,)"),
+        (0, "torch_rng_state", 1, "uint8 (5056,)"),
+        (0, "frozen_param_fragments", 1, "2 tensors, keys as above"),
+    ]
+    assert sum(line.size_bytes for line in fold(report.tensors)) == sum(tensor.size_bytes for tensor in report.tensors)
+
+
+def test_a_tree_of_a_whole_model_has_a_screen_of_lines(tmp_path: Path) -> None:
+    torch.save(sat_checkpoint(sat_state_dict(TOY_2B, 4)), tmp_path / "a.pt")
+    report = inspect_checkpoint(tmp_path / "a.pt")
+    lines = list(open_lines(fold(report.tensors)))
+    assert len(lines) <= 44
+    assert [line.label for line, is_open in lines if not is_open]

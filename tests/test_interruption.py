@@ -1,0 +1,90 @@
+"""Whatever ends an export, the target is absent, as it was, or whole."""
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
+from tests.interruption import NAME, kill_exports
+
+WAITING = """
+    import sys, time
+    from cogtools import writer
+    from cogtools.__main__ import main
+
+    def wait(self):
+        print("syncing", file=sys.stderr, flush=True)
+        time.sleep(60)
+
+    writer.AtomicFile.sync = wait
+    main()
+"""
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    save_run(tmp_path / "run", sat_checkpoint(sat_state_dict(TOY_2B, 4)), rank=4)
+    return tmp_path / "run"
+
+
+def start(*words: str | Path) -> subprocess.Popen[str]:
+    """Start an export that waits when all is written but not yet synced."""
+    command = [sys.executable, "-c", textwrap.dedent(WAITING), "export-lora", *map(str, words)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "syncing\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_one_line_and_130(run_folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+    process = start(run_folder, tmp_path / "out")
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (130, "", "interrupted: nothing was left half-written\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interruption_is_told_in_json_too(run_folder: Path, tmp_path: Path) -> None:
+    process = start(run_folder, tmp_path / "out", "--json")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, json.loads(out)["error"]["kind"], err) == (130, "interrupted", "")
+
+
+def test_exports_that_are_killed_at_random_leave_the_target_whole(tmp_path: Path) -> None:
+    found = kill_exports(tmp_path, rounds=20, seed=1)
+    assert found["absent"] + found["old"] + found["new"] == 20
+
+
+def test_of_two_exports_to_one_place_one_wins(run_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cogtools", "export-lora", str(run_folder), str(tmp_path / "out"), "--quiet"]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ends = sorted((process.wait(), process.communicate()[1].partition("\n")[0]) for process in both)
+    assert ends == [(0, ""), (2, "error: the output exists already")]
+    assert len(load_file(tmp_path / "out" / NAME)) == 24
+
+
+def test_of_two_exports_that_may_overwrite_both_end_well(run_folder: Path, tmp_path: Path) -> None:
+    words = ["export-lora", str(run_folder), str(tmp_path / "out"), "--quiet", "--overwrite"]
+    both = [subprocess.Popen([sys.executable, "-m", "cogtools", *words]) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [NAME]
+
+
+def test_a_batch_that_is_interrupted_leaves_nothing_half_written(tmp_path: Path) -> None:
+    for name in "abc":
+        save_run(tmp_path / name, sat_checkpoint(sat_state_dict(TOY_2B, 4, torch.float32)), rank=4)
+    process = start(*(tmp_path / name for name in "abc"), tmp_path / "out")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (130, "")
+    assert [line for line in err.splitlines() if line != "syncing"] == ["interrupted: nothing was left half-written"]
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []

@@ -1,0 +1,79 @@
+"""The README shows what the commands really print, and names every command and option."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import typer
+
+from cogtools import cli
+from tests.demo import make_sample
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+ELIDED = "…"
+
+
+class Example(NamedTuple):
+    """A command that the README shows, and what it shows of its output; a line of "…" stands for any lines."""
+
+    command: str
+    shown: str
+
+
+def examples() -> list[Example]:
+    found = []
+    for block in re.findall(r"^```console\n(.*?)^```", README, re.DOTALL | re.MULTILINE):
+        for command, shown in re.findall(r"^\$ (cogtools .*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
+            found.append(Example(command, shown.rstrip("\n")))
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the README's commands are run, one after the other, with the demo's checkpoint in it."""
+    path = tmp_path_factory.mktemp("readme")
+    make_sample(path / "ckpts" / "lora-disney")
+    return path
+
+
+def test_the_readme_shows_commands() -> None:
+    assert len(examples()) >= 3
+
+
+@pytest.mark.parametrize("example", examples(), ids=lambda example: example.command)
+def test_the_readme_shows_what_a_command_prints(folder: Path, example: Example) -> None:
+    program, *words = [
+        name
+        for word in shlex.split(example.command)
+        for name in ([f"{path.relative_to(folder)}/" for path in folder.glob(word)] if "*" in word else [word])
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", program, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "120", "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    pattern = ".*".join(re.escape(part) for part in re.split(rf"^{ELIDED}$", example.shown, flags=re.MULTILINE))
+    assert re.fullmatch(pattern, done.stdout.rstrip("\n"), re.DOTALL), done.stdout
+
+
+@pytest.mark.parametrize("command", [command.name for command in cli.app.registered_commands])
+def test_the_readme_names_every_option(command: str) -> None:
+    group = typer.main.get_command(cli.app)
+    parameters = group.commands[command].params  # type: ignore[attr-defined] # typer's group is not typed as one
+    names = {
+        name
+        for parameter in parameters
+        if parameter.param_type_name == "option" and not parameter.hidden
+        for name in parameter.opts
+        if name.startswith("--") and name != "--help"
+    }
+    assert {name for name in names if f"`{name}" not in README} == set()

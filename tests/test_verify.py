@@ -1,0 +1,699 @@
+"""`verify` held against the table of damaged files, against real exports, and against what others write."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cogtools import CogtoolsError, VerifyReport, export_lora, verify_lora
+from cogtools.convert import Cast, Scale
+from cogtools.errors import CheckpointError, OptionError
+from cogtools.layouts.cogvideox import MODELS, LoraKey, lora_keys
+from cogtools.layouts.naming import near_miss
+from cogtools.verification.result import Check, fold_names
+from tests import factories
+from tests.damage import (
+    DAMAGES,
+    GOOD,
+    PREFIX,
+    Damage,
+    LoraFile,
+    alter,
+    by_file,
+    encode,
+    good_lora,
+    key,
+    put,
+    read,
+    sat_names,
+    state,
+    write,
+)
+
+NAME = "pytorch_lora_weights.safetensors"
+PLAIN_CHECKS = (
+    "readable",
+    "names",
+    "complete",
+    "pairs",
+    "shapes",
+    "rank",
+    "dtype",
+    "finite",
+    "untrained",
+    "constant",
+    "scale",
+    "target_modules",
+)
+TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def named(damage: Damage) -> str:
+    return damage.id
+
+
+def check(report: VerifyReport, name: str) -> Check:
+    (found,) = [check for check in report.checks if check.name == name]
+    return found
+
+
+def wrong(report: VerifyReport) -> dict[str, str]:
+    """The checks that did not pass, and their status."""
+    return {check.name: check.status for check in report.checks if check.status in ("warn", "fail")}
+
+
+def told(report: VerifyReport, name: str) -> list[str]:
+    """What a check lists."""
+    return [str(problem) for problem in check(report, name).problems]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The good file, and the checkpoint whose LoRA it is."""
+
+    file: Path
+    checkpoint: Path
+
+
+def save_as_checkpoint(file: LoraFile, path: Path) -> Path:
+    """Save a LoRA file's tensors as the checkpoint that it could have been exported from."""
+    renamed = LoraFile(dict(file.tensors), file.metadata)
+    sat_names(renamed)
+    state_dict = {
+        name: torch.frombuffer(bytearray(entry.data), dtype=TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+        for name, entry in renamed.tensors.items()
+    }
+    torch.save({"module": state_dict}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    folder = tmp_path_factory.mktemp("good")
+    write(folder / NAME, good_lora())
+    return Source(folder / NAME, save_as_checkpoint(good_lora(), folder / "mp_rank_00_model_states.pt"))
+
+
+# --- the table of damaged files -------------------------------------------------------------------
+
+Options = Callable[[Source], dict[str, Any]]
+MODES: dict[str, Options] = {
+    "plain": lambda _: {},
+    "against": lambda good: {"against": good.checkpoint},
+    "load": lambda _: {"load": True},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("damage", [*DAMAGES, *GOOD], ids=named)
+def test_a_file_gets_the_verdict_of_the_table_by_the_check_it_names(
+    damage: Damage, mode: str, good: Source, tmp_path: Path
+) -> None:
+    damage.apply(good.file, tmp_path / NAME)
+    expected = {"plain": damage.plain, "against": damage.against, "load": damage.load}[mode]
+    options = MODES[mode](good)
+
+    if expected == "error":
+        with pytest.raises(CheckpointError):
+            verify_lora(tmp_path, layers=3, **options)
+        return
+    report = verify_lora(tmp_path, layers=3, **options)
+
+    assert report.verdict == expected, wrong(report)
+    if expected == "pass":
+        assert wrong(report) == {}
+    elif damage.check is not None:
+        severity = damage.plain if damage.plain != "pass" else "fail"
+        assert wrong(report).get(damage.check) == severity
+
+
+def test_every_check_catches_a_row_of_the_table() -> None:
+    options = {"against", "against-scale", "load"}
+
+    assert {damage.check for damage in DAMAGES} == {*PLAIN_CHECKS, *options}
+
+
+def test_a_good_file_passes_all_checks(good: Source) -> None:
+    report = verify_lora(good.file, against=good.checkpoint, load=True)
+
+    assert [(check.name, check.status) for check in report.checks] == [
+        (name, "pass") for name in (*PLAIN_CHECKS, "against", "against-scale", "load")
+    ]
+    assert replace(report, checks=(), libraries={}) == VerifyReport(
+        path=good.file,
+        naming="diffusers",
+        model="CogVideoX of no published size: 3 layers, hidden size 128",
+        layers=(0, 1, 2),
+        tensors=24,
+        rank=(4,),
+        dtype=("float16",),
+        scaling=(0.25,),
+        size_bytes=good.file.stat().st_size,
+        against=good.checkpoint,
+        libraries={},
+        strict=False,
+        checks=(),
+        verdict="pass",
+    )
+    assert set(report.libraries) == {"diffusers", "peft"}
+
+
+# --- what a check says ----------------------------------------------------------------------------
+
+
+def variant(good: Source, folder: Path, *edits: Callable[[LoraFile], object]) -> Path:
+    by_file(*edits)(good.file, folder / NAME)
+    return folder / NAME
+
+
+def test_missing_tensors_are_named_together_by_layer() -> None:
+    every = lora_keys(range(20))
+    missing = [
+        name
+        for name in every
+        if name
+        in {LoraKey(layer, "v", "B") for layer in (12, 13, 14)} | {LoraKey(3, "out", "A"), LoraKey(3, "out", "B")}
+        or name.layer in (7, 9)
+    ]
+
+    assert fold_names(missing) == [
+        "layer 3: to_out.0 lora_A and lora_B",
+        "layers 7, 9: all tensors",
+        "layers 12-14: to_v lora_B",
+    ]
+
+
+def test_names_of_another_program_are_called_that(good: Source, tmp_path: Path) -> None:
+    (damage,) = (damage for damage in DAMAGES if damage.id == "prefix-peft")
+    damage.apply(good.file, tmp_path / NAME)
+
+    report = verify_lora(tmp_path)
+
+    assert check(report, "names").seen == "these are PEFT's names: diffusers would load none of them"
+    assert told(report, "names") == [
+        "unexpected: base_model.model.transformer_blocks.0.attn1.to_k.lora_A.weight (found PEFT's names, 24 keys, "
+        "expected transformer.transformer_blocks.0.attn1.to_k.lora_A.weight)"
+    ]
+    assert wrong(report) == {"names": "fail"}
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("transformer_blocks.1.attn1.to_q.lora_A.weight", "names without a prefix"),
+        ("diffusion_model.transformer_blocks.1.attn1.to_q.lora_A.weight", "names with ComfyUI's prefix"),
+        ("base_model.model.transformer_blocks.1.attn1.to_q.lora_A.weight", "PEFT's names"),
+        ("transformer.transformer_blocks.1.attn1.to_q.lora_down.weight", "lora_down and lora_up for lora_A and lora_B"),
+        ("transformer.transformer_blocks.1.attn1.to_q.lora_A.mine.weight", "an adapter's name (mine)"),
+        (
+            "base_model.model.transformer_blocks.1.attn1.to_q.lora_A.default.weight",
+            "PEFT's names and an adapter's name (default)",
+        ),
+        ("model.diffusion_model.transformer.layers.1.attention.query_key_value.matrix_A.0", "SAT's names"),
+    ],
+)
+def test_a_near_miss_is_recognised(name: str, what: str) -> None:
+    assert near_miss(name) == (LoraKey(1, "q", "A"), what)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text_encoder.transformer_blocks.1.attn1.to_q.lora_A.weight",
+        "transformer.transformer_blocks.1.attn2.to_q.lora_A.weight",
+        "transformer.transformer_blocks.1.attn1.to_q.alpha",
+        "xtransformer.transformer_blocks.1.attn1.to_q.lora_A.weight",
+    ],
+)
+def test_what_means_nothing_is_no_near_miss(name: str) -> None:
+    assert near_miss(name) is None
+
+
+def test_a_difference_is_named_by_key_position_and_both_values(tmp_path: Path) -> None:
+    name = key(2, "to_k", "B")
+    values = torch.tensor([[0.5] * 4] * 128, dtype=torch.float16).numpy().astype("float32")
+    checkpoint = good_lora()
+    checkpoint.tensors[name] = encode(values, "F16")
+    values[70, 3] = 0.75
+    values[71, 0] = -0.5
+    file = good_lora()
+    file.tensors[name] = encode(values, "F16")
+    write(tmp_path / NAME, file)
+
+    report = verify_lora(tmp_path, against=save_as_checkpoint(checkpoint, tmp_path / "checkpoint.pt"))
+
+    assert check(report, "against").seen == "1 of 24 tensors differ from the checkpoint's"
+    assert told(report, "against") == [f"value: {name} (found 0.75 at [70, 3] (2 of 512 values differ), expected 0.5)"]
+
+
+def test_what_is_left_out_of_the_checkpoint_is_named(good: Source, tmp_path: Path) -> None:
+    (damage,) = (damage for damage in DAMAGES if damage.id == "half-restated")
+    damage.apply(good.file, tmp_path / NAME)
+
+    report = verify_lora(tmp_path, against=good.checkpoint)
+
+    assert told(report, "against") == ["missing: layer 1: all tensors (expected the checkpoint has it)"]
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize(("value", "text"), [(float("nan"), "nan"), (float("inf"), "inf"), (float("-inf"), "-inf")])
+def test_a_value_that_is_not_finite_is_found_in_every_dtype(
+    dtype: str, value: float, text: str, tmp_path: Path
+) -> None:
+    name = key(1, "to_q", "A")
+    file = good_lora(dtype=dtype)
+    largest = {"F16": 65504.0, "BF16": 3.3895e38, "F32": 3.4028e38}[dtype]
+    alter(put(largest), key(0, "to_q", "A"))(file)  # the largest number is a finite one
+    alter(put(value), name)(file)
+    write(tmp_path / NAME, file)
+
+    assert told(verify_lora(tmp_path), "finite") == [f"not finite: {name} (found {text} at [0, 0] (1 of 512 values))"]
+
+
+def test_the_effective_scaling_is_that_of_rank_stabilised_lora_where_stated(good: Source, tmp_path: Path) -> None:
+    report = verify_lora(variant(good, tmp_path, state(use_rslora=True)))
+
+    assert (report.scaling, check(report, "scale").seen) == ((0.5,), "scaling 0.5: alpha 1 / sqrt(rank) 4")
+
+
+def test_strict_takes_a_warning_for_a_failure(good: Source, tmp_path: Path) -> None:
+    (damage,) = (damage for damage in DAMAGES if damage.id == "metadata-lost")
+    damage.apply(good.file, tmp_path / NAME)
+
+    assert verify_lora(tmp_path, layers=3).verdict == "warn"
+    assert verify_lora(tmp_path, layers=3, strict=True).verdict == "fail"
+
+
+def test_only_layers_to_transform_are_asked_for_where_stated(good: Source, tmp_path: Path) -> None:
+    def keep_two_layers(file: LoraFile) -> None:
+        file.tensors = {name: entry for name, entry in file.tensors.items() if ".1.attn1." not in name}
+
+    suffixes = ["to_q", "to_k", "to_v", "to_out.0"]
+    stated = variant(
+        good,
+        tmp_path,
+        keep_two_layers,
+        state(target_modules=suffixes, layers_to_transform=[0, 2], layers_pattern="transformer_blocks"),
+    )
+
+    report = verify_lora(stated, load=True)
+
+    assert (report.verdict, report.layers) == ("pass", (0, 2))
+
+
+# --- which model it is ----------------------------------------------------------------------------
+
+
+def header_only(folder: Path, *, layers: int, hidden: int, rank: int = 1) -> Path:
+    """A LoRA of a published model's size, its values small numbers, its scale not stated."""
+    file = good_lora(layers=layers, hidden=hidden, rank=rank)
+    file.metadata = {}
+    write(folder / NAME, file)
+    return folder
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.slug)
+def test_every_published_model_is_asked_for_all_its_tensors(model: Any, tmp_path: Path) -> None:
+    header_only(tmp_path, layers=model.layers, hidden=model.hidden)
+    count = model.layers * 8
+
+    told_by_user = check(verify_lora(tmp_path, model=model.slug), "complete")
+    recognised = check(verify_lora(tmp_path), "complete")
+
+    assert told_by_user.seen == f"{count} of {count} tensors of {model.name}, as --model says"
+    assert (recognised.status, recognised.seen.split(" tensors")[0]) == ("pass", f"{count} of {count}")
+
+
+def test_a_published_model_is_known_by_its_hidden_size_when_layers_are_missing(tmp_path: Path) -> None:
+    report = verify_lora(header_only(tmp_path, layers=28, hidden=1920))
+
+    assert check(report, "complete").seen == "224 of 240 tensors of CogVideoX-2B, as its hidden size says"
+    assert told(report, "complete") == ["missing: layers 28-29: all tensors"]
+
+
+def test_a_lora_of_another_model_does_not_fit(tmp_path: Path) -> None:
+    report = verify_lora(header_only(tmp_path, layers=2, hidden=1920), model="5b")
+
+    assert wrong(report)["shapes"] == "fail"
+    assert len(check(report, "shapes").problems) == 16
+
+
+def test_a_file_that_nothing_tells_the_model_of_is_a_warning(tmp_path: Path) -> None:
+    report = verify_lora(header_only(tmp_path, layers=2, hidden=128))
+
+    assert wrong(report) == {"complete": "warn", "scale": "warn"}
+    assert check(report, "complete").seen.endswith(
+        "nothing tells how many layers the model has: taken to be 2 (--model or --layers says it)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"model": "3b"}, "there is no such model"),
+        ({"layers": 0}, "no transformer has so many layers"),
+        ({"model": "2b", "layers": 3}, "--model and --layers both say how many layers there are"),
+        ({"ema": True}, "--iteration and --ema say which weights of a checkpoint are meant, and there is none"),
+        ({"iteration": 0}, "--iteration and --ema say which weights of a checkpoint are meant, and there is none"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], what: str, good: Source) -> None:
+    with pytest.raises(OptionError) as error:
+        verify_lora(good.file, **options)
+
+    assert error.value.what == what
+
+
+# --- files that mean harm -------------------------------------------------------------------------
+
+
+def record(**fields: object) -> Callable[[LoraFile], object]:
+    def edit(file: LoraFile) -> None:
+        file.metadata["cogtools"] = json.dumps(fields)
+
+    return edit
+
+
+@pytest.mark.parametrize("layers", [10**12, -1, 0, "30", 3.0, True, None, [3]])
+def test_a_record_with_an_impossible_number_of_layers_is_not_believed(
+    layers: object, good: Source, tmp_path: Path
+) -> None:
+    report = verify_lora(variant(good, tmp_path, record(transformer_layers=layers, hidden_size=layers, models=7)))
+
+    assert check(report, "complete").seen == (
+        "24 of 24 tensors of CogVideoX of no published size: 3 layers, hidden size 128, as target_modules says"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "[", "[1]", "7", "[" * 100_000])
+def test_a_record_that_is_no_object_is_not_believed(text: str, good: Source, tmp_path: Path) -> None:
+    def edit(file: LoraFile) -> None:
+        file.metadata["cogtools"] = text
+
+    assert verify_lora(variant(good, tmp_path, edit), layers=3).verdict == "pass"
+
+
+@pytest.mark.parametrize("pattern", [r"(\w+\s?)+!", "(", "to_q" * 100])
+def test_a_pattern_that_could_run_for_ever_is_not_evaluated(pattern: str, good: Source, tmp_path: Path) -> None:
+    report = verify_lora(variant(good, tmp_path, state(alpha_pattern={pattern: 4})))
+
+    assert wrong(report) == {"scale": "warn"}
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["transformer_blocks.1.attn1.to_q", "^transformer_blocks.1.attn1.to_q", r"transformer_blocks\.1\.attn1\.to_q"],
+)
+def test_a_pattern_means_the_modules_that_peft_takes_it_for(pattern: str, good: Source, tmp_path: Path) -> None:
+    report = verify_lora(variant(good, tmp_path, state(alpha_pattern={pattern: 4})), load=True)
+
+    assert (report.scaling, check(report, "load").status) == ((0.25, 1.0), "pass")
+    assert told(report, "scale") == [
+        "scale: transformer_blocks.1.attn1.to_q (found scaling 1, expected 0.25, as most have)"
+    ]
+
+
+def test_a_file_of_another_name_is_not_given_to_diffusers_to_unpickle(good: Source, tmp_path: Path) -> None:
+    (tmp_path / "lora.bin").write_bytes(good.file.read_bytes())
+
+    report = verify_lora(tmp_path / "lora.bin", load=True)
+
+    assert wrong(report) == {"load": "fail"}
+    assert check(report, "load").seen == (
+        "diffusers reads safetensors only from a file named .safetensors, not lora.bin"
+    )
+
+
+# --- which file is meant --------------------------------------------------------------------------
+
+
+def test_the_only_safetensors_file_of_a_folder_is_the_one(good: Source, tmp_path: Path) -> None:
+    (tmp_path / "disney.safetensors").write_bytes(good.file.read_bytes())
+
+    assert verify_lora(tmp_path, load=True).path == tmp_path / "disney.safetensors"
+
+
+def test_a_folder_of_several_files_is_no_answer(good: Source, tmp_path: Path) -> None:
+    for name in ("a.safetensors", "b.safetensors"):
+        (tmp_path / name).write_bytes(good.file.read_bytes())
+
+    with pytest.raises(CheckpointError) as error:
+        verify_lora(tmp_path)
+
+    assert str(error.value) == (
+        "there are several safetensors files in this folder\n"
+        f"  file:      {tmp_path}\n"
+        "  found:     a.safetensors, b.safetensors\n"
+        "  expected:  pytorch_lora_weights.safetensors or adapter_model.safetensors\n"
+        "  try:       name the file itself"
+    )
+
+
+def test_of_a_folder_of_loras_each_is_verified_by_itself(good: Source, tmp_path: Path) -> None:
+    for name in ("lora-disney-1000", "lora-disney-2000"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / NAME).write_bytes(good.file.read_bytes())
+
+    with pytest.raises(CheckpointError) as error:
+        verify_lora(tmp_path)
+
+    assert str(error.value) == (
+        "this is a folder of LoRAs: they are verified one by one\n"
+        f"  file:      {tmp_path}\n"
+        "  found:     lora-disney-1000, lora-disney-2000\n"
+        f"  try:       cogtools verify {tmp_path}/lora-disney-1000"
+    )
+
+
+@pytest.mark.parametrize("name", ["missing", "missing/lora.safetensors"])
+def test_what_is_not_there_is_an_error(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        verify_lora(tmp_path / name, load=True)
+
+
+def test_an_empty_folder_and_a_checkpoint_are_errors_with_a_hint(good: Source, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no LoRA file in this folder"):
+        verify_lora(tmp_path)
+    with pytest.raises(CheckpointError, match="this is a checkpoint, not an exported LoRA"):
+        verify_lora(good.checkpoint)
+
+
+# --- what export-lora writes ----------------------------------------------------------------------
+
+LAYERS = 3
+SCALES: tuple[Scale, ...] = ("metadata", "fold")
+CASTS: tuple[Cast, ...] = ("keep", "fp32", "fp16", "bf16")
+
+
+@pytest.fixture(scope="module", params=["float16", "bfloat16", "float32"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A save folder of the trainer, alpha 3, rank 4: a scaling that is no power of two."""
+    folder: Path = tmp_path_factory.mktemp(request.param) / "run"
+    toy = factories.toy(factories.COGVIDEOX_2B)
+    plain, ema = (
+        factories.sat_checkpoint(factories.sat_state_dict(toy, 4, getattr(torch, request.param), seed=seed))
+        for seed in (0, 1)
+    )
+    factories.save_run(folder, plain, ema=ema, rank=4, alpha=3)
+    return folder
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", CASTS)
+def test_what_the_exporter_writes_is_verified_whatever_the_scale_and_dtype(
+    scale: Scale, dtype: Cast, run: Path, tmp_path: Path
+) -> None:
+    export_lora(run, tmp_path, scale=scale, dtype=dtype)
+
+    report = verify_lora(tmp_path, against=run, load=True)
+
+    assert wrong(report) == {}
+    assert report.scaling == (1.0 if scale == "fold" else 0.75,)
+    assert check(report, "complete").seen.endswith(", as the exporter's record says")
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", CASTS)
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_a_value_that_is_one_step_off_is_found_whatever_the_scale_and_dtype(
+    scale: Scale, dtype: Cast, factor: str, run: Path, tmp_path: Path
+) -> None:
+    export_lora(run, tmp_path, scale=scale, dtype=dtype)
+    file = read(tmp_path / NAME)
+    name = key(1, "to_v", factor)
+    entry = file.tensors[name]
+    itemsize = {"F16": 2, "BF16": 2, "F32": 4}[entry.dtype]
+    data = bytearray(entry.data)
+    data[5 * itemsize] ^= 2  # two units in the last place, of value 5
+    file.tensors[name] = replace(entry, data=bytes(data))
+    write(tmp_path / NAME, file)
+
+    report = verify_lora(tmp_path, against=run)
+
+    assert wrong(report) == {"against": "fail"}
+    (text,) = told(report, "against")
+    place = f"[{5 // entry.shape[1]}, {5 % entry.shape[1]}]"
+    assert text.startswith(f"value: {name} (found ")
+    assert f" at {place} (1 of 512 values differ), expected " in text
+
+
+def test_ema_weights_are_not_the_plain_ones(run: Path, tmp_path: Path) -> None:
+    export_lora(run, tmp_path, ema=True)
+
+    assert wrong(verify_lora(tmp_path, against=run)) == {"against": "fail"}
+    assert wrong(verify_lora(tmp_path, against=run, ema=True, iteration=1000)) == {}
+
+
+def test_a_scale_left_out_on_purpose_is_a_warning_that_says_the_weight(run: Path, tmp_path: Path) -> None:
+    export_lora(run, tmp_path, scale="none")
+
+    report = verify_lora(tmp_path, against=run)
+
+    assert wrong(report) == {"scale": "warn", "against-scale": "warn"}
+    assert check(report, "against-scale").seen == "left out, as the file's record says: load it at weight 0.75"
+
+
+def test_an_alpha_given_by_hand_is_told_where_the_training_says_another(run: Path, tmp_path: Path) -> None:
+    export_lora(run, tmp_path / "same", alpha=3)
+    export_lora(run, tmp_path / "other", alpha=8)
+
+    assert wrong(verify_lora(tmp_path / "same", against=run)) == {}
+    report = verify_lora(tmp_path / "other", against=run)
+    assert wrong(report) == {"against-scale": "warn"}
+    assert check(report, "against-scale").seen == (
+        "scaling 2: alpha 8 (given to export-lora by --alpha, as the file's record says) / rank 4; "
+        "but training_config.yaml says alpha 3"
+    )
+
+
+def test_a_partial_lora_is_verified_as_one(tmp_path: Path) -> None:
+    toy = factories.toy(factories.COGVIDEOX_2B)
+    state_dict = factories.sat_state_dict(toy, 4, layers=[0, 2])
+    checkpoint = factories.save_run(
+        tmp_path / "run", factories.sat_checkpoint(state_dict), rank=4, alpha=1, layer_range=[0, 2]
+    )
+    export_lora(checkpoint, tmp_path / "out")
+
+    report = verify_lora(tmp_path / "out", against=checkpoint, load=True)
+
+    assert wrong(report) == {}
+    assert "target_modules states layers 0, 2: all tensors" in check(report, "complete").seen
+
+
+COMPLETE = ("2b-bf16-legacy", "2b-bf16-numpy1", "2b-bf16-plain", "2b-fp16", "2b-fp32", "5b-bf16")
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_the_export_of_every_real_checkpoint_is_verified(name: str, real: Path, tmp_path: Path) -> None:
+    export_lora(real / name, tmp_path)
+
+    report = verify_lora(tmp_path, against=real / name, load=True)
+
+    assert wrong(report) == {}
+    assert (report.tensors, report.rank, report.scaling) == (24, (4,), (0.25,))
+
+
+# --- what diffusers and PEFT write ----------------------------------------------------------------
+
+
+def adapted_transformer(**config: Any) -> Any:
+    """A toy CogVideoX with a LoRA that PEFT made, all of it random."""
+    from diffusers import CogVideoXTransformer3DModel
+    from peft import LoraConfig
+
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2, num_layers=LAYERS, time_embed_dim=32, text_embed_dim=32, sample_width=8,
+        sample_height=8, sample_frames=9, max_text_seq_length=16,
+    )  # fmt: skip
+    suffixes = ["to_q", "to_k", "to_v", "to_out.0"]
+    defaults = {"r": 4, "lora_alpha": 8, "target_modules": suffixes, "init_lora_weights": False}
+    transformer.add_adapter(LoraConfig(**(defaults | config)))
+    return transformer
+
+
+def save_with_diffusers(transformer: Any, folder: Path, *, metadata: bool) -> None:
+    from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
+    from peft import get_peft_model_state_dict
+
+    adapter = transformer.peft_config["default"].to_dict() if metadata else None
+    CogVideoXLoraLoaderMixin.save_lora_weights(
+        str(folder),
+        transformer_lora_layers=get_peft_model_state_dict(transformer),
+        transformer_lora_adapter_metadata=adapter,
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors"),
+    [
+        ({}, 24),
+        ({"target_modules": ["to_q", "to_v"]}, 12),
+        ({"layers_to_transform": [0, 2], "layers_pattern": "transformer_blocks"}, 16),
+        ({"rank_pattern": {"transformer_blocks.1.attn1.to_q": 8},
+          "alpha_pattern": {"transformer_blocks.1.attn1.to_q": 16}}, 24),
+    ],
+    ids=["all", "two-projections", "two-layers", "another-rank"],
+)  # fmt: skip
+def test_what_diffusers_saves_is_verified(config: dict[str, Any], tensors: int, tmp_path: Path) -> None:
+    save_with_diffusers(adapted_transformer(**config), tmp_path, metadata=True)
+
+    report = verify_lora(tmp_path, layers=LAYERS, load=True)
+
+    assert wrong(report) == {}
+    assert (report.tensors, report.scaling) == (tensors, (2.0,))
+
+
+def test_what_diffusers_saves_without_a_scale_is_a_warning(tmp_path: Path) -> None:
+    save_with_diffusers(adapted_transformer(), tmp_path, metadata=False)
+
+    report = verify_lora(tmp_path, layers=LAYERS, load=True)
+
+    assert wrong(report) == {"scale": "warn"}
+    assert check(report, "scale").seen == "not stated: diffusers runs it at scaling 1.0"
+
+
+@pytest.fixture
+def peft_folder(tmp_path: Path) -> Path:
+    """The good file as PEFT's folder."""
+    file = good_lora()
+    adapter = {name.removeprefix(PREFIX): value for name, value in file.adapter.items()}
+    file.tensors = {"base_model.model." + name.removeprefix(PREFIX): entry for name, entry in file.tensors.items()}
+    del file.metadata["lora_adapter_metadata"]
+    write(tmp_path / "adapter_model.safetensors", file)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **adapter}))
+    return tmp_path
+
+
+def test_a_peft_folder_is_verified_by_its_own_names(peft_folder: Path, good: Source) -> None:
+    report = verify_lora(peft_folder, against=good.checkpoint, load=True)
+
+    assert wrong(report) == {}
+    assert (report.naming, report.scaling) == ("PEFT", (0.25,))
+
+
+def test_a_peft_folder_without_its_configuration_states_no_scale(peft_folder: Path) -> None:
+    (peft_folder / "adapter_config.json").unlink()
+
+    report = verify_lora(peft_folder)
+
+    assert wrong(report) == {"scale": "fail"}
+
+
+def test_diffusers_names_in_a_peft_folder_are_called_that(peft_folder: Path, good: Source) -> None:
+    (peft_folder / "adapter_model.safetensors").write_bytes(good.file.read_bytes())
+
+    report = verify_lora(peft_folder, load=True)
+
+    assert check(report, "names").seen == "these are diffusers' names: PEFT would load none of them"
+    assert wrong(report) == {"names": "fail", "load": "fail"}
+
+
+def test_a_peft_configuration_of_any_length_is_not_read(peft_folder: Path) -> None:
+    (peft_folder / "adapter_config.json").write_text(" " * (1 << 21))
+
+    with pytest.raises(CogtoolsError, match="the adapter's configuration cannot be read"):
+        verify_lora(peft_folder)
