@@ -1,0 +1,1 @@
+"""Benchmarks: whole processes, compared within one run."""
