@@ -15,12 +15,12 @@ from tests.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
 from tests.interruption import NAME, kill_exports
 
 WAITING = """
-    import sys, time
+    import os, time
     from cogtools import writer
     from cogtools.__main__ import main
 
     def wait(self):
-        print("syncing", file=sys.stderr, flush=True)
+        os.write(2, b"syncing\\n")  # in one piece: workers say it at the same time
         time.sleep(60)
 
     writer.AtomicFile.sync = wait
@@ -34,29 +34,30 @@ def run_folder(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def start(*words: str | Path) -> subprocess.Popen[str]:
-    """Start an export that waits when all is written but not yet synced."""
+def end_while_syncing(number: signal.Signals, *words: str | Path) -> tuple[int, str, list[str]]:
+    """Start an export, send it a signal when all is written but not yet synced: its exit code, output and talk."""
     command = [sys.executable, "-c", textwrap.dedent(WAITING), "export-lora", *map(str, words)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    assert process.stderr.readline() == "syncing\n"
-    return process
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            assert process.stderr.readline() == "syncing\n"
+            process.send_signal(number)
+            out, err = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    return process.returncode, out, [line for line in err.splitlines() if line != "syncing"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_with_one_line_and_130(run_folder: Path, tmp_path: Path, number: signal.Signals) -> None:
-    process = start(run_folder, tmp_path / "out")
-    process.send_signal(number)
-    out, err = process.communicate(timeout=20)
-    assert (process.returncode, out, err) == (130, "", "interrupted: nothing was left half-written\n")
+    ended = end_while_syncing(number, run_folder, tmp_path / "out")
+    assert ended == (130, "", ["interrupted: nothing was left half-written"])
     assert not (tmp_path / "out").exists()
 
 
 def test_an_interruption_is_told_in_json_too(run_folder: Path, tmp_path: Path) -> None:
-    process = start(run_folder, tmp_path / "out", "--json")
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
-    assert (process.returncode, json.loads(out)["error"]["kind"], err) == (130, "interrupted", "")
+    code, out, err = end_while_syncing(signal.SIGINT, run_folder, tmp_path / "out", "--json")
+    assert (code, json.loads(out)["error"]["kind"], err) == (130, "interrupted", [])
 
 
 def test_exports_that_are_killed_at_random_leave_the_target_whole(tmp_path: Path) -> None:
@@ -82,9 +83,6 @@ def test_of_two_exports_that_may_overwrite_both_end_well(run_folder: Path, tmp_p
 def test_a_batch_that_is_interrupted_leaves_nothing_half_written(tmp_path: Path) -> None:
     for name in "abc":
         save_run(tmp_path / name, sat_checkpoint(sat_state_dict(TOY_2B, 4, torch.float32)), rank=4)
-    process = start(*(tmp_path / name for name in "abc"), tmp_path / "out")
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
-    assert (process.returncode, out) == (130, "")
-    assert [line for line in err.splitlines() if line != "syncing"] == ["interrupted: nothing was left half-written"]
+    ended = end_while_syncing(signal.SIGINT, *(tmp_path / name for name in "abc"), tmp_path / "out")
+    assert ended == (130, "", ["interrupted: nothing was left half-written"])
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
