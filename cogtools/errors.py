@@ -7,7 +7,7 @@ into an object. Any other exception is a bug in cogtools and keeps its traceback
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import os
@@ -17,18 +17,40 @@ SHOWN_PROBLEMS = 10
 """How many problems a message lists before it says how many more there are."""
 
 
+ProblemKind = Literal[
+    "alone",  # one factor of a LoRA without the other
+    "collision",  # two keys for one tensor
+    "constant",  # one value throughout
+    "dtype",
+    "error",  # what a library raised
+    "missing",
+    "module",  # no adapter where one should be, or one that does nothing
+    "not_finite",
+    "rank",
+    "said",  # what a library warned of
+    "scale",
+    "shape",
+    "unexpected",
+    "unreadable",
+    "value",
+    "wrong",  # a stated setting that cannot be, or changes what the LoRA does
+    "zero",
+]
+"""What sort of thing is wrong; the schema `error.json` lists the same."""
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing that is wrong with one key, or with a few alike.
 
     Attributes:
-        kind: what sort of problem: "missing", "unexpected", "shape", "dtype", "collision", "rank", "unreadable".
-        subject: the key, or several folded into one name ("layers 3-5: v lora_B").
+        kind: what sort of problem.
+        subject: the key, or several folded into one name ("layers 3-5: to_v lora_B").
         found: what the checkpoint holds, where there is something.
         expected: what should be there, where that can be said.
     """
 
-    kind: str
+    kind: ProblemKind
     subject: str
     found: str | None = None
     expected: str | None = None
@@ -39,7 +61,7 @@ class Problem:
             for label, value in (("found", self.found), ("expected", self.expected))
             if value is not None
         ]
-        return f"{self.kind}: {self.subject}" + (f" ({', '.join(details)})" if details else "")
+        return f"{self.kind.replace('_', ' ')}: {self.subject}" + (f" ({', '.join(details)})" if details else "")
 
 
 class CogtoolsError(Exception):

@@ -17,6 +17,7 @@ from cogtools.layouts import cogvideox, diffusers, sat
 from cogtools.layouts.cogvideox import LoraKey, Transformer
 from cogtools.refusals import no_lora, refuse_unexportable, whole_tensor
 from cogtools.training_config import TrainingConfig, find_training_config, read_training_config
+from cogtools.words import fold_numbers
 
 if TYPE_CHECKING:
     from cogtools.checkpoint.dtypes import DType
@@ -86,7 +87,7 @@ class LoraPlan:
     @property
     def modules(self) -> list[str]:
         """The paths of the adapted modules inside the transformer."""
-        return sorted({diffusers.module_path(tensor.name.layer, tensor.name.projection) for tensor in self.tensors})
+        return sorted({diffusers.module_path(tensor.name) for tensor in self.tensors})
 
 
 def plan_lora_export(checkpoint: Checkpoint, *, alpha: float | None = None, allow_partial: bool = False) -> LoraPlan:
@@ -229,17 +230,6 @@ def _layers(
             f"The LoRA adapts {len(expected)} of {transformer.layers} layers: {fold_numbers(expected)} ({why})."
         )
     return expected, problems, notices
-
-
-def fold_numbers(numbers: tuple[int, ...] | list[int]) -> str:
-    """Sorted numbers as ranges: "0-3, 7, 9-11"."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1][1:] = [number]
-        else:
-            parts.append([number])
-    return ", ".join("-".join(map(str, part)) for part in parts)
 
 
 def _read_config(checkpoint: Checkpoint) -> TrainingConfig | None:

@@ -34,6 +34,7 @@ from cogtools.inspection.report import (
 )
 from cogtools.inspection.sections import SECTIONS, section_of
 from cogtools.layouts.diffusers import adapter_metadata
+from cogtools.verification.verify import verify_lora
 from tests.factories import (
     COGVIDEOX_2B,
     SAVERS,
@@ -234,6 +235,7 @@ def test_the_report_of_a_training_says_what_is_in_it(toy: Path) -> None:
             unplaced=(),
             alpha=1,
             alpha_source="default",
+            misstated=(),
             scaling=0.25,
             export=ExportOutlook(
                 possible=True,
@@ -344,7 +346,15 @@ def test_what_a_lora_lacks_is_folded(tmp_path: Path) -> None:
         del state[key]
     torch.save({"module": state}, tmp_path / "a.pt")
     report = inspect_checkpoint(tmp_path / "a.pt")
-    assert lora_facts(report) == ("SAT", False, ("layers 3-5: v lora_B", "layer 29"), (4,), 1, "default", 0.25)
+    assert lora_facts(report) == (
+        "SAT",
+        False,
+        ("layers 3-5: to_v lora_B", "layer 29: all tensors"),
+        (4,),
+        1,
+        "default",
+        0.25,
+    )
     assert report.lora is not None
     outlook = report.lora.export
     assert outlook is not None
@@ -368,7 +378,8 @@ def test_a_lora_in_diffusers_layout_is_held_against_its_model(tmp_path: Path) ->
     path = tmp_path / "a.safetensors"
     save_file(diffusers_lora(range(28)), path)
     report = inspect_checkpoint(path)
-    assert lora_facts(report) == ("diffusers", False, ("layers 28-29",), (4,), None, None, None)
+    missing = ("layers 28-29: all tensors",)
+    assert lora_facts(report) == ("diffusers", False, missing, (4,), None, None, 1.0)
     assert report.model == ModelReport("CogVideoX-2B", ("2b",), 30, 1920)
 
 
@@ -390,6 +401,53 @@ def test_metadata_that_states_no_alpha_is_no_error(tmp_path: Path, metadata: str
     assert lora_facts(report) == ("diffusers", True, (), (4,), None, None, None)
 
 
+@pytest.mark.parametrize(
+    ("stated", "scaling"),
+    [
+        pytest.param({"r": 4, "lora_alpha": 1}, 0.25, id="plain"),
+        pytest.param({"r": 4, "lora_alpha": 1, "use_rslora": True}, 0.5, id="rank-stabilised"),
+        pytest.param({"r": 4, "lora_alpha": 1, "layers_to_transform": list(range(10))}, 0.25, id="some-layers"),
+        pytest.param({"r": 4, "lora_alpha": 1, "alpha_pattern": {"to_q": 2}}, None, id="two-alphas"),
+        pytest.param({"r": 4}, None, id="no-alpha"),
+        pytest.param(None, 1.0, id="nothing"),
+    ],
+)
+def test_inspect_and_verify_read_what_a_file_states_alike(
+    tmp_path: Path, stated: dict[str, Any] | None, scaling: float | None
+) -> None:
+    metadata = {}
+    if stated is not None:
+        stated = {"target_modules": ["to_q", "to_k", "to_v", "to_out.0"], "rank_pattern": {}, **stated}
+        metadata["lora_adapter_metadata"] = json.dumps({f"transformer.{name}": stated[name] for name in stated})
+    layers = range(10 if stated and "layers_to_transform" in stated else 30)
+    save_file(diffusers_lora(layers), tmp_path / "a.safetensors", metadata=metadata)
+    seen = inspect_checkpoint(tmp_path / "a.safetensors").lora
+    proven = verify_lora(tmp_path)
+    complete = next(check.status == "pass" for check in proven.checks if check.name == "complete")
+    assert seen is not None
+    assert (seen.complete, seen.scaling) == (complete, scaling)
+    assert proven.scaling == (
+        (0.25, 0.5) if stated and "alpha_pattern" in stated else () if not scaling else (scaling,)
+    )
+
+
+@pytest.mark.parametrize(
+    ("metadata", "told"),
+    [
+        ({}, "alpha      not stated: diffusers takes alpha = rank, a scaling of 1"),
+        (
+            {"lora_adapter_metadata": '{"transformer.r": 4}'},
+            "alpha      not to be used: missing: lora_alpha (found diffusers and PEFT then take 8, expected the value)",
+        ),
+    ],
+)
+def test_a_scale_that_is_not_stated_is_told_for_what_it_does(
+    inspect: Callable[..., Result], tmp_path: Path, metadata: dict[str, str], told: str
+) -> None:
+    save_file(diffusers_lora(range(30)), tmp_path / "a.safetensors", metadata=metadata)
+    assert f"  {told}\n" in inspect(tmp_path / "a.safetensors").out
+
+
 def test_a_peft_folder_states_its_alpha_in_a_file_of_its_own(tmp_path: Path) -> None:
     tensors = {
         "base_model.model." + key.removeprefix("transformer."): value
@@ -399,6 +457,17 @@ def test_a_peft_folder_states_its_alpha_in_a_file_of_its_own(tmp_path: Path) -> 
     (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}')
     report = inspect_checkpoint(tmp_path)
     assert lora_facts(report) == ("PEFT", True, (), (4,), 8, "adapter_config.json", 2)
+
+
+def test_a_peft_folder_without_its_configuration_is_told_that_peft_loads_nothing(
+    inspect: Callable[..., Result], tmp_path: Path
+) -> None:
+    tensors = {
+        f"base_model.model.{key.removeprefix('transformer.')}": x for key, x in diffusers_lora(range(30)).items()
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    told = "  alpha      not stated: without adapter_config.json PEFT loads nothing\n"
+    assert told in inspect(tmp_path / "adapter_model.safetensors").out
 
 
 def test_a_lora_in_a_layout_that_is_not_known_is_told_by_its_keys(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import torch
 
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.errors import ExportError, OptionError, Problem
-from cogtools.planning import Alpha, LoraPlan, fold_numbers, plan_lora_export
+from cogtools.planning import Alpha, LoraPlan, plan_lora_export
+from cogtools.words import fold_numbers
 from tests.factories import (
     COGVIDEOX_2B,
     COGVIDEOX_5B,

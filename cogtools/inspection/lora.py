@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.storage import SourceFile
 from cogtools.errors import CogtoolsError
 from cogtools.inspection.report import ExportOutlook, LoraReport
-from cogtools.layouts import diffusers, sat
-from cogtools.layouts.cogvideox import FACTORS, PROJECTIONS, LoraKey, lora_keys, rank_of
-from cogtools.planning import DEFAULT_ALPHA, LoraPlan, fold_numbers, plan_lora_export
+from cogtools.layouts import diffusers, peft, sat
+from cogtools.layouts.cogvideox import LoraKey, lora_keys, rank_of
+from cogtools.layouts.naming import DIFFUSERS, PEFT
+from cogtools.planning import DEFAULT_ALPHA, LoraPlan, plan_lora_export
 from cogtools.refusals import whole_tensor
+from cogtools.stated import Stated, read_stated
 from cogtools.training_config import find_training_config, read_training_config
+from cogtools.words import fold_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,27 +23,14 @@ if TYPE_CHECKING:
     from cogtools.checkpoint.storage import TensorEntry
     from cogtools.layouts.cogvideox import Transformer
 
-MAX_ALPHA = 2**63
-"""A larger one was never meant; and JSON has no infinity."""
+_LAYOUTS: dict[str, Callable[[str], LoraKey | None]] = {
+    "SAT": sat.parse_lora_key,
+    DIFFUSERS.name: DIFFUSERS.parse,
+    PEFT.name: PEFT.parse,
+}
+"""How a LoRA's tensors can be named, by the layout's name: the first that fits one of its keys counts."""
 
-PEFT_CONFIG = "adapter_config.json"
-"""Where peft states rank and alpha, beside the weights."""
-
-_MAX_CONFIG_BYTES = 1 << 20
-
-_PEFT_PREFIX = "base_model.model."
-
-
-def _parse_peft(key: str) -> LoraKey | None:
-    rest = key.removeprefix(_PEFT_PREFIX)
-    return None if rest == key else diffusers.parse_key(diffusers.PREFIX + rest)
-
-
-_LAYOUTS: tuple[tuple[str, Callable[[str], LoraKey | None]], ...] = (
-    ("SAT", sat.parse_lora_key),
-    ("diffusers", diffusers.parse_key),
-    ("PEFT", _parse_peft),
-)
+_NAMINGS = {naming.name: naming for naming in (DIFFUSERS, PEFT)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +53,8 @@ def find_lora(checkpoint: Checkpoint) -> Lora | None:
     keys = sat.lora_keys_in([*checkpoint.tensors, *checkpoint.not_tensors])
     if not keys:
         return None
-    layout, parse = next(
-        ((layout, parse) for layout, parse in _LAYOUTS if any(map(parse, keys))), ("unknown", lambda _: None)
-    )
+    layout = next((layout for layout, parse in _LAYOUTS.items() if any(map(parse, keys))), "unknown")
+    parse = _LAYOUTS.get(layout, _parse_nothing)
     tensors: dict[LoraKey, TensorEntry] = {}
     unplaced = []
     for key in keys:
@@ -80,12 +66,18 @@ def find_lora(checkpoint: Checkpoint) -> Lora | None:
     return Lora(layout, tensors, tuple(unplaced))
 
 
+def _parse_nothing(_key: str) -> LoraKey | None:
+    return None
+
+
 def describe_lora(checkpoint: Checkpoint, lora: Lora, model: Transformer | None) -> LoraReport:
     """What can be said of a LoRA."""
     plan, outlook = _export_outlook(checkpoint) if lora.layout == "SAT" else (None, None)
+    stated = read_stated(checkpoint, _NAMINGS[lora.layout]) if lora.layout in _NAMINGS else None
     ranks = sorted({rank_of(name.factor, entry.shape) for name, entry in lora.tensors.items() if len(entry.shape) == 2})
-    alpha, alpha_source = _alpha(checkpoint, lora, plan)
-    missing = _missing(lora, _expected_layers(checkpoint, lora, model, plan))
+    alpha, alpha_source = _alpha(checkpoint, lora, plan, stated)
+    expected = _expected(lora, model, plan, stated)
+    missing = tuple(fold_names(name for name in expected if name not in lora.tensors))
     everything = [checkpoint.tensors[key] for key in sat.lora_keys_in(checkpoint.tensors)]
     return LoraReport(
         layout=lora.layout,
@@ -94,12 +86,13 @@ def describe_lora(checkpoint: Checkpoint, lora: Lora, model: Transformer | None)
         layers=tuple(sorted({name.layer for name in lora.tensors})),
         ranks=tuple(ranks),
         dtypes=tuple(sorted({entry.dtype.name for entry in everything})),
-        complete=None if lora.layout == "unknown" else not (missing or lora.unplaced) and len(ranks) == 1,
+        complete=None if lora.layout == "unknown" else not (missing or lora.unplaced) and _is_one_rank(ranks, stated),
         missing=missing,
         unplaced=lora.unplaced,
         alpha=alpha,
         alpha_source=alpha_source,
-        scaling=alpha / ranks[0] if alpha is not None and len(ranks) == 1 and ranks[0] else None,
+        misstated=stated.problems if stated is not None else (),
+        scaling=_scaling(lora, ranks, alpha, stated),
         export=outlook,
     )
 
@@ -115,52 +108,28 @@ def _export_outlook(checkpoint: Checkpoint) -> tuple[LoraPlan | None, ExportOutl
     return plan, ExportOutlook(possible=True, tensors=len(plan.tensors), size_bytes=size_bytes, notices=plan.notices)
 
 
-def _expected_layers(
-    checkpoint: Checkpoint, lora: Lora, model: Transformer | None, plan: LoraPlan | None
-) -> tuple[int, ...]:
-    """The layers that a LoRA should have: those that it says, else those of the model, else those that it has."""
-    if plan is not None:
-        return plan.layers
-    stated = _adapter_config(checkpoint, lora).get("target_modules") if lora.layout != "SAT" else None
-    if isinstance(stated, list):
-        keys = (diffusers.parse_key(f"{diffusers.PREFIX}{path}.lora_A.weight") for path in stated)
-        layers = {key.layer for key in keys if key is not None}
-        if layers:
-            return tuple(sorted(layers))
-    if model is not None:
-        return tuple(range(model.layers))
-    return tuple(sorted({name.layer for name in lora.tensors}))
-
-
-def _missing(lora: Lora, layers: tuple[int, ...]) -> tuple[str, ...]:
-    """What a LoRA of these layers would have and this has not, folded."""
+def _expected(lora: Lora, model: Transformer | None, plan: LoraPlan | None, stated: Stated | None) -> list[LoraKey]:
+    """The tensors that a LoRA should have: those that it says, else all of the model, else all of its own layers."""
     if lora.layout == "unknown":
-        return ()
-    parts_by_layer: dict[int, list[str]] = defaultdict(list)
-    for name in lora_keys(layers):
-        if name not in lora.tensors:
-            parts_by_layer[name.layer].append(f"{name.projection} lora_{name.factor}")
-    layers_by_parts: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for layer, parts in parts_by_layer.items():
-        layers_by_parts[tuple(parts)].append(layer)
-    whole = len(PROJECTIONS) * len(FACTORS)
-    return tuple(
-        f"layer{'s' * (len(numbers) > 1)} {fold_numbers(numbers)}"
-        + (": " + ", ".join(parts) if len(parts) < whole else "")
-        for parts, numbers in layers_by_parts.items()
-    )
+        return []
+    if plan is not None:
+        return lora_keys(plan.layers)
+    layers = range(model.layers) if model is not None else tuple(sorted({name.layer for name in lora.tensors}))
+    every = lora_keys(layers)
+    return stated.targeted(every) if stated is not None else every
 
 
-def _alpha(checkpoint: Checkpoint, lora: Lora, plan: LoraPlan | None) -> tuple[float | None, str | None]:
+def _alpha(
+    checkpoint: Checkpoint, lora: Lora, plan: LoraPlan | None, stated: Stated | None
+) -> tuple[float | None, str | None]:
     """A LoRA's alpha, and where it is stated."""
     if plan is not None:
         return plan.alpha
     if lora.layout == "SAT":
         return _trainers_alpha(checkpoint)
-    alpha = _adapter_config(checkpoint, lora).get("lora_alpha")
-    if isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and 0 < alpha < MAX_ALPHA:
-        return alpha, PEFT_CONFIG if lora.layout == "PEFT" else diffusers.ADAPTER_METADATA_KEY
-    return None, None
+    if stated is None or stated.config is None or stated.config.alpha is None:
+        return None, None
+    return stated.config.alpha, peft.CONFIG_NAME if lora.layout == PEFT.name else diffusers.ADAPTER_METADATA_KEY
 
 
 def _trainers_alpha(checkpoint: Checkpoint) -> tuple[float | None, str | None]:
@@ -174,22 +143,18 @@ def _trainers_alpha(checkpoint: Checkpoint) -> tuple[float | None, str | None]:
     return (DEFAULT_ALPHA, "default") if alpha is None else (alpha, path.name)
 
 
-def _adapter_config(checkpoint: Checkpoint, lora: Lora) -> dict[str, object]:
-    """The configuration of peft, without diffusers' prefix; {} if there is none.
+def _is_one_rank(ranks: list[int], stated: Stated | None) -> bool:
+    """Whether a LoRA has one rank, or says itself that it has several."""
+    return len(ranks) == 1 or bool(stated is not None and stated.config is not None and stated.config.rank_pattern)
 
-    diffusers has it in the header of the safetensors file, peft in a file of its own beside it.
-    """
-    try:
-        if lora.layout == "PEFT":
-            with SourceFile.open(checkpoint.path.with_name(PEFT_CONFIG)) as file:
-                config = json.loads(file.read(0, min(file.size_bytes, _MAX_CONFIG_BYTES)))
-        else:
-            config = json.loads(checkpoint.metadata.get(diffusers.ADAPTER_METADATA_KEY, "{}"))
-    except (ValueError, RecursionError, CogtoolsError):
-        return {}
-    if not isinstance(config, dict):
-        return {}
-    return {key.removeprefix(diffusers.PREFIX): value for key, value in config.items()}
+
+def _scaling(lora: Lora, ranks: list[int], alpha: float | None, stated: Stated | None) -> float | None:
+    """What every module's update is multiplied by; None if that is not known, or not one number."""
+    if stated is None:
+        return alpha / ranks[0] if alpha is not None and len(ranks) == 1 and ranks[0] else None
+    modules = {diffusers.module_path(name) for name in lora.tensors}
+    scalings = {stated.scaling_of(module) for module in modules}
+    return scalings.pop() if len(scalings) == 1 else None
 
 
 def hidden_size_of(lora: Lora) -> int | None:

@@ -205,12 +205,14 @@ class LoraReport:
         ranks: the ranks that occur: one, if it is as it should be.
         dtypes: the dtypes that occur.
         complete: whether every layer has all it should; None if that cannot be told.
-        missing: what is missing, folded: "layers 3-5: v lora_B".
+        missing: what is missing, folded: "layers 3-5: to_v lora_B".
         unplaced: keys of a LoRA that the layout has no place for.
         alpha: None if it is stated nowhere and the layout has no default.
         alpha_source: where alpha comes from: "training_config.yaml", "default", "lora_adapter_metadata",
             "adapter_config.json"; None without alpha.
-        scaling: alpha / rank; None if one of them is not known.
+        misstated: what is wrong with what a file in diffusers' or PEFT's layout states of its scale.
+        scaling: what its updates are multiplied by: alpha / rank, or 1 where diffusers finds nothing stated; None if
+            that is not known.
         export: what `export-lora` would make of it; None if it is in another layout than SAT's.
         updates: per module; None if not asked for.
     """
@@ -226,6 +228,7 @@ class LoraReport:
     unplaced: tuple[str, ...]
     alpha: float | None
     alpha_source: str | None
+    misstated: tuple[Problem, ...]
     scaling: float | None
     export: ExportOutlook | None
     updates: tuple[UpdateReport, ...] | None = None

@@ -39,9 +39,9 @@ _HIDDEN_SIZE = "norm_final.weight"
 _PATCH_EMBED = "patch_embed.proj.weight"
 
 
-def module_path(layer: int, projection: str) -> str:
-    """The module that a LoRA adapts, as a path inside the transformer."""
-    return f"transformer_blocks.{layer}.{MODULES[projection]}"
+def module_path(key: LoraKey) -> str:
+    """The module that a LoRA tensor adapts, as a path inside the transformer."""
+    return f"transformer_blocks.{key.layer}.{MODULES[key.projection]}"
 
 
 def parse_module(path: str) -> tuple[int, str] | None:
@@ -53,7 +53,7 @@ def parse_module(path: str) -> tuple[int, str] | None:
 
 def diffusers_key(key: LoraKey, prefix: str = PREFIX) -> str:
     """Diffusers' key of a LoRA tensor; with another prefix, that of a library that names modules alike."""
-    return f"{prefix}{module_path(key.layer, key.projection)}.lora_{key.factor}.weight"
+    return f"{prefix}{module_path(key)}.lora_{key.factor}.weight"
 
 
 def parse_key(key: str, prefix: str = PREFIX) -> LoraKey | None:

@@ -8,16 +8,11 @@ from typing import TYPE_CHECKING
 from cogtools.layouts.cogvideox import PROJECTIONS
 from cogtools.layouts.diffusers import FILE_NAME
 from cogtools.render.text import emit, notice, number, printable, size, talk
+from cogtools.words import ALPHA_SOURCES
 
 if TYPE_CHECKING:
     from cogtools.batch import BatchItem, BatchReport
     from cogtools.convert import ExportReport
-
-_ALPHA_SOURCES = {
-    "--alpha": "given by --alpha",
-    "training_config.yaml": "from training_config.yaml",
-    "default": "SAT's default",
-}
 
 
 def show_export(report: ExportReport) -> None:
@@ -33,7 +28,7 @@ def summary(report: ExportReport) -> str:
     rows = [
         ("model", report.model),
         ("LoRA", f"{len(report.layers)} layers, {modules} modules, rank {report.rank}, {report.source_dtype}"),
-        ("alpha", f"{number(report.alpha)} ({_ALPHA_SOURCES[report.alpha_source]}), {_scaling(report)}"),
+        ("alpha", f"{number(report.alpha)} ({ALPHA_SOURCES[report.alpha_source]}), {_scaling(report)}"),
         (
             "written" if report.written else "to write",
             f"{report.output}: {report.tensors} tensors, {report.dtype}, {size(report.size_bytes)}",

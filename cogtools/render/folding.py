@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cogtools.planning import fold_numbers
+from cogtools.words import fold_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.errors import SHOWN_PROBLEMS
 from cogtools.layouts.cogvideox import PROJECTIONS
-from cogtools.planning import fold_numbers
 from cogtools.render.folding import TreeLine, fold, open_lines
 from cogtools.render.text import emit, has_colour, notice, number, printable, size
+from cogtools.words import ALPHA_SOURCES, fold_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -42,13 +42,6 @@ MIN_STATISTICS_WIDTH = 150
 """On a narrower terminal, statistics stand under their tensor."""
 
 _STATISTICS = ("min", "max", "mean", "std", "norm", "zeros", "nan", "inf")
-
-_ALPHA_SOURCES = {
-    "training_config.yaml": "from training_config.yaml",
-    "default": "SAT's default",
-    "lora_adapter_metadata": "stated in the header",
-    "adapter_config.json": "from adapter_config.json",
-}
 
 
 class Style(NamedTuple):
@@ -170,11 +163,15 @@ def _lora(lora: LoraReport) -> Iterator[tuple[str, str, str]]:
     if lora.unplaced:
         yield "no place", _some(lora.unplaced), YELLOW
     if lora.alpha is not None:
-        source = _ALPHA_SOURCES.get(lora.alpha_source or "", "")
+        source = ALPHA_SOURCES.get(lora.alpha_source or "", "")
         scaling = f", scaling {number(lora.alpha)}/{lora.ranks[0]} = {number(lora.scaling)}" if lora.scaling else ""
         yield "alpha", f"{number(lora.alpha)} ({source}){scaling}", ""
-    elif lora.layout in ("diffusers", "PEFT"):
+    elif lora.misstated:
+        yield "alpha", f"not to be used: {lora.misstated[0]}", YELLOW
+    elif lora.layout == "diffusers":
         yield "alpha", "not stated: diffusers takes alpha = rank, a scaling of 1", YELLOW
+    elif lora.layout == "PEFT":
+        yield "alpha", "not stated: without adapter_config.json PEFT loads nothing", YELLOW
     outlook = lora.export
     if outlook is not None and outlook.possible:
         yield "exports to", f"{outlook.tensors} tensors, {size(outlook.size_bytes)}, in diffusers' layout", ""

@@ -18,8 +18,9 @@ from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.errors import Problem
 from cogtools.planning import Alpha, plan_lora_export
 from cogtools.verification.checks import scalings
-from cogtools.verification.result import Check, counted, fold_names
+from cogtools.verification.result import Check
 from cogtools.verification.values import FLOAT_FORMATS, decode, place
+from cogtools.words import ALPHA_SOURCES, counted, fold_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from cogtools.layouts.cogvideox import LoraKey
     from cogtools.planning import LoraPlan, PlannedTensor
-    from cogtools.verification.stated import Stated
     from cogtools.verification.written import WrittenLora, WrittenTensor
 
 _SLACK = 1 + 2**-12
@@ -39,7 +39,6 @@ the wider of the two. In float64 the product that is compared with is itself rou
 
 def against_checks(
     lora: WrittenLora,
-    stated: Stated,
     checkpoint: Path,
     advance: Callable[[int], None],
     *,
@@ -50,7 +49,6 @@ def against_checks(
 
     Args:
         lora: the file.
-        stated: what it states of its scale.
         checkpoint: the checkpoint.
         advance: told the bytes of the file that were compared, as they are.
         iteration: as `open_checkpoint` has it.
@@ -64,7 +62,7 @@ def against_checks(
         plan = plan_lora_export(opened, allow_partial=True)
         return opened.path, [
             _check_tensors(lora, _as_exported(lora, plan), advance),
-            _check_scale(lora, stated, plan),
+            _check_scale(lora, plan),
         ]
 
 
@@ -217,20 +215,21 @@ def _differs(tensor: WrittenTensor, index: int, found: float, expected: float, d
     return Problem("value", tensor.key, f"{found:.9g} at {where} ({count})", f"{expected:.9g}")
 
 
-def _check_scale(lora: WrittenLora, stated: Stated, plan: LoraPlan) -> Check:
+def _check_scale(lora: WrittenLora, plan: LoraPlan) -> Check:
     """The file's scaling is the training's: alpha / rank, or 1 where that was folded in."""
     name = "against-scale"
     given = _given_alpha(lora)
     exported = _as_exported(lora, plan)
     wanted = 1.0 if _is_folded(lora) else exported.scaling
     alpha = exported.alpha
-    why = f"alpha {alpha.value:.10g} ({_ALPHA_SOURCES[alpha.source]}) / rank {plan.rank}"
+    source = ALPHA_SOURCES[alpha.source] + (", as the file's record says" if given is not None else "")
+    why = f"alpha {alpha.value:.10g} ({source}) / rank {plan.rank}"
     why += ", folded in" if _is_folded(lora) else ""
-    found = scalings(lora, stated)
+    found = scalings(lora)
     wrong = {module: scaling for module, scaling in found.items() if not math.isclose(scaling, wanted, rel_tol=1e-9)}
     if not found:
         return Check(name, "fail", f"no scaling can be told; the training's is {wanted:.10g}: {why}")
-    if wrong and lora.stated is None and lora.record.get("scale") == "none":
+    if wrong and lora.stated.is_nothing and lora.record.get("scale") == "none":
         return Check(name, "warn", f"left out, as the file's record says: load it at weight {wanted:.10g}")
     if wrong:
         seen = f"{_several(set(wrong.values()))}, where the training's is {wanted:.10g}: {why}"
@@ -240,13 +239,6 @@ def _check_scale(lora: WrittenLora, stated: Stated, plan: LoraPlan) -> Check:
         doubt = f"{plan.alpha.source} says alpha {plan.alpha.value:.10g}"
         return Check(name, "warn", f"scaling {wanted:.10g}: {why}; but {doubt}")
     return Check(name, "pass", f"scaling {wanted:.10g}: {why}")
-
-
-_ALPHA_SOURCES = {
-    "--alpha": "given to export-lora by --alpha, as the file's record says",
-    "training_config.yaml": "from training_config.yaml",
-    "default": "SAT's default",
-}
 
 
 def _several(values: set[float]) -> str:

@@ -10,30 +10,29 @@ from cogtools.layouts import cogvideox, diffusers
 from cogtools.layouts.cogvideox import LoraKey
 from cogtools.layouts.naming import DIFFUSERS
 from cogtools.planning import FLOATS
-from cogtools.verification.expected import module_of
-from cogtools.verification.result import Check, counted, fold_names, judged
+from cogtools.verification.result import Check, judged
+from cogtools.words import counted, fold_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cogtools.verification.expected import Expected
-    from cogtools.verification.stated import Stated
     from cogtools.verification.written import WrittenLora
 
 SHOWN_FIGURES = 10
 
 
-def header_checks(lora: WrittenLora, expected: Expected, stated: Stated) -> list[Check]:
+def header_checks(lora: WrittenLora, expected: Expected) -> list[Check]:
     """All checks that need no values."""
     return [
         check_names(lora, expected),
         check_complete(lora, expected),
         check_pairs(lora),
         check_shapes(lora, expected),
-        check_rank(lora, expected, stated),
+        check_rank(lora, expected),
         check_dtype(lora),
-        check_scale(lora, stated),
-        check_target_modules(lora, expected, stated),
+        check_scale(lora),
+        check_target_modules(lora, expected),
     ]
 
 
@@ -119,16 +118,16 @@ def ranks(lora: WrittenLora) -> Iterator[tuple[LoraKey, int]]:
             yield name, cogvideox.rank_of(name.factor, tensor.entry.shape)
 
 
-def check_rank(lora: WrittenLora, expected: Expected, stated: Stated) -> Check:
+def check_rank(lora: WrittenLora, expected: Expected) -> Check:
     """One rank throughout, or for every module the one that the file states for it."""
     found = {name: rank for name, rank in ranks(lora) if _is_whole(lora, name, expected)}
     if not found:
         return Check("rank", "skipped", "no tensor of two dimensions")
     common, _ = Counter(found.values()).most_common(1)[0]
-    config = stated.config
+    config = lora.stated.config
     problems = []
     for name, rank in found.items():
-        wanted = config.rank_of(module_of(name)) if config is not None else None
+        wanted = config.rank_of(diffusers.module_path(name)) if config is not None else None
         if rank != (wanted or common):
             why = "as the file states" if wanted else "as most have"
             problems.append(Problem("rank", lora.tensors[name].key, str(rank), f"{wanted or common}, {why}"))
@@ -160,35 +159,31 @@ def check_dtype(lora: WrittenLora) -> Check:
     return judged("dtype", problems, common, bad)
 
 
-def scalings(lora: WrittenLora, stated: Stated) -> dict[str, float]:
-    """What every module's lora_B @ lora_A is multiplied by when it is loaded; a module of which it is not known lacks.
-
-    diffusers runs a LoRA that states nothing at 1.0: it takes alpha to be the rank.
-    """
-    modules = [diffusers.module_path(*module) for module in lora.module_names]
-    if stated.config is None:
-        return {} if stated.problems or lora.naming is not DIFFUSERS else dict.fromkeys(modules, 1.0)
-    found = {module: stated.config.scaling_of(module) for module in modules}
+def scalings(lora: WrittenLora) -> dict[str, float]:
+    """What every module's lora_B @ lora_A is multiplied by when it is loaded, as far as that can be told."""
+    found = {module: lora.stated.scaling_of(module) for module in lora.modules}
     return {module: scaling for module, scaling in found.items() if scaling is not None}
 
 
-def check_scale(lora: WrittenLora, stated: Stated) -> Check:
+def check_scale(lora: WrittenLora) -> Check:
     """The scale is stated, where and how the program that loads the file reads it."""
-    if lora.stated is None:
+    if lora.stated.is_nothing:
         if lora.naming is DIFFUSERS:
             seen = "not stated: diffusers runs it at scaling 1.0"
             return Check("scale", "warn", seen, (Problem("missing", diffusers.ADAPTER_METADATA_KEY),))
         return Check("scale", "fail", "there is no adapter_config.json, without which PEFT loads nothing")
-    if stated.problems:
-        return Check("scale", "fail", "what the file states cannot be used", (*stated.problems, *stated.doubts))
-    found = scalings(lora, stated)
+    if lora.stated.problems:
+        return Check(
+            "scale", "fail", "what the file states cannot be used", (*lora.stated.problems, *lora.stated.doubts)
+        )
+    found = scalings(lora)
     distinct = sorted(set(found.values()))
     seen = "scaling " + ", ".join(f"{scaling:.10g}" for scaling in distinct[:SHOWN_FIGURES]) if found else "stated"
-    config = stated.config
+    config = lora.stated.config
     if config is not None and len(distinct) == 1 and not config.rank_pattern and not config.alpha_pattern:
         root = "sqrt(rank)" if config.rank_stabilised else "rank"
         seen += f": alpha {config.alpha:.10g} / {root} {config.rank}"
-    doubts = list(stated.doubts)
+    doubts = list(lora.stated.doubts)
     if len(distinct) > 1:
         common, _ = Counter(found.values()).most_common(1)[0]
         doubts += [
@@ -199,22 +194,21 @@ def check_scale(lora: WrittenLora, stated: Stated) -> Check:
     return judged("scale", doubts, seen, seen, status="warn")
 
 
-def check_target_modules(lora: WrittenLora, expected: Expected, stated: Stated) -> Check:
+def check_target_modules(lora: WrittenLora, expected: Expected) -> Check:
     """target_modules names the modules that the file has, and none that the model has not."""
     name = "target_modules"
-    if stated.config is None:
+    if lora.stated.config is None:
         return Check(name, "skipped", "not stated")
-    targets = stated.config.targets
-    if targets is None and isinstance(stated.targets, str):
-        doubt = Problem("unreadable", name, stated.targets[:80], "a list")
+    targets = lora.stated.config.targets
+    if targets is None and isinstance(lora.stated.targets, str):
+        doubt = Problem("unreadable", name, lora.stated.targets[:80], "a list")
         return Check(name, "warn", "one pattern for all modules: what it means, only --load tells", (doubt,))
     if targets is None:
-        found = None if stated.targets is None else type(stated.targets).__name__
+        found = None if lora.stated.targets is None else type(lora.stated.targets).__name__
         problem = Problem("missing" if found is None else "wrong", name, found, "a list of the adapted modules")
         return Check(name, "fail", f"{name} is missing" if found is None else f"{name} is no list", (problem,))
-    all_modules = {module_of(key) for key in cogvideox.lora_keys(range(expected.transformer.layers))}
-    modules = {diffusers.module_path(*module): module[0] for module in lora.module_names}
-    missing = [module for module, layer in modules.items() if not stated.config.is_targeted(module, layer)]
+    all_modules = {diffusers.module_path(key) for key in cogvideox.lora_keys(range(expected.transformer.layers))}
+    missing = [module for module, layer in lora.modules.items() if not lora.stated.config.is_targeted(module, layer)]
     ends = {".".join(path.split(".")[first:]) for path in all_modules for first in range(path.count(".") + 1)}
     nowhere = sorted(targets - ends)
     problems = [Problem("missing", module, expected=f"{name} to name it, as the file has it") for module in missing]

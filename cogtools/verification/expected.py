@@ -10,7 +10,6 @@ from cogtools.layouts import cogvideox, diffusers
 from cogtools.layouts.cogvideox import MAX_LAYERS, MODELS, LoraKey, Transformer, recognise
 
 if TYPE_CHECKING:
-    from cogtools.verification.stated import Stated
     from cogtools.verification.written import WrittenLora
 
 
@@ -31,27 +30,19 @@ class Expected:
     partial: bool
 
 
-def expect(lora: WrittenLora, stated: Stated, *, model: str | None, layers: int | None) -> Expected:
+def expect(lora: WrittenLora, *, model: str | None, layers: int | None) -> Expected:
     """What a file should hold, by what the user says, what the file says, and what is known of the models.
 
     Raises:
         OptionError: if there is no such model, or no such number of layers.
     """
-    transformer, known_by = _transformer(lora, stated, model, layers)
+    transformer, known_by = _transformer(lora, model, layers)
     every = cogvideox.lora_keys(range(transformer.layers))
-    config = stated.config
-    meant = [name for name in every if config and config.is_targeted(module_of(name), name.layer)] or every
+    meant = lora.stated.targeted(every)
     return Expected(transformer, known_by, frozenset(meant), len(meant) < len(every))
 
 
-def module_of(name: LoraKey) -> str:
-    """The path of the module that a tensor belongs to."""
-    return diffusers.module_path(name.layer, name.projection)
-
-
-def _transformer(
-    lora: WrittenLora, stated: Stated, model: str | None, layers: int | None
-) -> tuple[Transformer, str | None]:
+def _transformer(lora: WrittenLora, model: str | None, layers: int | None) -> tuple[Transformer, str | None]:
     if model is not None and layers is not None:
         raise OptionError("--model and --layers both say how many layers there are", hint="leave one of them out")
     if model is not None:
@@ -74,7 +65,7 @@ def _transformer(
     published = recognise(hidden, None, None)
     if published is not None:
         return published, "its hidden size"
-    targets = stated.config.targets if stated.config is not None else None
+    targets = lora.stated.config.targets if lora.stated.config is not None else None
     targeted = [module[0] for target in targets or () if (module := diffusers.parse_module(target))]
     if targeted:
         return Transformer(max(targeted) + 1, hidden, ()), "target_modules"

@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cogtools.errors import Problem
+from cogtools.layouts.diffusers import module_path
 from cogtools.layouts.naming import DIFFUSERS
 from cogtools.verification.checks import scalings
-from cogtools.verification.expected import module_of
-from cogtools.verification.result import Check, counted
+from cogtools.verification.result import Check
+from cogtools.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cogtools.layouts.cogvideox import Transformer
     from cogtools.verification.expected import Expected
-    from cogtools.verification.stated import Stated
     from cogtools.verification.written import WrittenLora
 
 LIBRARIES = ("diffusers", "peft", "transformers", "huggingface_hub", "accelerate")
@@ -55,7 +55,7 @@ Source: diffusers, scripts/convert_cogvideox_to_diffusers.py.
 """
 
 
-def check_load(lora: WrittenLora, expected: Expected, stated: Stated) -> tuple[Check, dict[str, str]]:
+def check_load(lora: WrittenLora, expected: Expected) -> tuple[Check, dict[str, str]]:
     """Load a file, and compare what the model then holds with it; also the versions of the libraries.
 
     Every parameter of every adapter must be one of the file's tensors, with its dtype, shape and bytes, and every
@@ -83,7 +83,7 @@ def check_load(lora: WrittenLora, expected: Expected, stated: Stated) -> tuple[C
             return Check("load", "fail", f"{names} do not load it", (Problem("error", text),)), libraries
     problems = [Problem("said", f"{library}: {_one_line(text)}") for library, text in said]
     adapters, held = _adapters(lora, loaded)
-    problems += _wrong_modules(lora, expected, stated, adapters)
+    problems += _wrong_modules(lora, expected, adapters)
     problems += _wrong_tensors(lora, held)
     if problems:
         return Check("load", "fail", f"{names}: not loaded as the file says", tuple(problems)), libraries
@@ -182,15 +182,13 @@ def _adapters(lora: WrittenLora, model: Any) -> tuple[dict[str, tuple[bool, floa
     return adapters, held
 
 
-def _wrong_modules(
-    lora: WrittenLora, expected: Expected, stated: Stated, adapters: dict[str, tuple[bool, float]]
-) -> list[Problem]:
+def _wrong_modules(lora: WrittenLora, expected: Expected, adapters: dict[str, tuple[bool, float]]) -> list[Problem]:
     """Modules without a working adapter, or with another scaling than the file states."""
     problems = [
         Problem("module", module, "no adapter", "an adapter")
-        for module in sorted({module_of(name) for name in expected.names} - adapters.keys())
+        for module in sorted({module_path(name) for name in expected.names} - adapters.keys())
     ]
-    wanted = scalings(lora, stated)
+    wanted = scalings(lora)
     for module, (works, scaling) in adapters.items():
         if not works:
             problems.append(Problem("module", module, "an adapter that is not active", "an active one"))

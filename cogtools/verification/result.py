@@ -5,10 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from cogtools.layouts.cogvideox import FACTORS, PROJECTIONS, LoraKey
-from cogtools.layouts.diffusers import MODULES
-from cogtools.planning import fold_numbers
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
@@ -82,33 +78,3 @@ def verdict_of(checks: Iterable[Check]) -> Verdict:
     """The worst status of all; a check that was skipped says nothing."""
     statuses = {check.status for check in checks}
     return "fail" if "fail" in statuses else "warn" if "warn" in statuses else "pass"
-
-
-def fold_names(names: Iterable[LoraKey]) -> list[str]:
-    """LoRA tensors in few words: layers of which the same ones are meant, together ("layers 12-14: to_v lora_B")."""
-    parts: dict[int, set[tuple[str, str]]] = {}
-    for name in names:
-        parts.setdefault(name.layer, set()).add((name.projection, name.factor))
-    alike: dict[frozenset[tuple[str, str]], list[int]] = {}
-    for layer in sorted(parts):
-        alike.setdefault(frozenset(parts[layer]), []).append(layer)
-    return [
-        f"layer{'s' if len(layers) > 1 else ''} {fold_numbers(layers)}: {_fold_parts(meant)}"
-        for meant, layers in alike.items()
-    ]
-
-
-def _fold_parts(meant: frozenset[tuple[str, str]]) -> str:
-    if len(meant) == len(PROJECTIONS) * len(FACTORS):
-        return "all tensors"
-    texts = []
-    for projection in PROJECTIONS:
-        factors = [f"lora_{factor}" for factor in FACTORS if (projection, factor) in meant]
-        if factors:
-            texts.append(f"{MODULES[projection].removeprefix('attn1.')} {' and '.join(factors)}")
-    return ", ".join(texts)
-
-
-def counted(count: int, noun: str) -> str:
-    """A number of things: "1 tensor", "24 tensors"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

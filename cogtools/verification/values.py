@@ -14,7 +14,8 @@ from cogtools.checkpoint import decoding
 from cogtools.checkpoint.dtypes import DTYPES
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.errors import Problem
-from cogtools.verification.result import Check, counted, fold_names, judged
+from cogtools.verification.result import Check, judged
+from cogtools.words import counted, fold_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -136,7 +137,7 @@ def _scan(scan: _Scan, name: LoraKey, key: str, entry: TensorEntry, advance: Cal
         position += len(bits)
         advance(len(chunk))
     if bad:
-        scan.not_finite.append(Problem("not finite", key, f"{first_bad} ({bad:,} of {entry.numel:,} values)"))
+        scan.not_finite.append(Problem("not_finite", key, f"{first_bad} ({bad:,} of {entry.numel:,} values)"))
     if name.factor == "B" and is_zero:
         scan.zero.append(name)
     if name.factor == "A" and is_constant and first_value is not None:

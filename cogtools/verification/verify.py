@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from cogtools.errors import OptionError
 from cogtools.verification.checks import header_checks, ranks, scalings
 from cogtools.verification.expected import expect
-from cogtools.verification.result import Check, VerifyReport, counted, verdict_of
-from cogtools.verification.stated import read_stated
+from cogtools.verification.result import Check, VerifyReport, verdict_of
 from cogtools.verification.written import open_written
+from cogtools.words import counted
 
 if TYPE_CHECKING:
     import os
@@ -52,11 +52,10 @@ def verify_lora(
             hint="give the checkpoint with --against",
         )
     with open_written(Path(out)) as lora:
-        stated = read_stated(lora)
-        expected = expect(lora, stated, model=model, layers=layers)
+        expected = expect(lora, model=model, layers=layers)
         tensors = counted(len(lora.file.tensors), "tensor")
         checks = [Check("readable", "pass", f"{tensors}, the safetensors library reads it too")]
-        checks += header_checks(lora, expected, stated)
+        checks += header_checks(lora, expected)
         meter = _Meter(
             progress, sum(tensor.entry.size_bytes for tensor in lora.tensors.values()) * (2 if against else 1)
         )
@@ -68,13 +67,13 @@ def verify_lora(
         if against is not None:
             from cogtools.verification.against import against_checks
 
-            compared, more = against_checks(lora, stated, Path(against), meter.advance, iteration=iteration, ema=ema)
+            compared, more = against_checks(lora, Path(against), meter.advance, iteration=iteration, ema=ema)
             checks += more
         libraries: dict[str, str] = {}
         if load:
             from cogtools.verification.load import check_load
 
-            check, libraries = check_load(lora, expected, stated)
+            check, libraries = check_load(lora, expected)
             checks.append(check)
         if strict:
             checks = [replace(check, status="fail") if check.status == "warn" else check for check in checks]
@@ -86,7 +85,7 @@ def verify_lora(
             tensors=len(lora.file.tensors),
             rank=tuple(sorted({rank for _, rank in ranks(lora)})),
             dtype=tuple(sorted({tensor.entry.dtype.name for tensor in lora.tensors.values()})),
-            scaling=tuple(sorted(set(scalings(lora, stated).values()))),
+            scaling=tuple(sorted(set(scalings(lora).values()))),
             size_bytes=lora.file.size_bytes,
             against=compared,
             libraries=libraries,

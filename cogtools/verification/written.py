@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Self
 
 from cogtools.checkpoint import safetensors
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.checkpoint.storage import SourceFile, is_file, is_folder
+from cogtools.checkpoint.storage import is_file, is_folder
 from cogtools.convert import RECORD_KEY
 from cogtools.errors import CheckpointError
 from cogtools.layouts import diffusers, peft
 from cogtools.layouts.naming import DIFFUSERS, PEFT, Naming, near_miss
+from cogtools.stated import Stated, read_stated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from cogtools.checkpoint.index import Checkpoint
     from cogtools.checkpoint.storage import TensorEntry
     from cogtools.layouts.cogvideox import LoraKey
-
-MAX_CONFIG_BYTES = 1 << 20
-"""The longest adapter_config.json that is read. Real ones have 1 kB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +43,7 @@ class WrittenLora:
         tensors: those whose meaning is known, also where the name is not quite right.
         misnamed: what is wrong with the name, by key, for those of them.
         unknown: the keys that mean nothing.
-        stated: the text in which the file states its scale; None if it states none.
+        stated: what the file states of its scale and its modules.
         record: what the exporter says of how the file was made; {} if nothing.
     """
 
@@ -54,7 +52,7 @@ class WrittenLora:
     tensors: Mapping[LoraKey, WrittenTensor]
     misnamed: Mapping[str, str]
     unknown: tuple[str, ...]
-    stated: str | None
+    stated: Stated
     record: Mapping[str, object]
 
     @property
@@ -68,9 +66,9 @@ class WrittenLora:
         return tuple(sorted({name.layer for name in self.tensors}))
 
     @property
-    def module_names(self) -> list[tuple[int, str]]:
-        """The layer and projection of every module that it has a tensor of."""
-        return sorted({(name.layer, name.projection) for name in self.tensors})
+    def modules(self) -> dict[str, int]:
+        """The modules that it has tensors of: their paths in the transformer, and their layers."""
+        return {diffusers.module_path(name): name.layer for name in sorted(self.tensors)}
 
     def most_common_hidden(self) -> int | None:
         """The hidden size that most tensors have: columns of lora_A, rows of lora_B."""
@@ -158,7 +156,7 @@ def _read(file: Checkpoint) -> WrittenLora:
         else:
             name, misnamed[key] = meant
             tensors[name] = WrittenTensor(key, entry)
-    stated = _peft_config(file.path) if naming is PEFT else file.metadata.get(diffusers.ADAPTER_METADATA_KEY)
+    stated = read_stated(file, naming)
     return WrittenLora(file, naming, tensors, misnamed, tuple(unknown), stated, _record(file))
 
 
@@ -176,22 +174,6 @@ def _refuse_what_upstream_refuses(path: Path) -> None:
             found=str(error),
             hint="copy, download or export it again",
         ) from error
-
-
-def _peft_config(path: Path) -> str | None:
-    """The text of the adapter_config.json beside a file; None if there is none."""
-    config = path.parent / peft.CONFIG_NAME
-    if not is_file(config):
-        return None
-    with SourceFile.open(config) as file:
-        if file.size_bytes > MAX_CONFIG_BYTES:
-            raise CheckpointError(
-                "the adapter's configuration cannot be read",
-                file=config,
-                found=f"{file.size_bytes:,} bytes",
-                expected=f"at most {MAX_CONFIG_BYTES:,}",
-            )
-        return file.read(0, file.size_bytes).decode(errors="replace")
 
 
 def _record(file: Checkpoint) -> dict[str, object]:

@@ -1,4 +1,7 @@
-"""What a file states of its scale and its modules, read as diffusers and PEFT read it."""
+"""What a LoRA file states of its scale and its modules, read as diffusers and PEFT read it.
+
+diffusers has it in the header of the safetensors file, PEFT in a file of its own beside it.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,22 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cogtools.errors import Problem
+from cogtools.checkpoint.storage import SourceFile, is_file
+from cogtools.errors import CheckpointError, CogtoolsError, Problem
 from cogtools.layouts import diffusers
-from cogtools.layouts.naming import DIFFUSERS
+from cogtools.layouts.diffusers import module_path
+from cogtools.layouts.naming import DIFFUSERS, Naming
 from cogtools.layouts.peft import CONFIG_FIELDS, CONFIG_NAME, AdapterConfig, is_plain_pattern
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
-    from cogtools.verification.written import WrittenLora
+    from cogtools.checkpoint.index import Checkpoint
+    from cogtools.layouts.cogvideox import LoraKey
+
+MAX_CONFIG_BYTES = 1 << 20
+"""The longest adapter_config.json that is read. Real ones have 1 kB."""
 
 _ABSENT = {
     "r": "diffusers and PEFT then take 8",
@@ -34,32 +44,73 @@ class Stated:
         problems: what is wrong with it.
         doubts: what works with some releases only, or cannot be told.
         targets: `target_modules` as it stands there.
+        unstated_scaling: what a file that states nothing is run at; None if it states something, or is not run.
     """
 
     config: AdapterConfig | None
     problems: tuple[Problem, ...] = ()
     doubts: tuple[Problem, ...] = ()
     targets: object = None
+    unstated_scaling: float | None = None
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether nothing is stated, right or wrong."""
+        return self.config is None and not self.problems
+
+    def targeted(self, names: list[LoraKey]) -> list[LoraKey]:
+        """Those of some tensors whose modules `target_modules` names; all of them, if it names none."""
+        config = self.config
+        return [name for name in names if config and config.is_targeted(module_path(name), name.layer)] or names
+
+    def scaling_of(self, module: str) -> float | None:
+        """What a module's lora_B @ lora_A is multiplied by when the file is loaded; None if that cannot be told."""
+        return self.unstated_scaling if self.config is None else self.config.scaling_of(module)
 
 
-def read_stated(lora: WrittenLora) -> Stated:
-    """Read what a file states of its scale and its modules."""
-    if lora.stated is None:
-        return Stated(None)
-    place = diffusers.ADAPTER_METADATA_KEY if lora.naming is DIFFUSERS else CONFIG_NAME
+def read_stated(file: Checkpoint, naming: Naming) -> Stated:
+    """Read what a LoRA file states of its scale and its modules.
+
+    Args:
+        file: the safetensors file.
+        naming: whose names its tensors have: that tells where it states its scale.
+    """
+    place = diffusers.ADAPTER_METADATA_KEY if naming is DIFFUSERS else CONFIG_NAME
     try:
-        content = json.loads(lora.stated)
+        text = file.metadata.get(place) if naming is DIFFUSERS else _peft_config(file.path.with_name(place))
+    except CogtoolsError as error:
+        return Stated(None, (Problem("unreadable", place, error.found or error.what, error.expected),))
+    if text is None:
+        # diffusers takes alpha to be the rank; PEFT loads nothing.
+        return Stated(None, unstated_scaling=1.0 if naming is DIFFUSERS else None)
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         return Stated(None, (Problem("unreadable", place, f"no JSON: {error}", "a JSON object"),))
     if not isinstance(content, dict):
         return Stated(None, (Problem("unreadable", place, f"a JSON {type(content).__name__}", "a JSON object"),))
     fields = content
-    if lora.naming is DIFFUSERS:
+    if naming is DIFFUSERS:
         prefix = diffusers.PREFIX
         fields = {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
         if not fields:
             return Stated(None, (Problem("missing", place, "no key with the prefix", f"keys such as {prefix}r"),))
-    return _read_fields(fields, is_diffusers=lora.naming is DIFFUSERS)
+    return _read_fields(fields, is_diffusers=naming is DIFFUSERS)
+
+
+def _peft_config(path: Path) -> str | None:
+    """The text of an adapter_config.json; None if there is none."""
+    if not is_file(path):
+        return None
+    with SourceFile.open(path) as file:
+        if file.size_bytes > MAX_CONFIG_BYTES:
+            raise CheckpointError(
+                "the adapter's configuration cannot be read",
+                file=path,
+                found=f"{file.size_bytes:,} bytes",
+                expected=f"at most {MAX_CONFIG_BYTES:,}",
+            )
+        return file.read(0, file.size_bytes).decode(errors="replace")
 
 
 def _read_fields(fields: Mapping[str, object], *, is_diffusers: bool) -> Stated:

@@ -1,0 +1,61 @@
+"""Numbers, layers and tensors in few words: what messages and reports have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cogtools.layouts.cogvideox import FACTORS, PROJECTIONS, LoraKey
+from cogtools.layouts.diffusers import MODULES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+ALPHA_SOURCES = {
+    "--alpha": "given by --alpha",
+    "training_config.yaml": "from training_config.yaml",
+    "default": "SAT's default",
+    "lora_adapter_metadata": "stated in the header",
+    "adapter_config.json": "from adapter_config.json",
+}
+"""Where a LoRA's alpha comes from, by the names that reports have for it."""
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things: "1 tensor", "24 tensors"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def fold_numbers(numbers: Sequence[int]) -> str:
+    """Sorted numbers as ranges: "0-3, 7, 9-11"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+def fold_names(names: Iterable[LoraKey]) -> list[str]:
+    """LoRA tensors in few words: layers of which the same ones are meant, together ("layers 12-14: to_v lora_B")."""
+    parts: dict[int, set[tuple[str, str]]] = {}
+    for name in names:
+        parts.setdefault(name.layer, set()).add((name.projection, name.factor))
+    alike: dict[frozenset[tuple[str, str]], list[int]] = {}
+    for layer in sorted(parts):
+        alike.setdefault(frozenset(parts[layer]), []).append(layer)
+    return [
+        f"layer{'s' if len(layers) > 1 else ''} {fold_numbers(layers)}: {_fold_parts(meant)}"
+        for meant, layers in alike.items()
+    ]
+
+
+def _fold_parts(meant: frozenset[tuple[str, str]]) -> str:
+    if len(meant) == len(PROJECTIONS) * len(FACTORS):
+        return "all tensors"
+    texts = []
+    for projection in PROJECTIONS:
+        factors = [f"lora_{factor}" for factor in FACTORS if (projection, factor) in meant]
+        if factors:
+            texts.append(f"{MODULES[projection].removeprefix('attn1.')} {' and '.join(factors)}")
+    return ", ".join(texts)
