@@ -402,18 +402,18 @@ def test_metadata_that_states_no_alpha_is_no_error(tmp_path: Path, metadata: str
 
 
 @pytest.mark.parametrize(
-    ("stated", "scaling"),
+    ("stated", "scalings"),
     [
-        pytest.param({"r": 4, "lora_alpha": 1}, 0.25, id="plain"),
-        pytest.param({"r": 4, "lora_alpha": 1, "use_rslora": True}, 0.5, id="rank-stabilised"),
-        pytest.param({"r": 4, "lora_alpha": 1, "layers_to_transform": list(range(10))}, 0.25, id="some-layers"),
-        pytest.param({"r": 4, "lora_alpha": 1, "alpha_pattern": {"to_q": 2}}, None, id="two-alphas"),
-        pytest.param({"r": 4}, None, id="no-alpha"),
-        pytest.param(None, 1.0, id="nothing"),
+        pytest.param({"r": 4, "lora_alpha": 1}, (0.25,), id="plain"),
+        pytest.param({"r": 4, "lora_alpha": 1, "use_rslora": True}, (0.5,), id="rank-stabilised"),
+        pytest.param({"r": 4, "lora_alpha": 1, "layers_to_transform": list(range(10))}, (0.25,), id="some-layers"),
+        pytest.param({"r": 4, "lora_alpha": 1, "alpha_pattern": {"to_q": 2}}, (0.25, 0.5), id="two-alphas"),
+        pytest.param({"r": 4}, (), id="no-alpha"),
+        pytest.param(None, (1.0,), id="nothing"),
     ],
 )
 def test_inspect_and_verify_read_what_a_file_states_alike(
-    tmp_path: Path, stated: dict[str, Any] | None, scaling: float | None
+    tmp_path: Path, stated: dict[str, Any] | None, scalings: tuple[float, ...]
 ) -> None:
     metadata = {}
     if stated is not None:
@@ -425,10 +425,8 @@ def test_inspect_and_verify_read_what_a_file_states_alike(
     proven = verify_lora(tmp_path)
     complete = next(check.status == "pass" for check in proven.checks if check.name == "complete")
     assert seen is not None
-    assert (seen.complete, seen.scaling) == (complete, scaling)
-    assert proven.scaling == (
-        (0.25, 0.5) if stated and "alpha_pattern" in stated else () if not scaling else (scaling,)
-    )
+    assert (seen.complete, seen.scaling) == (complete, scalings[0] if len(scalings) == 1 else None)
+    assert proven.scaling == scalings
 
 
 @pytest.mark.parametrize(
