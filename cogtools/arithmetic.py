@@ -14,30 +14,29 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cogtools.checkpoint.dtypes import DType
-    from cogtools.convert import Rounding
     from cogtools.planning import LoraPlan, PlannedTensor
 
 
-def scaled_and_cast(plan: LoraPlan, scaling: float, dtype: DType, rounding: Rounding) -> Iterator[bytes]:
+def scaled_and_cast(plan: LoraPlan, scaling: float, dtype: DType, errors: list[float]) -> Iterator[bytes]:
     """The bytes of every tensor of a plan, so that lora_B @ lora_A comes out multiplied by `scaling`.
 
     A power of two is exact as long as the results stay in the dtype's normal range. float16 has a narrow one: there
     the power of two is divided between lora_A and lora_B so that both keep the same distance from its lower end.
 
     Args:
-        plan: the tensors, every lora_A followed by its lora_B.
+        plan: the tensors.
         scaling: the factor.
         dtype: what the results are cast to.
-        rounding: takes down the largest relative error.
+        errors: takes the relative error of every tensor: the norm of the error over the norm of the tensor.
 
     Raises:
         ExportError: if a value does not fit into the dtype.
     """
-    for lora_a, lora_b in zip(plan.tensors[::2], plan.tensors[1::2], strict=True):
+    for lora_a, lora_b in plan.pairs:
         a, b = _load(lora_a), _load(lora_b)
         for_a, for_b = _divide(scaling, a, b) if dtype.name == "float16" else (1.0, scaling)
-        yield _finish(lora_a, a * for_a, dtype, rounding)
-        yield _finish(lora_b, b * for_b, dtype, rounding)
+        yield _finish(lora_a, a * for_a, dtype, errors)
+        yield _finish(lora_b, b * for_b, dtype, errors)
 
 
 def _load(tensor: PlannedTensor) -> torch.Tensor:
@@ -59,7 +58,7 @@ def _divide(scaling: float, a: torch.Tensor, b: torch.Tensor) -> tuple[float, fl
     return for_a, scaling / for_a
 
 
-def _finish(tensor: PlannedTensor, exact: torch.Tensor, dtype: DType, rounding: Rounding) -> bytes:
+def _finish(tensor: PlannedTensor, exact: torch.Tensor, dtype: DType, errors: list[float]) -> bytes:
     result = exact.to(getattr(torch, dtype.name))
     if not torch.equal(result.isfinite(), exact.isfinite()):
         raise ExportError(
@@ -69,6 +68,5 @@ def _finish(tensor: PlannedTensor, exact: torch.Tensor, dtype: DType, rounding: 
             hint="export with --dtype fp32 or bf16",
         )
     norm = exact.norm().item()
-    error = (result.double() - exact).norm().item() / norm if norm else 0.0
-    rounding.largest_relative_error = max(rounding.largest_relative_error or 0.0, error)
+    errors.append((result.double() - exact).norm().item() / norm if norm else 0.0)
     return result.contiguous().view(torch.uint8).numpy().tobytes()

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, TypedDict
 from cogtools.checkpoint.folder import find_file, find_run, iterations_in
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.storage import SourceFile, is_file, is_folder
-from cogtools.convert import ExportOptions, ExportReport, export_lora, output_header, output_path, target_dtype_of
+from cogtools.convert import ExportReport, export_lora, output_path, prepare_export
 from cogtools.errors import CheckpointError, CogtoolsError, OptionError
-from cogtools.planning import plan_lora_export
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from types import FrameType
+
+    from cogtools.options import ExportOptions, WriteOptions
 
 
 class BatchChoice(TypedDict):
@@ -136,9 +137,7 @@ def _name(file: Path) -> str:
     return file.absolute().parent.name if file.stem.startswith(("mp_rank_", "z3_rank_")) else file.stem
 
 
-def export_many(
-    jobs: Sequence[Job], options: ExportOptions, *, overwrite: bool = False, dry_run: bool = False
-) -> Iterator[BatchItem]:
+def export_many(jobs: Sequence[Job], options: ExportOptions, writing: WriteOptions) -> Iterator[BatchItem]:
     """Export the jobs' checkpoints, as many side by side as there are processors; yields each as it ends.
 
     A `KeyboardInterrupt` ends all of them, and none leaves a half-written file.
@@ -149,7 +148,7 @@ def export_many(
     for job in jobs:
         if job.error is not None:
             yield BatchItem(job.given, None, "failed", error=job.error.to_dict())
-    work = partial(export_one, options=options, overwrite=overwrite, dry_run=dry_run)
+    work = partial(export_one, options=options, writing=writing)
     processes = min(len(todo), os.cpu_count() or 1)
     if processes < 2:
         yield from map(work, todo)
@@ -182,14 +181,14 @@ def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
     sys.exit(1)
 
 
-def export_one(job: Job, options: ExportOptions, *, overwrite: bool, dry_run: bool) -> BatchItem:
+def export_one(job: Job, options: ExportOptions, writing: WriteOptions) -> BatchItem:
     """Export one checkpoint of a batch; whatever is wrong with it is told in the result."""
     if job.file is None or job.output is None:
         raise ValueError("a job without a checkpoint")
     try:
-        if not overwrite and _is_done(job.file, job.output, options):
+        if not writing["overwrite"] and _is_done(job.file, job.output, options):
             return BatchItem(str(job.file), job.output, "skipped")
-        report = export_lora(job.file, job.output, **options, overwrite=overwrite, dry_run=dry_run)
+        report = export_lora(job.file, job.output, **options, **writing)
     except CogtoolsError as error:
         return BatchItem(str(job.file), job.output, "failed", error=error.to_dict())
     return BatchItem(str(job.file), job.output, "done", report=report)
@@ -202,11 +201,7 @@ def _is_done(file: Path, output: Path, options: ExportOptions) -> bool:
     from cogtools.verification.verify import verify_lora
 
     with open_checkpoint(file) as checkpoint:
-        plan = plan_lora_export(
-            checkpoint, alpha=options.get("alpha"), allow_partial=options.get("allow_partial", False)
-        )
-        dtype = target_dtype_of(plan, options.get("dtype", "keep"))
-        header = output_header(plan, checkpoint, options.get("scale", "metadata"), dtype)
+        header = prepare_export(checkpoint, **options).header
     try:
         with SourceFile.open(output) as written:
             if written.read(0, len(header)) != header:

@@ -12,13 +12,13 @@ import typer
 from cogtools import __version__
 from cogtools.errors import CogtoolsError, InterruptedByUserError, OptionError
 from cogtools.layouts.cogvideox import MODELS
+from cogtools.options import Cast, ExportOptions, Scale, Sort, WriteOptions
 from cogtools.render import text
 
 if TYPE_CHECKING:
     from types import FrameType
 
     from cogtools.batch import BatchChoice
-    from cogtools.convert import ExportOptions
 
 DONE = 0
 WRONG = 1
@@ -71,14 +71,14 @@ def export_lora_command(
         float | None, typer.Option(help="The training's lora_alpha, where training_config.yaml does not say.")
     ] = None,
     scale: Annotated[
-        str,
+        Scale,
         typer.Option(
             metavar="metadata|fold|none",
             help="How alpha/rank travels: stated in the header (diffusers >= 0.34), multiplied into the weights "
             "(everything else), or not at all.",
         ),
     ] = "metadata",
-    dtype: Annotated[str, typer.Option(metavar="keep|fp32|fp16|bf16", help="Cast the tensors.")] = "keep",
+    dtype: Annotated[Cast, typer.Option(metavar="keep|fp32|fp16|bf16", help="Cast the tensors.")] = "keep",
     iteration: Iteration = None,
     ema: Ema = False,
     every: Annotated[bool, typer.Option("--all", help="Export every iteration of a save folder.")] = False,
@@ -96,7 +96,7 @@ def export_lora_command(
     Example: cogtools export-lora ckpts/lora-disney/1000/mp_rank_00_model_states.pt out/
     """
     from cogtools.checkpoint.storage import is_folder
-    from cogtools.convert import ExportOptions, export_lora
+    from cogtools.convert import export_lora
     from cogtools.render.export import show_export
     from cogtools.render.progress import Progress
     from cogtools.report import report_json
@@ -104,27 +104,26 @@ def export_lora_command(
     *sources, out = _sources_and_output([*(paths or []), *filter(None, (sat_pt_path, lora_save_directory))])
     options = ExportOptions(
         alpha=alpha,
-        scale=scale,  # type: ignore[typeddict-item] # export_lora refuses other words
-        dtype=dtype,  # type: ignore[typeddict-item] # the same
+        scale=scale,
+        dtype=dtype,
         allow_partial=allow_partial,
-        sha256=sha256,
     )
+    writing = WriteOptions(overwrite=overwrite, dry_run=dry_run, sha256=sha256)
     # As `cp` has it: a folder that goes into another one keeps a name of its own there.
     if len(sources) > 1 or every or (is_folder(Path(sources[0])) and out.endswith(("/", os.sep))):
         from cogtools.batch import BatchChoice
 
         chosen = BatchChoice(iteration=iteration, ema=ema, every=every)
-        _export_many(sources, out, options, chosen, overwrite=overwrite, dry_run=dry_run, json=json, quiet=quiet)
+        _export_many(sources, out, options, writing, chosen, json=json, quiet=quiet)
         return
     with Progress("writing", hidden=quiet or json) as progress:
         report = export_lora(
             sources[0],
             out,
             **options,
+            **writing,
             iteration=iteration,
             ema=ema,
-            overwrite=overwrite,
-            dry_run=dry_run,
             progress=progress.update,
         )
     if json:
@@ -148,10 +147,9 @@ def _export_many(
     sources: list[str],
     out: str,
     options: ExportOptions,
+    writing: WriteOptions,
     chosen: BatchChoice,
     *,
-    overwrite: bool,
-    dry_run: bool,
     json: bool,
     quiet: bool,
 ) -> None:
@@ -160,7 +158,7 @@ def _export_many(
     from cogtools.report import report_json
 
     items = []
-    for item in export_many(plan_batch(sources, Path(out), **chosen), options, overwrite=overwrite, dry_run=dry_run):
+    for item in export_many(plan_batch(sources, Path(out), **chosen), options, writing):
         items.append(item)
         if not json:
             show_batch_item(item, quiet=quiet)
@@ -187,7 +185,7 @@ def inspect_command(
         str | None, typer.Option(metavar="NAME", help="List one section only, such as transformer or vae.")
     ] = None,
     tree: Annotated[bool, typer.Option("--tree", help="Fold equal layers: all keys on a screen or two.")] = False,
-    sort: Annotated[str, typer.Option(metavar="key|size|offset", help="The order of the list.")] = "key",
+    sort: Annotated[Sort, typer.Option(metavar="key|size|offset", help="The order of the list.")] = "key",
     limit: Annotated[int | None, typer.Option(metavar="N", help="List so many at most.")] = None,
     offsets: Annotated[bool, typer.Option("--offsets", help="Tell where in the file each tensor begins.")] = False,
     stats: Annotated[
@@ -213,7 +211,7 @@ def inspect_command(
         keys=tuple(keys or ()),
         lora=lora,
         section=section,
-        sort=sort,  # type: ignore[arg-type] # inspect_checkpoints refuses other words
+        sort=sort,
         limit=limit,
         offsets=offsets,
         statistics=stats,

@@ -2,52 +2,49 @@
 
 from __future__ import annotations
 
-import json
-import threading
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, TypedDict, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from cogtools import __version__
-from cogtools.checkpoint.dtypes import DTYPES
+from cogtools.checkpoint.dtypes import DTYPES, DType
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.storage import FileRange
-from cogtools.checkpoint.torch_pickle import MAX_SHOWN_NAME
-from cogtools.errors import SHOWN_PROBLEMS, CheckpointError, OptionError
+from cogtools.crc32 import Crc32Check
+from cogtools.errors import OptionError
 from cogtools.layouts import diffusers
+from cogtools.notices import export_notices
+from cogtools.options import Cast, Scale
 from cogtools.planning import LoraPlan, plan_lora_export
+from cogtools.record import RECORD_KEY, ExportRecord
 from cogtools.writer import AtomicFile, TensorSpec, refuse_without_room, safetensors_header
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable
 
-    from cogtools.checkpoint.dtypes import DType
     from cogtools.checkpoint.index import Checkpoint
-    from cogtools.checkpoint.storage import Storage
-
-Scale = Literal["metadata", "fold", "none"]
-Cast = Literal["keep", "fp32", "fp16", "bf16"]
 
 CASTS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
-CRC32_CHUNK_BYTES = 1 << 20
 
+class PreparedExport(NamedTuple):
+    """An export that is ready to be carried out.
 
-class ExportOptions(TypedDict, total=False):
-    """Those options of `export_lora` that shape the output."""
+    Attributes:
+        plan: what is written.
+        scale: how the output carries the scale.
+        dtype: of the output's tensors.
+        header: the output up to where its tensors begin.
+        size_bytes: of the whole output.
+    """
 
-    alpha: float | None
+    plan: LoraPlan
     scale: Scale
-    dtype: Cast
-    allow_partial: bool
-    sha256: bool
-
-
-RECORD_KEY = "cogtools"
-"""The header entry in which the file says how it was made."""
+    dtype: DType
+    header: bytes
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,15 +134,12 @@ def export_lora(
     output = AtomicFile(target, overwrite=overwrite)
     output.refuse_existing()
     with open_checkpoint(checkpoint, iteration=iteration, ema=ema) as opened:
-        plan = plan_lora_export(opened, alpha=alpha, allow_partial=allow_partial)
-        target_dtype = target_dtype_of(plan, dtype)
-        header = output_header(plan, opened, scale, target_dtype)
-        rounding = Rounding()
-        size_bytes = len(header) + sum(tensor.source.entry.numel for tensor in plan.tensors) * target_dtype.itemsize
+        prepared = prepare_export(opened, alpha=alpha, scale=scale, dtype=dtype, allow_partial=allow_partial)
+        written = _Written()
         if not dry_run:
-            refuse_without_room(target.parent, size_bytes)
-            payload = _payload(plan, scale, target_dtype, rounding)
-            _write(output, header, payload, _Crc32Check(plan), progress, size_bytes)
+            refuse_without_room(target.parent, prepared.size_bytes)
+            written = _write(output, prepared, progress, sha256=sha256)
+    plan = prepared.plan
     return ExportReport(
         checkpoint=opened.path,
         output=target,
@@ -157,61 +151,15 @@ def export_lora(
         alpha_source=plan.alpha.source,
         scaling=plan.scaling,
         scale=scale,
-        dtype=target_dtype.name,
+        dtype=prepared.dtype.name,
         source_dtype=plan.dtype.name,
         tensors=len(plan.tensors),
-        size_bytes=size_bytes,
-        crc32="checked" if _has_crc32(plan) else "not recorded",
-        largest_relative_error=rounding.largest_relative_error,
-        sha256=_sha256(target) if sha256 and not dry_run else None,
-        notices=(
-            *_danger_notices(opened),
-            *_choice_notices(opened),
-            *plan.notices,
-            *_scale_notices(plan, scale),
-            *_crc32_notices(plan),
-        ),
+        size_bytes=prepared.size_bytes,
+        crc32="checked" if plan.has_crc32 else "not recorded",
+        largest_relative_error=written.largest_relative_error,
+        sha256=written.sha256,
+        notices=export_notices(opened, plan, scale),
     )
-
-
-def _choice_notices(checkpoint: Checkpoint) -> list[str]:
-    """Say which of two sets of weights was taken: the trainer saves them side by side."""
-    run = checkpoint.run
-    if run is None or run.twin is None:
-        return []
-    kind, hint = ("EMA weights", "without --ema") if run.chosen.ema else ("plain weights", "with --ema")
-    return [f"Took the {kind} of iteration {run.chosen.number}; {run.twin} is there too ({hint})."]
-
-
-def _danger_notices(checkpoint: Checkpoint) -> list[str]:
-    """Warn of a checkpoint that would run code if it were loaded: whoever exports from it may try that next."""
-    if not checkpoint.foreign:
-        return []
-    from cogtools.inspection.globals import danger_of
-
-    names = sorted(str(name) for name in checkpoint.foreign if danger_of(*name) == "dangerous")
-    shown = ", ".join(name[:MAX_SHOWN_NAME] for name in names[:SHOWN_PROBLEMS])
-    return [f"The checkpoint names what can run code: {shown}. Nothing was run; do not torch.load it."] if names else []
-
-
-def _scale_notices(plan: LoraPlan, scale: Scale) -> list[str]:
-    if scale == "metadata":
-        return [
-            "The scale is stated in the file's header, which diffusers reads from 0.34 on. "
-            "For ComfyUI and everything else, export with --scale fold."
-        ]
-    if scale == "none":
-        return [f"The file does not carry its scale: whoever loads it must use weight {plan.scaling:.10g}."]
-    return []
-
-
-def _crc32_notices(plan: LoraPlan) -> list[str]:
-    told = "The checkpoint records no CRC-32s: damage to its weights could not be looked for."
-    return [] if _has_crc32(plan) else [told]
-
-
-def _has_crc32(plan: LoraPlan) -> bool:
-    return any(storage.crc32 is not None for storage in _storages(plan))
 
 
 def output_path(out: Path) -> Path:
@@ -219,12 +167,25 @@ def output_path(out: Path) -> Path:
     return out if out.suffix == ".safetensors" else out / diffusers.FILE_NAME
 
 
-def target_dtype_of(plan: LoraPlan, dtype: Cast) -> DType:
-    """The dtype of the output's tensors.
+def prepare_export(
+    checkpoint: Checkpoint, *, alpha: float | None, scale: Scale, dtype: Cast, allow_partial: bool
+) -> PreparedExport:
+    """Find out all about an export without reading weights; the options as for `export_lora`.
 
     Raises:
-        OptionError: if there is no such dtype.
+        CogtoolsError: if it cannot be done.
     """
+    if scale not in get_args(Scale):
+        raise OptionError("there is no such way to carry the scale", found=scale, expected=", ".join(get_args(Scale)))
+    plan = plan_lora_export(checkpoint, alpha=alpha, allow_partial=allow_partial)
+    target_dtype = _target_dtype(plan, dtype)
+    tensors = [TensorSpec(tensor.key, target_dtype, tensor.source.entry.shape) for tensor in plan.tensors]
+    header = safetensors_header(tensors, _metadata(plan, checkpoint, scale, target_dtype))
+    size_bytes = len(header) + sum(tensor.size_bytes for tensor in tensors)
+    return PreparedExport(plan, scale, target_dtype, header, size_bytes)
+
+
+def _target_dtype(plan: LoraPlan, dtype: Cast) -> DType:
     if dtype == "keep":
         return plan.dtype
     if dtype not in CASTS:
@@ -232,62 +193,74 @@ def target_dtype_of(plan: LoraPlan, dtype: Cast) -> DType:
     return DTYPES[CASTS[dtype]]
 
 
-def output_header(plan: LoraPlan, checkpoint: Checkpoint, scale: Scale, dtype: DType) -> bytes:
-    """The output up to where its tensors begin; the arguments as `output_metadata` takes them."""
-    tensors = [TensorSpec(tensor.key, dtype, tensor.source.entry.shape) for tensor in plan.tensors]
-    return safetensors_header(tensors, output_metadata(plan, checkpoint, scale, dtype))
-
-
-def output_metadata(plan: LoraPlan, checkpoint: Checkpoint, scale: Scale, dtype: DType) -> dict[str, str]:
-    """The text entries of the output's header: the scale, and how the file was made.
-
-    Args:
-        plan: what is written.
-        checkpoint: what it is made of.
-        scale: as `export_lora` has it.
-        dtype: of the output's tensors.
-    """
-    if scale not in get_args(Scale):
-        raise OptionError("there is no such way to carry the scale", found=scale, expected=", ".join(get_args(Scale)))
+def _metadata(plan: LoraPlan, checkpoint: Checkpoint, scale: Scale, dtype: DType) -> dict[str, str]:
+    """The text entries of the output's header: the scale, and how the file was made."""
     iteration = checkpoint.values.get("iteration")
-    record = {
-        "version": __version__,
-        "source": checkpoint.path.name,
-        "iteration": iteration if isinstance(iteration, int) else None,
-        "models": [model.slug for model in plan.transformer.models],
-        "transformer_layers": plan.transformer.layers,
-        "hidden_size": plan.transformer.hidden,
-        "rank": plan.rank,
-        "alpha": plan.alpha.value,
-        "alpha_source": plan.alpha.source,
-        "scale": scale,
-        "source_dtype": plan.dtype.name,
-        "dtype": dtype.name,
-    }
-    metadata = {"format": "pt", RECORD_KEY: json.dumps(record, sort_keys=True)}
+    record = ExportRecord(
+        version=__version__,
+        source=checkpoint.path.name,
+        iteration=iteration if isinstance(iteration, int) else None,
+        models=tuple(model.slug for model in plan.transformer.models),
+        transformer_layers=plan.transformer.layers,
+        hidden_size=plan.transformer.hidden,
+        rank=plan.rank,
+        alpha=plan.alpha.value,
+        alpha_source=plan.alpha.source,
+        scale=scale,
+        source_dtype=plan.dtype.name,
+        dtype=dtype.name,
+    )
+    metadata = {"format": "pt", RECORD_KEY: record.text()}
     if scale != "none":
         alpha = plan.alpha.value if scale == "metadata" else plan.rank  # folded in: what is left is a scaling of 1
         metadata[diffusers.ADAPTER_METADATA_KEY] = diffusers.adapter_metadata(plan.rank, alpha, plan.modules)
     return metadata
 
 
-@dataclass(slots=True)
-class Rounding:
-    """How much arithmetic has changed the values: None if nothing was computed.
-
-    Attributes:
-        largest_relative_error: the largest ratio, over all tensors, of the norm of the error to that of the tensor.
-    """
+class _Written(NamedTuple):
+    """What is known of an output only when it is written."""
 
     largest_relative_error: float | None = None
+    sha256: str | None = None
 
 
-def _payload(plan: LoraPlan, scale: Scale, dtype: DType, rounding: Rounding) -> Iterable[FileRange | bytes]:
-    """The bytes of the output after its header: ranges of the checkpoint where they can be copied as they are."""
+def _write(
+    output: AtomicFile, prepared: PreparedExport, progress: Callable[[int, int], None] | None, *, sha256: bool
+) -> _Written:
+    """Write the output, and publish it only when the checkpoint's CRC-32s are known to be right."""
+    errors: list[float] = []
+    with output, Crc32Check(prepared.plan.storages) as check:
+        output.reserve(prepared.size_bytes)
+        output.write(prepared.header)
+        done = len(prepared.header)
+        for part in _payload(prepared, errors):
+            if isinstance(part, FileRange):
+                output.copy(part)
+                done += part.size_bytes
+            else:
+                output.write(part)
+                done += len(part)
+            if progress is not None:
+                progress(done, prepared.size_bytes)
+        output.sync()
+        check.finish()
+        digest = output.sha256() if sha256 else None
+        output.publish()
+    return _Written(max(errors, default=None), digest)
+
+
+def _payload(prepared: PreparedExport, errors: list[float]) -> Iterable[FileRange | bytes]:
+    """The bytes of the output after its header: ranges of the checkpoint where they can be copied as they are.
+
+    Args:
+        prepared: the export.
+        errors: takes the relative error of every tensor, where arithmetic changes the values.
+    """
+    plan, scale, dtype, *_ = prepared
     if scale == "fold" or dtype != plan.dtype:
         from cogtools.arithmetic import scaled_and_cast
 
-        yield from scaled_and_cast(plan, plan.scaling if scale == "fold" else 1.0, dtype, rounding)
+        yield from scaled_and_cast(plan, plan.scaling if scale == "fold" else 1.0, dtype, errors)
         return
     for tensor in plan.tensors:
         entry = tensor.source.entry
@@ -296,96 +269,3 @@ def _payload(plan: LoraPlan, scale: Scale, dtype: DType, rounding: Rounding) -> 
             yield from tensor_chunks(entry)
         else:
             yield source
-
-
-def _write(
-    output: AtomicFile,
-    header: bytes,
-    payload: Iterable[FileRange | bytes],
-    check: _Crc32Check,
-    progress: Callable[[int, int], None] | None,
-    size_bytes: int,
-) -> None:
-    """Write the output, and publish it only when the checkpoint's CRC-32s are known to be right."""
-    with output, check:
-        output.reserve(size_bytes)
-        output.write(header)
-        done = len(header)
-        for part in payload:
-            if isinstance(part, FileRange):
-                output.copy(part)
-                done += part.size_bytes
-            else:
-                output.write(part)
-                done += len(part)
-            if progress is not None:
-                progress(done, size_bytes)
-        output.sync()
-        check.finish()
-        output.publish()
-
-
-def _storages(plan: LoraPlan) -> list[Storage]:
-    """The storages that the LoRA's tensors view, each once."""
-    return list({id(tensor.source.entry.storage): tensor.source.entry.storage for tensor in plan.tensors}.values())
-
-
-class _Crc32Check:
-    """Computes the CRC-32s of a plan's storages in a thread beside the copying, and compares them.
-
-    Use it in a `with` statement; `finish` waits for the result. A block that ends early ends the thread too.
-    """
-
-    def __init__(self, plan: LoraPlan) -> None:
-        self._ranges = [(storage, storage.range()) for storage in _storages(plan) if storage.crc32 is not None]
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="crc32")
-        self._error: Exception | None = None
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def finish(self) -> None:
-        """Wait until all is checked.
-
-        Raises:
-            CheckpointError: if a storage is damaged, or cannot be read.
-        """
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        try:
-            for storage, source in self._ranges:
-                self._check(storage, source)
-        except Exception as error:  # noqa: BLE001 - raised again by `finish`, in the thread that waits
-            self._error = error
-
-    def _check(self, storage: Storage, source: FileRange) -> None:
-        crc32 = 0
-        for position in range(0, source.size_bytes, CRC32_CHUNK_BYTES):
-            if self._stop.is_set():
-                return
-            size = min(CRC32_CHUNK_BYTES, source.size_bytes - position)
-            crc32 = zlib.crc32(source.file.read(source.offset_bytes + position, size), crc32)
-        if crc32 != storage.crc32:
-            raise CheckpointError(
-                "the checkpoint is damaged: weights of the LoRA have changed since they were saved",
-                file=source.file.path,
-                found=f"storage {storage.key!r} with CRC-32 {crc32:08x}",
-                expected=f"CRC-32 {storage.crc32:08x}, as the file records it",
-                hint="copy or download the checkpoint again",
-            )
-
-
-def _sha256(path: Path) -> str:
-    import hashlib
-
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

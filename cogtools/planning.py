@@ -22,7 +22,7 @@ from cogtools.words import fold_numbers
 if TYPE_CHECKING:
     from cogtools.checkpoint.dtypes import DType
     from cogtools.checkpoint.index import Checkpoint
-    from cogtools.checkpoint.storage import TensorEntry
+    from cogtools.checkpoint.storage import Storage, TensorEntry
 
 DEFAULT_ALPHA = 1
 """SAT's alpha where the user set none (sat/model/finetune/lora2.py, `LoraMixin.__init__`)."""
@@ -83,6 +83,22 @@ class LoraPlan:
     def scaling(self) -> float:
         """What the training multiplied lora_B @ lora_A by."""
         return self.alpha.value / self.rank
+
+    @property
+    def storages(self) -> list[Storage]:
+        """The storages that the tensors view, each once."""
+        return list({id(tensor.source.entry.storage): tensor.source.entry.storage for tensor in self.tensors}.values())
+
+    @property
+    def has_crc32(self) -> bool:
+        """Whether the checkpoint records CRC-32s by which damage to these storages can be told."""
+        return any(storage.crc32 is not None for storage in self.storages)
+
+    @property
+    def pairs(self) -> list[tuple[PlannedTensor, PlannedTensor]]:
+        """Every lora_A with its lora_B, in the order of the output, in which they stand next to each other."""
+        by_name = {tensor.name: tensor for tensor in self.tensors}
+        return [(by_name[name], by_name[name._replace(factor="B")]) for name in by_name if name.factor == "A"]
 
     @property
     def modules(self) -> list[str]:

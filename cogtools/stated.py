@@ -6,9 +6,8 @@ diffusers has it in the header of the safetensors file, PEFT in a file of its ow
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from cogtools.checkpoint.storage import SourceFile, is_file
 from cogtools.errors import CheckpointError, CogtoolsError, Problem
@@ -16,6 +15,7 @@ from cogtools.layouts import diffusers
 from cogtools.layouts.diffusers import module_path
 from cogtools.layouts.naming import DIFFUSERS, Naming
 from cogtools.layouts.peft import CONFIG_FIELDS, CONFIG_NAME, AdapterConfig, is_plain_pattern
+from cogtools.numbers import is_positive
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -118,7 +118,7 @@ def _read_fields(fields: Mapping[str, object], *, is_diffusers: bool) -> Stated:
     rank, alpha, targets = fields.get("r"), fields.get("lora_alpha"), fields.get("target_modules")
     if "r" in fields and not _is_rank(rank):
         problems.append(Problem("wrong", "r", _short(rank), "a whole number from 1 on"))
-    if "lora_alpha" in fields and not _is_positive(alpha):
+    if "lora_alpha" in fields and not is_positive(alpha):
         problems.append(Problem("wrong", "lora_alpha", _short(alpha), "a number above 0"))
     problems += [
         Problem("wrong", name, _short(fields[name]), "false") for name in _CHANGES_THE_LORA if fields.get(name)
@@ -135,8 +135,8 @@ def _read_fields(fields: Mapping[str, object], *, is_diffusers: bool) -> Stated:
     alphas, alpha_doubts = _pattern("alpha_pattern", fields.get("alpha_pattern"), problems)
     is_list = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
     config = AdapterConfig(
-        rank=rank if _is_rank(rank) and isinstance(rank, int) else None,
-        alpha=alpha if _is_positive(alpha) and isinstance(alpha, (int, float)) else None,
+        rank=rank if _is_rank(rank) else None,
+        alpha=alpha if is_positive(alpha) else None,
         rank_pattern=ranks,
         alpha_pattern=alphas,
         rank_stabilised=bool(fields.get("use_rslora")),
@@ -150,7 +150,7 @@ def _pattern(name: str, value: object, problems: list[Problem]) -> tuple[dict[st
     """A rank_pattern or alpha_pattern as far as it can be used, and what cannot be told of it."""
     if value is None:
         return {}, []
-    if not isinstance(value, dict) or not all(_is_positive(item) for item in value.values()):
+    if not isinstance(value, dict) or not all(is_positive(item) for item in value.values()):
         problems.append(Problem("wrong", name, _short(value), "an object of numbers above 0, by module"))
         return {}, []
     doubts = [
@@ -167,12 +167,8 @@ def _layers(value: object) -> frozenset[int] | None:
     return frozenset(numbers) if len(numbers) == len(listed) else None
 
 
-def _is_rank(value: object) -> bool:
-    return type(value) is int and value >= 1
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+def _is_rank(value: object) -> TypeGuard[int]:
+    return type(value) is int and is_positive(value)
 
 
 def _short(value: object) -> str:

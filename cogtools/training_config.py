@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeGuard
 from cogtools.checkpoint.storage import SourceFile, is_file
 from cogtools.errors import CheckpointError
 from cogtools.layouts.cogvideox import MAX_LAYERS
+from cogtools.numbers import is_number, is_positive
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,8 +28,6 @@ MAX_BYTES = 1 << 17
 
 MAX_NUMBER_CHARACTERS = 100
 """The longest number that is read. YAML has numbers to the base 60, which take long to make if they are long."""
-
-MAX_NUMBER = 2**63
 
 _NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
@@ -77,9 +76,9 @@ def read_training_config(path: Path) -> TrainingConfig:
     if not isinstance(params, dict):
         params = {}
     rank, alpha, layers = params.get("r"), params.get("lora_alpha"), params.get("layer_range")
-    if rank is not None and (not _is_number(rank) or rank != int(rank) or rank < 1):
+    if rank is not None and (not is_number(rank) or rank != int(rank) or rank < 1):
         raise _wrong(path, "r", rank, "a whole number from 1 on")
-    if alpha is not None and (not _is_number(alpha) or alpha <= 0):
+    if alpha is not None and (not is_positive(alpha)):
         raise _wrong(path, "lora_alpha", alpha, "a number above 0")
     if layers is not None and not _are_layers(layers):
         raise _wrong(path, "layer_range", layers, "a list of layer numbers")
@@ -89,10 +88,6 @@ def read_training_config(path: Path) -> TrainingConfig:
         alpha=alpha,
         layers=None if layers is None else tuple(sorted(set(layers))),
     )
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
 
 
 def _are_layers(value: object) -> TypeGuard[list[int]]:

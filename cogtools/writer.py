@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -182,6 +183,12 @@ class AtomicFile:
         """Wait until the bytes are on the disk."""
         with _write_errors(self.target):
             os.fsync(self._fd)
+
+    def sha256(self) -> str:
+        """The SHA-256 of what was written."""
+        with _write_errors(self.target), os.fdopen(os.dup(self._fd), "rb") as file:
+            file.seek(0)
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def publish(self) -> None:
         """Give the file its name.

@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import cogtools
-from cogtools import convert, writer
+from cogtools import writer
 from cogtools.convert import ExportReport, export_lora
 from cogtools.errors import CheckpointError, ExportError, OptionError, OutputError
+from cogtools.options import Cast
 from tests.factories import (
     SAVERS,
     TOY_2B,
@@ -359,7 +360,7 @@ def test_a_scale_that_is_no_power_of_two_is_folded_within_rounding(tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)]
 )
-def test_casting_rounds_as_torch_does(tmp_path: Path, name: convert.Cast, dtype: torch.dtype) -> None:
+def test_casting_rounds_as_torch_does(tmp_path: Path, name: Cast, dtype: torch.dtype) -> None:
     torch.save(sat_state_dict(TOY_2B, 4, torch.float32), tmp_path / "a.pt")
     report = export_lora(tmp_path / "a.pt", tmp_path, dtype=name)
     assert_same(

@@ -8,7 +8,8 @@ import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
-from cogtools.convert import Scale, export_lora
+from cogtools.convert import export_lora
+from cogtools.options import Scale
 from tests.base_weights import diffusers_base
 from tests.damage import Outcome
 from tests.diffusers_alone import diffusers_alone, toy_transformer

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from cogtools import cli
+from cogtools.dangers import danger_of
 from cogtools.errors import CogtoolsError
 from cogtools.inspection.analysis import Selection, inspect_checkpoint, kind_of, matches, natural
-from cogtools.inspection.globals import danger_of
 from cogtools.inspection.report import (
     CheckpointReport,
     DTypeReport,
@@ -594,7 +594,7 @@ def test_text_ends_well_with_every_option(inspect: Callable[..., Result], toy: P
         (b"", [], "this is no checkpoint"),
         (b"PK\x03\x04 and no more", [], "the file is cut short: this zip archive has no directory at its end"),
         (None, [], "there is no such file"),
-        (b"", ["--sort", "colour"], "there is no such order"),
+        (b"", ["--sort", "colour"], "Invalid value for '--sort': 'colour' is not one of 'key', 'size', 'offset'"),
         (b"", ["--section", "lorra"], "there is no such section"),
         (b"", ["--limit", "-1"], "--limit is a number of tensors"),
         (b"", ["--limit", "x"], "Invalid value for '--limit': 'x' is not a valid int"),

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from cogtools import VerifyReport, export_lora, verify_lora
-from cogtools.convert import Cast, Scale
 from cogtools.errors import CheckpointError, OptionError, Problem
 from cogtools.layouts.cogvideox import MODELS, LoraKey, lora_keys
 from cogtools.layouts.naming import near_miss
+from cogtools.options import Cast, Scale
 from cogtools.verification.result import Check
 from cogtools.words import fold_names
 from tests import factories

@@ -7,13 +7,13 @@ import json
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeGuard, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.storage import TensorEntry
 from cogtools.checkpoint.unpickler import Global, Record
+from cogtools.dangers import danger_of
 from cogtools.errors import OptionError
-from cogtools.inspection.globals import danger_of
 from cogtools.inspection.lora import Lora, describe_lora, find_lora, hidden_size_of
 from cogtools.inspection.report import (
     CheckpointReport,
@@ -30,6 +30,8 @@ from cogtools.inspection.report import (
 )
 from cogtools.inspection.sections import SECTIONS, section_of
 from cogtools.layouts import diffusers, sat
+from cogtools.numbers import is_number
+from cogtools.options import Sort
 from cogtools.refusals import whole_tensor
 
 if TYPE_CHECKING:
@@ -42,8 +44,6 @@ if TYPE_CHECKING:
     from cogtools.checkpoint.storage import Storage
     from cogtools.layouts.cogvideox import Transformer
 
-Sort = Literal["key", "size", "offset"]
-
 TRAINER_FACTS = (
     *("iteration", "global_steps", "global_samples", "skipped_steps"),
     *("ds_version", "dp_world_size", "mp_world_size"),
@@ -52,9 +52,6 @@ TRAINER_FACTS = (
 
 MAX_FACT_CHARS = 100
 """The longest text that is taken for a fact."""
-
-MAX_NUMBER = 2**63
-"""The largest number that is printed."""
 
 MAX_KIND_CHARS = 200
 """The longest name of a call or class that is told of an entry that is no tensor."""
@@ -362,13 +359,9 @@ def _trainer_facts(values: Mapping[str, object]) -> dict[str, int | float | str]
     facts: dict[str, int | float | str] = {}
     for name in TRAINER_FACTS:
         value = values.get(name)
-        if (isinstance(value, str) and len(value) <= MAX_FACT_CHARS) or _is_small_number(value):
+        if (isinstance(value, str) and len(value) <= MAX_FACT_CHARS) or is_number(value):
             facts[name] = value
     return facts
-
-
-def _is_small_number(value: object) -> TypeGuard[int]:
-    return type(value) is int and abs(value) < MAX_NUMBER
 
 
 def _kinds(values: Mapping[str, object]) -> tuple[EntryReport, ...]:
@@ -383,7 +376,7 @@ def kind_of(value: object) -> str:
         case None | bool():
             return str(value)
         case int() | float():
-            return str(value) if abs(value) < MAX_NUMBER else f"a number of type {type(value).__name__}"
+            return str(value) if is_number(value) else f"a number of type {type(value).__name__}"
         case str():
             return (
                 json.dumps(value, ensure_ascii=False) if len(value) <= MAX_FACT_CHARS else f"{len(value):,} characters"

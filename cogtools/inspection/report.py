@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from cogtools.dangers import Danger
     from cogtools.errors import Problem
-    from cogtools.inspection.globals import Danger
 
 
 @dataclass(frozen=True, slots=True)

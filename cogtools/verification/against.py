@@ -67,7 +67,7 @@ def against_checks(
 
 
 def _is_folded(lora: WrittenLora) -> bool:
-    return lora.record.get("scale") == "fold"
+    return lora.record.scale == "fold"
 
 
 def _as_exported(lora: WrittenLora, plan: LoraPlan) -> LoraPlan:
@@ -77,10 +77,8 @@ def _as_exported(lora: WrittenLora, plan: LoraPlan) -> LoraPlan:
 
 
 def _given_alpha(lora: WrittenLora) -> Alpha | None:
-    value = lora.record.get("alpha")
-    if lora.record.get("alpha_source") != "--alpha" or not isinstance(value, (int, float)) or isinstance(value, bool):
-        return None
-    return Alpha(value, "--alpha") if math.isfinite(value) and value > 0 else None
+    record = lora.record
+    return Alpha(record.alpha, "--alpha") if record.alpha is not None and record.alpha_source == "--alpha" else None
 
 
 def _check_tensors(lora: WrittenLora, plan: LoraPlan, advance: Callable[[int], None]) -> Check:
@@ -119,8 +117,8 @@ class _Comparison:
             return " bit for bit"
         record = self._lora.record
         done = [f"the scaling {self._plan.scaling:.10g} folded in"] if self._folded else []
-        if record.get("dtype") != record.get("source_dtype"):
-            done.append(f"{record.get('source_dtype')} cast to {record.get('dtype')}")
+        if record.dtype != record.source_dtype:
+            done.append(f"{record.source_dtype} cast to {record.dtype}")
         error = f"the largest relative error of a tensor is {max(self._computed):.2g}"
         return f" within the dtype's rounding ({', '.join(done)}, as its record states): {error}"
 
@@ -136,8 +134,7 @@ class _Comparison:
         return self._compare_rounded(name, tensor, planned)
 
     def _is_stated_cast(self, tensor: WrittenTensor, planned: PlannedTensor) -> bool:
-        record = self._lora.record
-        stated = (record.get("source_dtype"), record.get("dtype"))
+        stated = (self._lora.record.source_dtype, self._lora.record.dtype)
         return stated == (planned.source.entry.dtype.name, tensor.entry.dtype.name) and set(stated) <= set(
             FLOAT_FORMATS
         )
@@ -229,7 +226,7 @@ def _check_scale(lora: WrittenLora, plan: LoraPlan) -> Check:
     wrong = {module: scaling for module, scaling in found.items() if not math.isclose(scaling, wanted, rel_tol=1e-9)}
     if not found:
         return Check(name, "fail", f"no scaling can be told; the training's is {wanted:.10g}: {why}")
-    if wrong and lora.stated.is_nothing and lora.record.get("scale") == "none":
+    if wrong and lora.stated.is_nothing and lora.record.scale == "none":
         return Check(name, "warn", f"left out, as the file's record says: load it at weight {wanted:.10g}")
     if wrong:
         seen = f"{_several(set(wrong.values()))}, where the training's is {wanted:.10g}: {why}"

@@ -53,13 +53,11 @@ def _transformer(lora: WrittenLora, model: str | None, layers: int | None) -> tu
         return Transformer(chosen.layers, chosen.hidden, (chosen,)), "--model"
     if layers is not None and not 1 <= layers <= MAX_LAYERS:
         raise OptionError("no transformer has so many layers", found=str(layers), expected=f"1 to {MAX_LAYERS}")
-    recorded, hidden = _size(lora.record.get("transformer_layers")), _size(lora.record.get("hidden_size"), 1 << 20)
-    hidden = hidden or lora.most_common_hidden() or 0
+    recorded, hidden = lora.record.transformer_layers, lora.record.hidden_size or lora.most_common_hidden() or 0
     count = layers or recorded
     if count is not None:
         fitting = recognise(hidden, count, None) or Transformer(count, hidden, ())
-        named = lora.record.get("models")
-        recorded_models = tuple(known for known in fitting.models if isinstance(named, list) and known.slug in named)
+        recorded_models = tuple(known for known in fitting.models if known.slug in lora.record.models)
         known_by = "--layers" if layers else "the exporter's record"
         return Transformer(count, hidden, recorded_models or fitting.models), known_by
     published = recognise(hidden, None, None)
@@ -70,7 +68,3 @@ def _transformer(lora: WrittenLora, model: str | None, layers: int | None) -> tu
     if targeted:
         return Transformer(max(targeted) + 1, hidden, ()), "target_modules"
     return Transformer(max(lora.layers, default=-1) + 1, hidden, ()), None
-
-
-def _size(value: object, most: int = MAX_LAYERS) -> int | None:
-    return value if type(value) is int and 1 <= value <= most else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING, Self
 from cogtools.checkpoint import safetensors
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.storage import is_file, is_folder
-from cogtools.convert import RECORD_KEY
 from cogtools.errors import CheckpointError
 from cogtools.layouts import diffusers, peft
 from cogtools.layouts.naming import DIFFUSERS, PEFT, Naming, near_miss
+from cogtools.record import ExportRecord, read_record
 from cogtools.stated import Stated, read_stated
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class WrittenLora:
         misnamed: what is wrong with the name, by key, for those of them.
         unknown: the keys that mean nothing.
         stated: what the file states of its scale and its modules.
-        record: what the exporter says of how the file was made; {} if nothing.
+        record: what the exporter says of how the file was made.
     """
 
     file: Checkpoint
@@ -53,7 +52,7 @@ class WrittenLora:
     misnamed: Mapping[str, str]
     unknown: tuple[str, ...]
     stated: Stated
-    record: Mapping[str, object]
+    record: ExportRecord
 
     @property
     def path(self) -> Path:
@@ -157,7 +156,7 @@ def _read(file: Checkpoint) -> WrittenLora:
             name, misnamed[key] = meant
             tensors[name] = WrittenTensor(key, entry)
     stated = read_stated(file, naming)
-    return WrittenLora(file, naming, tensors, misnamed, tuple(unknown), stated, _record(file))
+    return WrittenLora(file, naming, tensors, misnamed, tuple(unknown), stated, read_record(file.metadata))
 
 
 def _refuse_what_upstream_refuses(path: Path) -> None:
@@ -174,11 +173,3 @@ def _refuse_what_upstream_refuses(path: Path) -> None:
             found=str(error),
             hint="copy, download or export it again",
         ) from error
-
-
-def _record(file: Checkpoint) -> dict[str, object]:
-    try:
-        record = json.loads(file.metadata.get(RECORD_KEY, "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
