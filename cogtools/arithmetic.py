@@ -60,13 +60,16 @@ def _divide(scaling: float, a: torch.Tensor, b: torch.Tensor) -> tuple[float, fl
 
 def _finish(tensor: PlannedTensor, exact: torch.Tensor, dtype: DType, errors: list[float]) -> bytes:
     result = exact.to(getattr(torch, dtype.name))
-    if not torch.equal(result.isfinite(), exact.isfinite()):
+    is_finite = exact.isfinite()
+    if not torch.equal(result.isfinite(), is_finite):
         raise ExportError(
             f"{tensor.source.key} does not fit into {dtype.name}",
-            found=f"values up to {exact.abs().max().item():.3g}",
+            file=tensor.source.entry.storage.range().file.path,
+            found=f"values up to {exact[is_finite].abs().max().item():.3g}",
             expected=f"at most {torch.finfo(result.dtype).max:.3g}",
-            hint="export with --dtype fp32 or bf16",
+            hint="export with --dtype fp32" + (" or bf16" if dtype.name == "float16" else ""),
         )
-    norm = exact.norm().item()
-    errors.append((result.double() - exact).norm().item() / norm if norm else 0.0)
+    finite = exact[is_finite]
+    norm = finite.norm().item()
+    errors.append((result.double()[is_finite] - finite).norm().item() / norm if norm else 0.0)
     return result.contiguous().view(torch.uint8).numpy().tobytes()

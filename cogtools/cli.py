@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from cogtools import __version__
-from cogtools.errors import CogtoolsError, InterruptedByUserError, OptionError
+from cogtools.errors import CogtoolsError, InterruptedByUserError, OptionError, PrintError
 from cogtools.layouts.cogvideox import MODELS
 from cogtools.options import Cast, ExportOptions, Scale, Sort, WriteOptions
 from cogtools.render import text
@@ -24,6 +25,8 @@ DONE = 0
 WRONG = 1
 COULD_NOT = 2
 INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt
+
+_CANNOT_PRINT = {errno.EBADF, errno.EIO, errno.ENOSPC, errno.EFBIG}
 
 app = typer.Typer(
     name="cogtools",
@@ -296,6 +299,11 @@ def run(arguments: list[str]) -> int:
     except typer.TyperException as error:
         _fail(arguments, _usage_error(error))
         return COULD_NOT
+    except OSError as error:
+        if error.filename is not None or error.errno not in _CANNOT_PRINT:
+            raise
+        _fail(arguments, PrintError(error))  # Typer prints the help itself
+        return COULD_NOT
     if code == INTERRUPTED:
         _fail(arguments, InterruptedByUserError("interrupted: nothing was left half-written"))
     return code if isinstance(code, int) else DONE
@@ -312,10 +320,13 @@ def _usage_error(error: typer.TyperException) -> OptionError:
 
 
 def _fail(arguments: list[str], error: CogtoolsError) -> None:
-    if "--json" not in arguments:
+    if "--json" not in arguments or isinstance(error, PrintError):
         text.error(error)
         return
     from cogtools.report import error_json
 
     commands = [command.name for command in app.registered_commands]
-    text.emit(error_json(next((word for word in arguments if word in commands), None), error))
+    try:
+        text.emit(error_json(next((word for word in arguments if word in commands), None), error))
+    except PrintError as unprinted:
+        text.error(unprinted)

@@ -18,7 +18,7 @@ from cogtools.notices import export_notices
 from cogtools.options import Cast, Scale
 from cogtools.planning import LoraPlan, plan_lora_export
 from cogtools.record import RECORD_KEY, ExportRecord
-from cogtools.writer import AtomicFile, TensorSpec, refuse_without_room, safetensors_header
+from cogtools.writer import AtomicFile, TensorSpec, refuse_unwritable, safetensors_header
 
 if TYPE_CHECKING:
     import os
@@ -66,7 +66,7 @@ class ExportReport:
         source_dtype: of the checkpoint's.
         tensors: how many tensors the output has.
         size_bytes: the size of the output file.
-        crc32: "checked", or "not recorded" if the checkpoint has no CRC-32s to check.
+        crc32: "checked", "not checked" in a dry run, or "not recorded" if the checkpoint has no CRC-32s to check.
         largest_relative_error: of any tensor, where folding or casting changed the values; else None.
         sha256: of the output file, if asked for.
         notices: what the user should know.
@@ -86,7 +86,7 @@ class ExportReport:
     source_dtype: str
     tensors: int
     size_bytes: int
-    crc32: Literal["checked", "not recorded"]
+    crc32: Literal["checked", "not checked", "not recorded"]
     largest_relative_error: float | None
     sha256: str | None
     notices: tuple[str, ...]
@@ -135,9 +135,10 @@ def export_lora(
     output.refuse_existing()
     with open_checkpoint(checkpoint, iteration=iteration, ema=ema) as opened:
         prepared = prepare_export(opened, alpha=alpha, scale=scale, dtype=dtype, allow_partial=allow_partial)
+        output.refuse_source(opened.files)
+        refuse_unwritable(target, prepared.size_bytes)
         written = _Written()
         if not dry_run:
-            refuse_without_room(target.parent, prepared.size_bytes)
             written = _write(output, prepared, progress, sha256=sha256)
     plan = prepared.plan
     return ExportReport(
@@ -155,7 +156,7 @@ def export_lora(
         source_dtype=plan.dtype.name,
         tensors=len(plan.tensors),
         size_bytes=prepared.size_bytes,
-        crc32="checked" if plan.has_crc32 else "not recorded",
+        crc32="not recorded" if not plan.has_crc32 else "not checked" if dry_run else "checked",
         largest_relative_error=written.largest_relative_error,
         sha256=written.sha256,
         notices=export_notices(opened, plan, scale),

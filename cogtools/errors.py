@@ -141,6 +141,13 @@ class OutputError(CogtoolsError):
     kind = "output"
 
 
+class PrintError(OutputError):
+    """The result cannot be printed: standard output is closed, or its disk is full."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(f"the result cannot be printed: {cause.strerror or cause}")
+
+
 class OptionError(CogtoolsError):
     """An option or argument has a value that makes no sense."""
 

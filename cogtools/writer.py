@@ -21,11 +21,11 @@ from cogtools.checkpoint.storage import is_folder
 from cogtools.errors import OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from typing import Self
 
     from cogtools.checkpoint.dtypes import DType
-    from cogtools.checkpoint.storage import FileRange
+    from cogtools.checkpoint.storage import FileRange, SourceFile
 
 try:
     import fcntl
@@ -37,7 +37,9 @@ _ALIGNMENT = 8
 """The safetensors library pads the header to a multiple of this, so that the tensors are aligned."""
 
 _COPY_BYTES = 16 << 20
-"""How much is copied at once: progress is told in between."""
+"""How much is copied at once: in between, a signal is heard."""
+
+_ELSEWHERE = "choose another place"
 
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EBADF, errno.ETXTBSY}
 """What `copy_file_range` answers where the system or a file system cannot do it."""
@@ -101,10 +103,10 @@ class AtomicFile:
         self.refuse_existing()
         try:
             with _write_errors(self.target):
-                self._new_folders = _make_folders(self.target.parent)
+                self._make_folders()
                 _remove_leftovers(self.target)
                 self._create()
-        except OutputError:
+        except BaseException:
             self._discard()
             raise
         return self
@@ -115,9 +117,31 @@ class AtomicFile:
     def refuse_existing(self) -> None:
         """Raise an `OutputError` if the target is there and may not be replaced."""
         if is_folder(self.target):
-            raise OutputError("the output would replace a folder", file=self.target, hint="choose another place")
+            raise OutputError("the output would replace a folder", file=self.target, hint=_ELSEWHERE)
         if not self.overwrite and os.path.lexists(self.target):
             raise _exists(self.target)
+
+    def refuse_source(self, sources: Iterable[SourceFile]) -> None:
+        """Raise an `OutputError` if the target is one of the files that are read."""
+        try:
+            target = self.target.stat()
+        except OSError:
+            return
+        if any(os.path.samestat(target, os.fstat(source.fd)) for source in sources):
+            raise OutputError(
+                "the output would replace the checkpoint that it is made of", file=self.target, hint=_ELSEWHERE
+            )
+
+    def _make_folders(self) -> None:
+        missing = []
+        folder = self.target.parent
+        while not folder.exists():
+            missing.append(folder)
+            folder = folder.parent
+        for path in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # made by somebody else meanwhile
+                path.mkdir()
+                self._new_folders.append(path)
 
     def _create(self) -> None:
         while True:
@@ -160,7 +184,7 @@ class AtomicFile:
         """
         file, offset, missing = source
         while missing:
-            count = self._kernel_copy(file.fd, offset, missing)
+            count = self._kernel_copy(file.fd, offset, min(missing, _COPY_BYTES))
             if not count:
                 data = file.read(offset, min(missing, _COPY_BYTES))
                 self.write(data)
@@ -221,13 +245,18 @@ class AtomicFile:
         self._new_folders = []
 
 
-def refuse_without_room(folder: Path, size_bytes: int) -> None:
-    """Raise an `OutputError` if the disk has no room for a file of this size."""
-    if not hasattr(os, "statvfs"):
-        return
-    with _write_errors(folder):
+def refuse_unwritable(target: Path, size_bytes: int) -> None:
+    """Raise an `OutputError` if a file of this size can be seen not to find a place there, without writing."""
+    folder = target.parent
+    with _write_errors(target):
         while not folder.exists():
             folder = folder.parent
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if not hasattr(os, "statvfs"):
+            return
         status = os.statvfs(folder)
     free = status.f_bavail * status.f_frsize
     if free < size_bytes:
@@ -238,20 +267,6 @@ def refuse_without_room(folder: Path, size_bytes: int) -> None:
             expected=f"{size_bytes:,} bytes",
             hint="free some space, or choose another folder",
         )
-
-
-def _make_folders(folder: Path) -> list[Path]:
-    """Make a folder and those above it; which ones were not there before."""
-    missing = []
-    while not folder.exists():
-        missing.append(folder)
-        folder = folder.parent
-    made = []
-    for path in reversed(missing):
-        with contextlib.suppress(FileExistsError):
-            path.mkdir()
-            made.append(path)
-    return made
 
 
 def _lock(fd: int, *, wait: bool) -> bool:
@@ -336,6 +351,9 @@ def _cannot_write(target: Path, error: OSError) -> OutputError:
         errno.ENOSPC: "free some space, or choose another folder",
         errno.EDQUOT: "free some space, or choose another folder",
         errno.EFBIG: "the file system or a limit (ulimit -f) does not allow a file of this size",
+        errno.ENAMETOOLONG: "choose a shorter name",
+        errno.ENOENT: "a part of this path is a link that leads nowhere: choose another place",
+        errno.ENOTDIR: "a part of this path is a file, not a folder: choose another place",
     }
     return OutputError(
         f"the output cannot be written: {error.strerror or error}",

@@ -112,6 +112,42 @@ def test_an_export_without_its_scale_says_at_what_weight_to_load_it(
     assert result.err == "note: The file does not carry its scale: whoever loads it must use weight 0.5.\n"
 
 
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-"])
+@pytest.mark.parametrize("words", ["verify nowhere --json", "inspect {run}", "inspect {run} --json", "verify {out}"])
+def test_a_result_that_cannot_be_printed_is_an_error_in_one_line(
+    run_folder: Path, tmp_path: Path, words: str, redirection: str
+) -> None:
+    cogtools.export_lora(run_folder, tmp_path / "out")
+    line = words.format(run=run_folder, out=tmp_path / "out")
+    command = ["sh", "-c", f"{sys.executable} -m cogtools {line} {redirection}"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert done.stderr.startswith("error: the result cannot be printed: ")
+
+
+def test_help_that_cannot_be_printed_is_an_error_like_others() -> None:
+    command = ["sh", "-c", f"{sys.executable} -m cogtools --help >/dev/full"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    error = "error: the result cannot be printed: No space left on device\n"
+    assert (done.returncode, done.stderr) == (2, error)
+
+
+def test_notes_that_nobody_can_hear_are_no_hindrance(run_folder: Path, tmp_path: Path) -> None:
+    command = ["sh", "-c", f"{sys.executable} -m cogtools export-lora {run_folder} {tmp_path / 'out'} 2>&-"]
+    assert subprocess.run(command, stdout=subprocess.PIPE, check=False).returncode == 0
+    assert len(load_file(tmp_path / "out" / NAME)) == 24
+
+
+def test_a_bug_shows_its_traceback_and_never_ends_as_found_wrong() -> None:
+    code = "from cogtools import cli, __main__; cli.run = lambda _: 1 / 0; __main__.main()"
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-2:] == [
+        "ZeroDivisionError: division by zero",
+        "This is a bug in cogtools. Please report it with the lines above.",
+    ]
+
+
 def test_quiet_prints_nothing(cogtools_cli: Callable[..., Result], run_folder: Path, tmp_path: Path) -> None:
     result = cogtools_cli("export-lora", run_folder, tmp_path / "out", "--quiet")
     assert (result.code, result.out, result.err) == (0, "", "")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import cogtools
 from cogtools import writer
@@ -385,3 +385,33 @@ def test_without_its_scale_the_file_says_only_how_it_was_made(run: Path, tmp_pat
     found = metadata(tmp_path / NAME)
     assert found.keys() == {"format", "cogtools"}
     assert found["cogtools"]["scale"] == "none"
+
+
+# Places that cannot be
+
+
+def test_the_checkpoint_is_never_replaced_by_its_own_export(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(dict(sat_state_dict(TOY_2B, 4, base="none")), path)
+    before = path.read_bytes()
+    with pytest.raises(OutputError, match="the output would replace the checkpoint that it is made of"):
+        export_lora(path, path, overwrite=True)
+    assert path.read_bytes() == before
+
+
+def test_a_dry_run_finds_a_place_that_cannot_be_and_checks_no_weights(tmp_path: Path) -> None:
+    torch.save(sat_state_dict(TOY_2B, 4), tmp_path / "a.pt")
+    assert export_lora(tmp_path / "a.pt", tmp_path / "out", dry_run=True).crc32 == "not checked"
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="Not a directory"):
+        export_lora(tmp_path / "a.pt", tmp_path / "file" / "out", dry_run=True)
+
+
+def test_rounding_is_measured_on_finite_values(tmp_path: Path) -> None:
+    state = sat_state_dict(TOY_2B, 4, torch.float32)
+    key = next(key for key in state if "matrix_B" in key)
+    state[key][0, 0] = float("nan")
+    torch.save(state, tmp_path / "a.pt")
+    error = export_lora(tmp_path / "a.pt", tmp_path, dtype="bf16").largest_relative_error
+    assert error is not None
+    assert 0 < error < 2**-8

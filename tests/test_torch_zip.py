@@ -351,3 +351,10 @@ def test_a_storage_that_is_not_as_its_tensors_say_is_refused(
         found=found,
         hint=AGAIN + "; if it stays so, it was made to look like a checkpoint: do not torch.load it",
     )
+
+
+def test_a_lazy_view_is_no_plain_tensor(tmp_path: Path) -> None:
+    state = {"plain": torch.ones(3), "negative": torch._neg_view(torch.ones(3))}
+    torch.save(state, tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        assert (list(checkpoint.tensors), list(checkpoint.not_tensors)) == (["plain"], ["negative"])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from cogtools.checkpoint.dtypes import DTYPES
 from cogtools.checkpoint.storage import FileRange, SourceFile
 from cogtools.errors import CheckpointError, OutputError
-from cogtools.writer import AtomicFile, TensorSpec, leftovers, refuse_without_room, safetensors_header
+from cogtools.writer import AtomicFile, TensorSpec, leftovers, refuse_unwritable, safetensors_header
 
 FLOAT32 = DTYPES["float32"]
 
@@ -205,8 +205,24 @@ def test_a_limit_that_is_reached_leaves_nothing(target: Path, how: str) -> None:
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="there is no room for the output"):
-        refuse_without_room(tmp_path / "not" / "there", 1 << 62)
+        refuse_unwritable(tmp_path / "not" / "there" / "a.safetensors", 1 << 62)
     assert names(tmp_path) == []
+
+
+def test_folders_that_were_made_for_an_output_that_cannot_be_are_removed(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="File name too long"), AtomicFile(tmp_path / "a" / ("b" * 300) / "c"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_an_interruption_while_it_is_opened_leaves_nothing(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cogtools.writer._lock", interrupt)
+    with pytest.raises(KeyboardInterrupt), AtomicFile(target):
+        pass
+    assert names(target.parent) == []
 
 
 # Copying

@@ -109,20 +109,30 @@ def tensor_entry(reference: object, dtype: DType | None, layout: tuple[object, .
     return tensor
 
 
-def _rebuild_tensor(_machine: PickleMachine, arguments: tuple[object, ...]) -> TensorEntry:
+def _rebuild_tensor(_machine: PickleMachine, arguments: tuple[object, ...]) -> TensorEntry | Record:
     """(storage, offset, shape, stride[, requires_grad, hooks[, metadata]])."""
+    if any(arguments[6:]):
+        return Record(_REBUILD_TENSOR_V2, arguments)
     reference = arguments[0] if arguments else None
     dtype = reference.dtype if isinstance(reference, StorageReference) else None
     return tensor_entry(reference, dtype, arguments[1:4])
 
 
-def _rebuild_tensor_v3(_machine: PickleMachine, arguments: tuple[object, ...]) -> TensorEntry:
+def _rebuild_tensor_v3(_machine: PickleMachine, arguments: tuple[object, ...]) -> TensorEntry | Record:
     """(untyped storage, offset, shape, stride, requires_grad, hooks, dtype[, metadata])."""
+    if any(arguments[7:]):
+        return Record(_REBUILD_TENSOR_V3, arguments)
     match arguments:
         case (reference, offset, shape, stride, _, _, Global(module="torch", name=name), *_):
             return tensor_entry(reference, DTYPES.get(name), (offset, shape, stride))
         case _:
             raise MalformedPickleError("it describes a tensor in a way that PyTorch does not")
+
+
+# A tensor with metadata is a lazy view: PyTorch changes the sign of its numbers ("neg"), or of their imaginary parts
+# ("conj"), when it reads them. What lies in the storage is not what the tensor is, so it stays a record.
+_REBUILD_TENSOR_V2 = Global("torch._utils", "_rebuild_tensor_v2")
+_REBUILD_TENSOR_V3 = Global("torch._utils", "_rebuild_tensor_v3")
 
 
 def _rebuild_parameter(_machine: PickleMachine, arguments: tuple[object, ...]) -> object:
@@ -145,7 +155,10 @@ def _rebuild_from_type(machine: PickleMachine, arguments: tuple[object, ...]) ->
     """(function, class, arguments, state): a tensor with attributes, such as DeepSpeed's `ds_shape`."""
     match arguments:
         case (Global() as function, Global(), tuple(inner), dict(state)) if function in _REBUILD_TENSOR:
-            return replace(_REBUILD_TENSOR[function](machine, inner), attributes=_attributes(machine, state))
+            tensor = _REBUILD_TENSOR[function](machine, inner)
+            if isinstance(tensor, TensorEntry):
+                return replace(tensor, attributes=_attributes(machine, state))
+            return tensor
         case _:
             return Record(Global("torch._tensor", "_rebuild_from_type_v2"), arguments)
 
@@ -164,10 +177,10 @@ def _size(_machine: PickleMachine, arguments: tuple[object, ...]) -> object:
             return Record(Global("torch", "Size"), arguments)
 
 
-_REBUILD_TENSOR: dict[Global, Callable[[PickleMachine, tuple[object, ...]], TensorEntry]] = {
+_REBUILD_TENSOR: dict[Global, Callable[[PickleMachine, tuple[object, ...]], TensorEntry | Record]] = {
     Global("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    Global("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    Global("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
+    _REBUILD_TENSOR_V2: _rebuild_tensor,
+    _REBUILD_TENSOR_V3: _rebuild_tensor_v3,
 }
 
 _CALLS: dict[Global, Callable[[PickleMachine, tuple[object, ...]], object]] = {

@@ -36,7 +36,7 @@ def summary(report: ExportReport) -> str:
     ]
     if report.largest_relative_error is not None:
         rows.append(("rounding", f"largest relative error of a tensor {report.largest_relative_error:.2g}"))
-    if report.crc32 == "checked" and report.written:
+    if report.crc32 == "checked":
         rows.append(("checked", "the CRC-32s of the weights that were read"))
     if report.sha256 is not None:
         rows.append(("sha256", report.sha256))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cogtools.errors import SHOWN_PROBLEMS
 from cogtools.layouts.cogvideox import PROJECTIONS
 from cogtools.render.folding import TreeLine, fold, open_lines
-from cogtools.render.text import emit, has_colour, notice, number, printable, size
+from cogtools.render.text import emit, has_colour, is_terminal, notice, number, printable, size
 from cogtools.words import ALPHA_SOURCES, fold_numbers
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ BOLD, DIM, RED, GREEN, YELLOW, CYAN = "1", "2", "1;31", "32", "33", "36"
 
 def show_inspection(report: InspectReport, *, tree: bool = False) -> None:
     """Print what was found."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    width = shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
     style = Style(width, has_colour(sys.stdout))
     parts = ["\n".join(inspection_lines(checkpoint, style, tree=tree)) for checkpoint in report.checkpoints]
     emit("\n\n".join(parts))

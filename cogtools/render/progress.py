@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Self
 
+from cogtools.render.text import is_terminal
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
@@ -24,7 +26,7 @@ class Progress:
 
     def __init__(self, verb: str, *, hidden: bool = False) -> None:
         self._verb = verb
-        self._hidden = hidden or not sys.stderr.isatty()
+        self._hidden = hidden or not is_terminal(sys.stderr)
         self._start = time.monotonic()
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None

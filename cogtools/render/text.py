@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
 from typing import TYPE_CHECKING, TextIO
 
-from cogtools.errors import InterruptedByUserError
+from cogtools.errors import InterruptedByUserError, PrintError
 
 if TYPE_CHECKING:
     from cogtools.errors import CogtoolsError
@@ -44,30 +46,48 @@ def printable(text: str) -> str:
 
 
 def emit(text: str) -> None:
-    """Print a result. A reader that has seen enough and closed the pipe is no error."""
-    _print(text, sys.stdout)
+    """Print a result. A reader that has seen enough and closed the pipe is no error.
+
+    Raises:
+        PrintError: if it cannot be printed.
+    """
+    try:
+        _print(text, sys.stdout)
+    except BrokenPipeError:
+        return
+    except OSError as error:
+        raise PrintError(error) from error
 
 
 def talk(text: str) -> None:
-    """Print what is not the result: notices, errors."""
-    _print(text, sys.stderr)
+    """Print what is not the result: notices, errors. If nobody can hear it, nothing is said."""
+    with contextlib.suppress(OSError):
+        _print(text, sys.stderr)
 
 
-def _print(text: str, stream: TextIO) -> None:
+def _print(text: str, stream: TextIO | None) -> None:
+    if stream is None:  # closed before the program started
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     try:
         stream.write(text + "\n")
         stream.flush()
     except UnicodeEncodeError:
         encoding = stream.encoding or "ascii"
         _print(text.encode(encoding, "backslashreplace").decode(encoding), stream)
-    except BrokenPipeError:
+    except OSError:
         # What is still buffered would fail once more when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise
 
 
-def has_colour(stream: TextIO) -> bool:
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person may be looking at it."""
+    return stream is not None and stream.isatty()
+
+
+def has_colour(stream: TextIO | None) -> bool:
     """Whether to colour: a terminal that can, and no NO_COLOR (no-color.org)."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def notice(text: str) -> None:

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cogtools.errors import SHOWN_PROBLEMS
-from cogtools.render.text import emit, number, printable, size
+from cogtools.render.text import emit, is_terminal, number, printable, size
 
 if TYPE_CHECKING:
     from cogtools.verification.result import Check, VerifyReport
@@ -19,7 +19,7 @@ def show_verification(report: VerifyReport, *, quiet: bool = False) -> None:
     checks = [check for check in report.checks if not quiet or check.status == "fail"]
     if quiet and not checks:
         return
-    if sys.stdout.isatty():
+    if is_terminal(sys.stdout):
         _show_table(report, checks)
     else:
         emit("\n".join(printable(line) for line in [*_about(report), "", *_lines(checks), "", verdict_line(report)]))
