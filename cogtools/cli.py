@@ -299,10 +299,10 @@ def run(arguments: list[str]) -> int:
     except typer.TyperException as error:
         _fail(arguments, _usage_error(error))
         return COULD_NOT
+    except KeyboardInterrupt:  # Typer answers for one that comes while a command runs, not before
+        code = INTERRUPTED
     except OSError as error:
-        if error.filename is not None or error.errno not in _CANNOT_PRINT:
-            raise
-        _fail(arguments, PrintError(error))  # Typer prints the help itself
+        _fail(arguments, _system_error(error))
         return COULD_NOT
     if code == INTERRUPTED:
         _fail(arguments, InterruptedByUserError("interrupted: nothing was left half-written"))
@@ -311,6 +311,15 @@ def run(arguments: list[str]) -> int:
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _system_error(error: OSError) -> CogtoolsError:
+    """What can be said of an error of the system that is about no file. Any other is a bug, and raised again."""
+    if error.filename is None and error.errno in _CANNOT_PRINT:
+        return PrintError(error)  # Typer prints the help itself
+    if error.filename is None and error.errno == errno.ENOENT:
+        return OptionError("the current folder no longer exists", hint="change to another folder")
+    raise error
 
 
 def _usage_error(error: typer.TyperException) -> OptionError:

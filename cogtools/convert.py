@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.storage import SourceFile
 
 CASTS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -139,7 +140,7 @@ def export_lora(
         refuse_unwritable(target, prepared.size_bytes)
         written = _Written()
         if not dry_run:
-            written = _write(output, prepared, progress, sha256=sha256)
+            written = _write(output, prepared, opened.files, progress, sha256=sha256)
     plan = prepared.plan
     return ExportReport(
         checkpoint=opened.path,
@@ -226,9 +227,17 @@ class _Written(NamedTuple):
 
 
 def _write(
-    output: AtomicFile, prepared: PreparedExport, progress: Callable[[int, int], None] | None, *, sha256: bool
+    output: AtomicFile,
+    prepared: PreparedExport,
+    sources: Iterable[SourceFile],
+    progress: Callable[[int, int], None] | None,
+    *,
+    sha256: bool,
 ) -> _Written:
-    """Write the output, and publish it only when the checkpoint's CRC-32s are known to be right."""
+    """Write the output, and publish it only when the checkpoint's CRC-32s are known to be right.
+
+    They are computed beside the copying, from what is read a second time; so it must not have changed in between.
+    """
     errors: list[float] = []
     with output, Crc32Check(prepared.plan.storages) as check:
         output.reserve(prepared.size_bytes)
@@ -245,6 +254,8 @@ def _write(
                 progress(done, prepared.size_bytes)
         output.sync()
         check.finish()
+        for source in sources:
+            source.refuse_changed()
         digest = output.sha256() if sha256 else None
         output.publish()
     return _Written(max(errors, default=None), digest)

@@ -33,6 +33,9 @@ except ImportError:  # Windows, where a file that is open cannot be removed: no 
     fcntl = None  # type: ignore[assignment]
 
 _TEMPORARY_SUFFIX = ".cogtools-tmp"
+_MAX_NAME_BYTES = 200
+"""The longest name that may stand in that of its temporary file: file systems allow 255 bytes."""
+
 _ALIGNMENT = 8
 """The safetensors library pads the header to a multiple of this, so that the tensors are aligned."""
 
@@ -41,7 +44,10 @@ _COPY_BYTES = 16 << 20
 
 _ELSEWHERE = "choose another place"
 
-_NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EBADF, errno.ETXTBSY}
+_NO_KERNEL_COPY = {
+    *(errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EBADF, errno.ETXTBSY),
+    errno.EIO,  # reading or writing? Doing both apart tells.
+}
 """What `copy_file_range` answers where the system or a file system cannot do it."""
 
 
@@ -119,6 +125,7 @@ class AtomicFile:
         if is_folder(self.target):
             raise OutputError("the output would replace a folder", file=self.target, hint=_ELSEWHERE)
         if not self.overwrite and os.path.lexists(self.target):
+            _remove_leftovers(self.target)
             raise _exists(self.target)
 
     def refuse_source(self, sources: Iterable[SourceFile]) -> None:
@@ -145,7 +152,7 @@ class AtomicFile:
 
     def _create(self) -> None:
         while True:
-            name = f".{self.target.name}.{os.getpid()}-{os.urandom(4).hex()}{_TEMPORARY_SUFFIX}"
+            name = f"{_temporary_start(self.target)}{os.getpid()}-{os.urandom(4).hex()}{_TEMPORARY_SUFFIX}"
             self._temporary = self.target.with_name(name)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
             self._fd = os.open(self._temporary, flags, 0o666)  # the umask takes from this what it should
@@ -287,7 +294,7 @@ def _remove_leftovers(target: Path) -> None:
             if fcntl is None:
                 path.unlink()
                 continue
-            fd = os.open(path, os.O_RDWR)
+            fd = os.open(path, os.O_RDONLY)
             try:
                 if _lock(fd, wait=False):
                     path.unlink()
@@ -297,11 +304,17 @@ def _remove_leftovers(target: Path) -> None:
 
 def leftovers(target: Path) -> Iterator[Path]:
     """The temporary files of a target, left or still being written."""
-    start = f".{target.name}."
+    start = _temporary_start(target)
     with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
         for entry in entries:
             if entry.name.startswith(start) and entry.name.endswith(_TEMPORARY_SUFFIX):
                 yield Path(entry.path)
+
+
+def _temporary_start(target: Path) -> str:
+    """What the names of a target's temporary files begin with: its own name or, if that is long, what stands for it."""
+    name = os.fsencode(target.name)
+    return f".{target.name}." if len(name) <= _MAX_NAME_BYTES else f".{hashlib.sha256(name).hexdigest()[:32]}."
 
 
 def _rename_to_new(temporary: Path, target: Path) -> None:

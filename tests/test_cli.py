@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import cogtools
 from cogtools import cli
+from cogtools.render.text import printable
 from tests.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
 
 NAME = "pytorch_lora_weights.safetensors"
@@ -136,6 +137,32 @@ def test_notes_that_nobody_can_hear_are_no_hindrance(run_folder: Path, tmp_path:
     command = ["sh", "-c", f"{sys.executable} -m cogtools export-lora {run_folder} {tmp_path / 'out'} 2>&-"]
     assert subprocess.run(command, stdout=subprocess.PIPE, check=False).returncode == 0
     assert len(load_file(tmp_path / "out" / NAME)) == 24
+
+
+def test_an_interruption_before_the_command_runs_is_told_like_a_later_one(
+    cogtools_cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupt)
+    result = cogtools_cli("inspect", "a.pt")
+    assert (result.code, result.out, result.err) == (130, "", "interrupted: nothing was left half-written\n")
+
+
+def test_a_current_folder_that_is_gone_is_an_error_like_others(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    command = f"cd {tmp_path / 'gone'} && rmdir {tmp_path / 'gone'} && {sys.executable} -m cogtools inspect a.pt"
+    root = str(Path(cogtools.__file__).parent.parent)
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": root}
+    )
+    assert (done.returncode, done.stderr.splitlines()[0]) == (2, "error: the current folder no longer exists")
+
+
+def test_text_of_any_length_is_printed_inert() -> None:
+    assert printable("a\x1b[31m\u202eb\udcff" * 5000) == r"a\x1b[31m\u202eb\udcff" * 5000
+    assert printable("naïve 猫 😀") == "naïve 猫 😀"
 
 
 def test_a_bug_shows_its_traceback_and_never_ends_as_found_wrong() -> None:

@@ -415,3 +415,16 @@ def test_rounding_is_measured_on_finite_values(tmp_path: Path) -> None:
     error = export_lora(tmp_path / "a.pt", tmp_path, dtype="bf16").largest_relative_error
     assert error is not None
     assert 0 < error < 2**-8
+
+
+def test_a_checkpoint_that_is_written_to_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    torch.save(sat_state_dict(TOY_2B, 4), tmp_path / "a.pt")
+
+    def meddle(_done: int, _all: int) -> None:
+        with (tmp_path / "a.pt").open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\0")
+
+    with pytest.raises(CheckpointError, match="the file was changed while it was read"):
+        export_lora(tmp_path / "a.pt", tmp_path / "out", progress=meddle)
+    assert not (tmp_path / "out").exists()

@@ -225,6 +225,24 @@ def test_an_interruption_while_it_is_opened_leaves_nothing(target: Path, monkeyp
     assert names(target.parent) == []
 
 
+def test_a_leftover_is_removed_by_a_run_that_is_refused_too(target: Path) -> None:
+    target.write_bytes(b"there")
+    leftover = target.with_name(f".{target.name}.1-00000000.cogtools-tmp")
+    leftover.hardlink_to(target)  # killed between taking the name and giving up the old one
+    with pytest.raises(OutputError, match="the output exists already"), AtomicFile(target):
+        pass
+    assert names(target.parent) == [target.name]
+
+
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
+    target = tmp_path / ("x" * 243 + ".safetensors")
+    with AtomicFile(target) as file:
+        assert len(list(leftovers(target))) == 1
+        file.write(b"content")
+        file.publish()
+    assert names(tmp_path) == [target.name]
+
+
 # Copying
 
 

@@ -33,7 +33,9 @@ class SourceFile:
     def __init__(self, path: Path, fd: int) -> None:
         self.path = path
         self.fd = fd
-        self.size_bytes = os.fstat(fd).st_size
+        status = os.fstat(fd)
+        self.size_bytes = status.st_size
+        self._version = status.st_size, status.st_mtime_ns
         self._lock = threading.Lock()
         self._kept: list[SourceFile] = []
 
@@ -100,6 +102,16 @@ class SourceFile:
             expected=f"{size_bytes:,} bytes at offset {offset_bytes:,}",
             hint="copy or download it again; a checkpoint that is still being written looks like this too",
         )
+
+    def refuse_changed(self) -> None:
+        """Raise a `CheckpointError` if the file has been written to since it was opened."""
+        status = os.fstat(self.fd)
+        if (status.st_size, status.st_mtime_ns) != self._version:
+            raise CheckpointError(
+                "the file was changed while it was read",
+                file=self.path,
+                hint="wait until nothing writes to it any more, and try again",
+            )
 
     def keep(self, copy: SourceFile) -> SourceFile:
         """Take charge of an unpacked copy of a part of this file: it is closed together with it."""

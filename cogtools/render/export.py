@@ -6,7 +6,6 @@ import json
 from typing import TYPE_CHECKING
 
 from cogtools.layouts.cogvideox import PROJECTIONS
-from cogtools.layouts.diffusers import FILE_NAME
 from cogtools.render.text import emit, notice, number, printable, size, talk
 from cogtools.words import ALPHA_SOURCES
 
@@ -53,15 +52,18 @@ def _scaling(report: ExportReport) -> str:
 
 
 def _how_to_load(report: ExportReport) -> list[str]:
-    folder = json.dumps(str(report.output.parent), ensure_ascii=False)
-    name = "" if report.output.name == FILE_NAME else f"weight_name={json.dumps(report.output.name)}"
-    name = name or f'weight_name="{FILE_NAME}"'
-    call = f'pipe.load_lora_weights({printable(folder)}, {name}, adapter_name="lora")'
+    folder, name = _literal(str(report.output.parent)), _literal(report.output.name)
+    call = f'pipe.load_lora_weights({folder}, weight_name={name}, adapter_name="lora")'
     if report.scale == "none":
         return ["Load it, and bring the scale yourself:", f"    {call}",
                 f'    pipe.set_adapters("lora", {number(report.scaling)})']  # fmt: skip
     return ["Load it at weight 1.0, for the scale is in the file (no set_adapters or fuse_lora with 1/rank):",
             f"    {call}"]  # fmt: skip
+
+
+def _literal(text: str) -> str:
+    """A text as Python code has it; JSON's strings are Python's too, but for how they escape."""
+    return printable(json.dumps(text, ensure_ascii=False))
 
 
 def show_batch_item(item: BatchItem, *, quiet: bool = False) -> None:
