@@ -38,7 +38,7 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Iteration = Annotated[
-    int | None, typer.Option(metavar="N", help="Which iteration of a save folder; the latest if not given.")
+    int | None, typer.Option(metavar="N", help="Take this iteration of a save folder, not the latest.")
 ]
 Ema = Annotated[bool, typer.Option("--ema", help="Take the EMA weights (the folder N-ema).")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
@@ -59,44 +59,49 @@ def _root(
     pass
 
 
-@app.command("export-lora", short_help="Make a LoRA for diffusers of a trainer's checkpoint.")
+@app.command("export-lora", short_help="Export a checkpoint's LoRA for diffusers.")
 def export_lora_command(
     paths: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="CHECKPOINT... OUT_DIR",
             show_default=False,
-            help="A checkpoint (a file, an iteration's folder or the trainer's save folder), and where to write. "
-            "With several checkpoints, each gets a folder of its own in OUT_DIR.",
+            help="A checkpoint (a file, an iteration's folder or the trainer's save folder), and where to write: a "
+            "folder, or a file named .safetensors. With several checkpoints, or a folder and an OUT_DIR that ends "
+            "in a slash, each gets a folder of its own in OUT_DIR.",
         ),
     ] = None,
     alpha: Annotated[
-        float | None, typer.Option(help="The training's lora_alpha, where training_config.yaml does not say.")
+        float | None, typer.Option(metavar="A", help="The training's lora_alpha, if training_config.yaml does not say.")
     ] = None,
     scale: Annotated[
         Scale,
         typer.Option(
             metavar="metadata|fold|none",
-            help="How alpha/rank travels: stated in the header (diffusers >= 0.34), multiplied into the weights "
-            "(everything else), or not at all.",
+            help="How alpha/rank travels: stated in the header (for diffusers >= 0.34), multiplied into the weights "
+            "(for everything else), or not at all.",
         ),
     ] = "metadata",
     dtype: Annotated[Cast, typer.Option(metavar="keep|fp32|fp16|bf16", help="Cast the tensors.")] = "keep",
     iteration: Iteration = None,
     ema: Ema = False,
     every: Annotated[bool, typer.Option("--all", help="Export every iteration of a save folder.")] = False,
-    allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Accept a LoRA of some layers only.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
-    sha256: Annotated[bool, typer.Option("--sha256", help="Tell the output's SHA-256.")] = False,
+    allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Accept a LoRA of some layers.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.")] = False,
+    sha256: Annotated[bool, typer.Option("--sha256", help="Print the output's SHA-256.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     sat_pt_path: Annotated[str | None, typer.Option("--sat_pt_path", hidden=True)] = None,
     lora_save_directory: Annotated[str | None, typer.Option("--lora_save_directory", hidden=True)] = None,
 ) -> None:
-    """Turn the LoRA in a checkpoint of the SAT trainer into one that diffusers loads at the right strength.
+    """Export the LoRA of a SAT checkpoint as a file that diffusers loads at the right strength.
 
-    Example: cogtools export-lora ckpts/lora-disney/1000/mp_rank_00_model_states.pt out/
+    \b
+    Examples:
+      cogtools export-lora ckpts/lora-disney out
+      cogtools export-lora mp_rank_00_model_states.pt a.safetensors --scale fold
+      cogtools export-lora ckpts/*/ loras/
     """
     from cogtools.checkpoint.storage import is_folder
     from cogtools.convert import export_lora
@@ -104,7 +109,7 @@ def export_lora_command(
     from cogtools.render.progress import Progress
     from cogtools.report import report_json
 
-    *sources, out = _sources_and_output([*(paths or []), *filter(None, (sat_pt_path, lora_save_directory))])
+    *sources, out = _sources_and_output(paths or [], sat_pt_path, lora_save_directory)
     options = ExportOptions(
         alpha=alpha,
         scale=scale,
@@ -135,15 +140,18 @@ def export_lora_command(
         show_export(report)
 
 
-def _sources_and_output(paths: list[str]) -> list[str]:
-    if len(paths) < 2:
+def _sources_and_output(paths: list[str], sat_pt_path: str | None, lora_save_directory: str | None) -> list[str]:
+    """The checkpoints and, last, the output, given as arguments or by the flags of CogVideo's own exporter."""
+    words = [*filter(None, [sat_pt_path]), *paths, *filter(None, [lora_save_directory])]
+    by_flags = sat_pt_path is not None or lora_save_directory is not None
+    if len(words) < 2 or (by_flags and len(words) > 2):
         raise OptionError(
             "export-lora takes a checkpoint and a place for the output",
-            found=" ".join(paths) or "neither",
+            found=" ".join(words) or "neither",
             expected="cogtools export-lora CHECKPOINT OUT_DIR",
             hint="cogtools export-lora --help",
         )
-    return paths
+    return words
 
 
 def _export_many(
@@ -181,30 +189,35 @@ def inspect_command(
         typer.Argument(metavar="CHECKPOINT...", show_default=False, help="Files or folders."),
     ],
     keys: Annotated[
-        list[str] | None, typer.Option("--keys", metavar="GLOB", help="List keys that fit, or have this in them.")
+        list[str] | None,
+        typer.Option("--keys", metavar="GLOB", help="List keys that match, or contain the text."),
     ] = None,
-    lora: Annotated[bool, typer.Option("--lora", help="List the LoRA only.")] = False,
+    lora: Annotated[bool, typer.Option("--lora", help="List only the LoRA.")] = False,
     section: Annotated[
-        str | None, typer.Option(metavar="NAME", help="List one section only, such as transformer or vae.")
+        str | None, typer.Option(metavar="NAME", help="List only this section, such as transformer or vae.")
     ] = None,
-    tree: Annotated[bool, typer.Option("--tree", help="Fold equal layers: all keys on a screen or two.")] = False,
-    sort: Annotated[Sort, typer.Option(metavar="key|size|offset", help="The order of the list.")] = "key",
-    limit: Annotated[int | None, typer.Option(metavar="N", help="List so many at most.")] = None,
-    offsets: Annotated[bool, typer.Option("--offsets", help="Tell where in the file each tensor begins.")] = False,
+    tree: Annotated[bool, typer.Option("--tree", help="Fold equal layers, so that all keys fit a screen.")] = False,
+    sort: Annotated[Sort, typer.Option(metavar="key|size|offset", help="Sort the list.")] = "key",
+    limit: Annotated[int | None, typer.Option(metavar="N", help="List at most N tensors.")] = None,
+    offsets: Annotated[bool, typer.Option("--offsets", help="Show where in the file each tensor begins.")] = False,
     stats: Annotated[
         bool, typer.Option("--stats", help="Read the listed tensors: min, max, mean, std, norm, zeros, NaN, Inf.")
     ] = False,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw how strong a LoRA's updates are (.png, .svg); of two, both."),
+        typer.Option(metavar="FILE", help="Draw the strength of a LoRA's updates (.png, .svg), or of two LoRAs."),
     ] = None,
     iteration: Iteration = None,
     ema: Ema = False,
     json: Json = False,
 ) -> None:
-    """Show what a checkpoint holds. Nothing of it is run, and its weights are read for --stats and --plot only.
+    """Show what a checkpoint holds. No code in it is run; weights are read only for --stats and --plot.
 
-    Example: cogtools inspect ckpts/lora-disney/1000/mp_rank_00_model_states.pt --tree
+    \b
+    Examples:
+      cogtools inspect ckpts/lora-disney --tree
+      cogtools inspect mp_rank_00_model_states.pt --keys layers.0. --offsets
+      cogtools inspect lora-disney/500 lora-disney/1000 --lora --plot moved.png
     """
     from cogtools.inspection.analysis import Selection
     from cogtools.inspection.command import inspect_checkpoints
@@ -238,7 +251,7 @@ def verify_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="The LoRA: a folder or a file.")],
     against: Annotated[
         Path | None,
-        typer.Option(metavar="CHECKPOINT", help="Compare every value and the scale with the checkpoint's."),
+        typer.Option(metavar="CHECKPOINT", help="Compare every value, and the scale, with the checkpoint's."),
     ] = None,
     iteration: Iteration = None,
     ema: Ema = False,
@@ -247,20 +260,23 @@ def verify_command(
     ] = False,
     model: Annotated[
         str | None,
-        typer.Option(metavar="|".join(model.slug for model in MODELS), help="The model, where the file does not tell."),
+        typer.Option(metavar="|".join(model.slug for model in MODELS), help="The model, if the file does not tell."),
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(metavar="N", help="How many layers the model has, where it is none of those.")
+        int | None, typer.Option(metavar="N", help="The number of layers of a model that is none of those.")
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Take warnings for failures.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as failures.")] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check that an exported LoRA is complete, is what the checkpoint holds, and loads at the right strength.
+    """Check that a LoRA is complete, equals its checkpoint, and loads at the right strength.
 
     Exit code: 0 verified, 1 something is wrong with it, 2 it could not be opened.
 
-    Example: cogtools verify out/ --against ckpts/lora-disney --load
+    \b
+    Examples:
+      cogtools verify out
+      cogtools verify out --against ckpts/lora-disney --load
     """
     from cogtools.render.progress import Progress
     from cogtools.render.verify import show_verification

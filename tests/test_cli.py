@@ -190,11 +190,20 @@ def test_json_is_one_object_of_the_schema(
     assert result.json["report"]["tensors"] == 24
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--sat_pt_path {checkpoint} --lora_save_directory {out}",
+        "--lora_save_directory {out} --sat_pt_path {checkpoint}",
+        "--sat_pt_path {checkpoint} {out}",
+        "{checkpoint} --lora_save_directory {out}",
+    ],
+)
 def test_the_flags_of_the_old_script_keep_working(
-    cogtools_cli: Callable[..., Result], run_folder: Path, tmp_path: Path
+    cogtools_cli: Callable[..., Result], run_folder: Path, tmp_path: Path, words: str
 ) -> None:
-    path = run_folder / "1000" / "mp_rank_00_model_states.pt"
-    result = cogtools_cli("export-lora", "--sat_pt_path", path, "--lora_save_directory", tmp_path / "out")
+    places = {"{checkpoint}": run_folder / "1000" / "mp_rank_00_model_states.pt", "{out}": tmp_path / "out"}
+    result = cogtools_cli("export-lora", *(places.get(word, word) for word in words.split()))
     assert result.code == 0
     assert len(load_file(tmp_path / "out" / NAME)) == 24
 
@@ -305,6 +314,12 @@ def test_bad_input_gets_one_clear_error(cogtools_cli: Callable[..., Result], tmp
     [
         pytest.param(["export-lora"], "export-lora takes a checkpoint and a place for the output", id="nothing"),
         pytest.param(["export-lora", "a.pt"], "export-lora takes a checkpoint and a place for the output", id="one"),
+        pytest.param(
+            ["export-lora", "a", "b", "--sat_pt_path", "c"],
+            "export-lora takes a checkpoint and a place",
+            id="flag-more",
+        ),
+        pytest.param(["export-lora", "a", "b", "--scale", "x"], "Invalid value for '--scale'", id="no-scale"),
         pytest.param(["export-lora", "--alhpa", "1", "a", "b"], "No such option: --alhpa", id="unknown-option"),
         pytest.param(["exprot-lora"], "No such command 'exprot-lora'", id="unknown-command"),
         pytest.param(["export-lora", "a", "b", "--alpha", "x"], "Invalid value for '--alpha'", id="no-number"),
@@ -380,6 +395,18 @@ def test_help_is_plain_text(words: list[str]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("Usage: cogtools ")
     assert "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize("command", ["export-lora", "inspect", "verify"])
+def test_the_examples_in_a_help_can_be_pasted(command: str) -> None:
+    lines = process(command, "--help", COLUMNS="80").stdout.splitlines()
+    first = lines.index("  Examples:") + 1
+    examples = lines[first : lines.index("", first)]
+    assert len(examples) >= 2
+    for example in examples:
+        program, *words = example.split()
+        assert (program, words[0], len(example) <= 80) == ("cogtools", command, True)
+        assert process(*words, "--help").returncode == 0
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
