@@ -320,6 +320,9 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         _fail(arguments, _system_error(error))
         return COULD_NOT
+    except ModuleNotFoundError as error:
+        _fail(arguments, _missing_library(error))
+        return COULD_NOT
     if code == INTERRUPTED:
         _fail(arguments, InterruptedByUserError("interrupted: nothing was left half-written"))
     return code if isinstance(code, int) else DONE
@@ -336,6 +339,14 @@ def _system_error(error: OSError) -> CogtoolsError:
     if error.filename is None and error.errno == errno.ENOENT:
         return OptionError("the current folder no longer exists", hint="change to another folder")
     raise error
+
+
+def _missing_library(error: ModuleNotFoundError) -> CogtoolsError:
+    """What can be said where cogtools was installed without all that it needs. A module of its own missing is a bug."""
+    library = (error.name or "").partition(".")[0]
+    if library in ("", "cogtools"):
+        raise error
+    return OptionError(f"this needs {library}, which is not installed", hint=f"pip install {library}")
 
 
 def _usage_error(error: typer.TyperException) -> OptionError:

@@ -165,6 +165,16 @@ def test_text_of_any_length_is_printed_inert() -> None:
     assert printable("naïve 猫 😀") == "naïve 猫 😀"
 
 
+@pytest.mark.parametrize("words", ["verify {out} --load", "export-lora {run} {out}2 --scale fold"])
+def test_a_library_that_is_missing_is_named(run_folder: Path, tmp_path: Path, words: str) -> None:
+    cogtools.export_lora(run_folder, tmp_path / "out")
+    code = "import sys; sys.modules['torch'] = None; from cogtools.__main__ import main; main()"
+    line = words.format(run=run_folder, out=tmp_path / "out")
+    done = subprocess.run([sys.executable, "-c", code, *line.split()], capture_output=True, text=True, check=False)
+    message = "error: this needs torch, which is not installed\n  try:       pip install torch\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
 def test_a_bug_shows_its_traceback_and_never_ends_as_found_wrong() -> None:
     code = "from cogtools import cli, __main__; cli.run = lambda _: 1 / 0; __main__.main()"
     done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, check=False)
