@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -217,6 +216,8 @@ class AtomicFile:
 
     def sha256(self) -> str:
         """The SHA-256 of what was written."""
+        import hashlib
+
         with _write_errors(self.target), os.fdopen(os.dup(self._fd), "rb") as file:
             file.seek(0)
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -314,7 +315,11 @@ def leftovers(target: Path) -> Iterator[Path]:
 def _temporary_start(target: Path) -> str:
     """What the names of a target's temporary files begin with: its own name or, if that is long, what stands for it."""
     name = os.fsencode(target.name)
-    return f".{target.name}." if len(name) <= _MAX_NAME_BYTES else f".{hashlib.sha256(name).hexdigest()[:32]}."
+    if len(name) <= _MAX_NAME_BYTES:
+        return f".{target.name}."
+    import hashlib
+
+    return f".{hashlib.sha256(name).hexdigest()[:32]}."
 
 
 def _rename_to_new(temporary: Path, target: Path) -> None:
