@@ -6,6 +6,7 @@ into an object. Any other exception is a bug in cogtools and keeps its traceback
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -48,12 +49,14 @@ class Problem:
         subject: the key, or several folded into one name ("layers 3-5: to_v lora_B").
         found: what the checkpoint holds, where there is something.
         expected: what should be there, where that can be said.
+        keys: all the keys that are meant, where the subject is several folded into one name.
     """
 
     kind: ProblemKind
     subject: str
     found: str | None = None
     expected: str | None = None
+    keys: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         details = [
@@ -62,6 +65,11 @@ class Problem:
             if value is not None
         ]
         return f"{self.kind.replace('_', ' ')}: {self.subject}" + (f" ({', '.join(details)})" if details else "")
+
+
+def command(*words: object) -> str:
+    """A command of cogtools as a shell takes it, for a hint."""
+    return shlex.join(["cogtools", *map(str, words)])
 
 
 class CogtoolsError(Exception):

@@ -43,4 +43,4 @@ def plain(value: object) -> object:
 
 
 def _dumps(content: dict[str, object]) -> str:
-    return json.dumps({"schema_version": SCHEMA_VERSION, **content}, indent=2, sort_keys=True)
+    return json.dumps({"schema_version": SCHEMA_VERSION, **content}, indent=2, sort_keys=True, allow_nan=False)

@@ -38,16 +38,23 @@ def fold_numbers(numbers: Sequence[int]) -> str:
 
 def fold_names(names: Iterable[LoraKey]) -> list[str]:
     """LoRA tensors in few words: layers of which the same ones are meant, together ("layers 12-14: to_v lora_B")."""
-    parts: dict[int, set[tuple[str, str]]] = {}
+    return list(folded_names(names))
+
+
+def folded_names(names: Iterable[LoraKey]) -> dict[str, list[LoraKey]]:
+    """The same, and which tensors each of the texts stands for."""
+    by_layer: dict[int, set[LoraKey]] = {}
     for name in names:
-        parts.setdefault(name.layer, set()).add((name.projection, name.factor))
+        by_layer.setdefault(name.layer, set()).add(name)
     alike: dict[frozenset[tuple[str, str]], list[int]] = {}
-    for layer in sorted(parts):
-        alike.setdefault(frozenset(parts[layer]), []).append(layer)
-    return [
-        f"layer{'s' if len(layers) > 1 else ''} {fold_numbers(layers)}: {_fold_parts(meant)}"
+    for layer in sorted(by_layer):
+        alike.setdefault(frozenset((name.projection, name.factor) for name in by_layer[layer]), []).append(layer)
+    return {
+        f"layer{'s' if len(layers) > 1 else ''} {fold_numbers(layers)}: {_fold_parts(meant)}": sorted(
+            name for layer in layers for name in by_layer[layer]
+        )
         for meant, layers in alike.items()
-    ]
+    }
 
 
 def _fold_parts(meant: frozenset[tuple[str, str]]) -> str:
