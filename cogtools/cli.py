@@ -294,6 +294,7 @@ def verify_command(
             layers=layers,
             strict=strict,
             progress=progress.update,
+            say=progress.say,
         )
     wrong = report.verdict == "fail"
     if json:

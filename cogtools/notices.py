@@ -19,7 +19,7 @@ def export_notices(checkpoint: Checkpoint, plan: LoraPlan, scale: str) -> tuple[
     """What to say of an export: of the checkpoint, of the choices that were made for the user, and of the output."""
     return (
         *_of_dangers(checkpoint),
-        *_of_the_choice(checkpoint),
+        *choice_notices(checkpoint),
         *plan.notices,
         *_of_the_scale(plan, scale),
         *_of_the_crc32s(plan),
@@ -33,7 +33,7 @@ def _of_dangers(checkpoint: Checkpoint) -> list[str]:
     return [f"The checkpoint names what can run code: {shown}. Nothing was run; do not torch.load it."] if names else []
 
 
-def _of_the_choice(checkpoint: Checkpoint) -> list[str]:
+def choice_notices(checkpoint: Checkpoint) -> list[str]:
     """Say which of two sets of weights was taken: the trainer saves them side by side."""
     run = checkpoint.run
     if run is None or run.twin is None:

@@ -20,6 +20,8 @@ from cogtools.training_config import TrainingConfig, find_training_config, read_
 from cogtools.words import fold_numbers
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from cogtools.checkpoint.dtypes import DType
     from cogtools.checkpoint.index import Checkpoint
     from cogtools.checkpoint.storage import Storage, TensorEntry
@@ -69,6 +71,7 @@ class LoraPlan:
         dtype: the dtype of every tensor in the checkpoint.
         tensors: the tensors of the output, in the order of their keys.
         notices: what the user should know.
+        config: the training configuration that was read; None if there is none.
     """
 
     transformer: Transformer
@@ -78,6 +81,7 @@ class LoraPlan:
     dtype: DType
     tensors: tuple[PlannedTensor, ...]
     notices: tuple[str, ...] = ()
+    config: Path | None = None
 
     @property
     def scaling(self) -> float:
@@ -144,6 +148,7 @@ def plan_lora_export(checkpoint: Checkpoint, *, alpha: float | None = None, allo
         dtype=facts.dtype,
         tensors=tuple(sorted(tensors, key=lambda tensor: tensor.key)),
         notices=(*notices, *layer_notices, *alpha_notices),
+        config=None if config is None else config.path,
     )
 
 

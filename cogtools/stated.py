@@ -10,15 +10,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeGuard
 
 from cogtools.checkpoint.storage import SourceFile, is_file
-from cogtools.errors import CheckpointError, CogtoolsError, Problem
+from cogtools.errors import CheckpointError, CogtoolsError, Problem, ProblemKind
 from cogtools.layouts import diffusers
 from cogtools.layouts.diffusers import module_path
 from cogtools.layouts.naming import DIFFUSERS, Naming
-from cogtools.layouts.peft import CONFIG_FIELDS, CONFIG_NAME, AdapterConfig, is_plain_pattern
-from cogtools.numbers import is_positive
+from cogtools.layouts.peft import (
+    CONFIG_FIELDS,
+    CONFIG_NAME,
+    MAX_PATTERNS,
+    TYPE,
+    AdapterConfig,
+    Pattern,
+    plain_pattern,
+)
+from cogtools.numbers import MAX_NUMBER, is_positive
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from cogtools.checkpoint.index import Checkpoint
@@ -42,7 +50,8 @@ class Stated:
     Attributes:
         config: as far as it can be used; None if nothing is stated, or nothing of it can be read.
         problems: what is wrong with it.
-        doubts: what works with some releases only, or cannot be told.
+        doubts: what works with some releases only, or is ignored.
+        unevaluated: keys of rank_pattern and alpha_pattern of which only PEFT can tell what they mean.
         targets: `target_modules` as it stands there.
         unstated_scaling: what a file that states nothing is run at; None if it states something, or is not run.
     """
@@ -50,6 +59,7 @@ class Stated:
     config: AdapterConfig | None
     problems: tuple[Problem, ...] = ()
     doubts: tuple[Problem, ...] = ()
+    unevaluated: tuple[Problem, ...] = ()
     targets: object = None
     unstated_scaling: float | None = None
 
@@ -131,40 +141,61 @@ def _read_fields(fields: Mapping[str, object], *, is_diffusers: bool) -> Stated:
             doubts.append(Problem("missing", "rank_pattern", "diffusers 0.34 to 0.38 raises KeyError", "{}"))
     else:
         doubts += [Problem("unexpected", name, expected="a field of PEFT's LoraConfig") for name in unknown]
-    ranks, rank_doubts = _pattern("rank_pattern", fields.get("rank_pattern"), problems)
-    alphas, alpha_doubts = _pattern("alpha_pattern", fields.get("alpha_pattern"), problems)
-    is_list = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
+        if fields.get("peft_type") != TYPE:
+            kind: ProblemKind = "wrong" if "peft_type" in fields else "missing"
+            found = _short(fields["peft_type"]) if "peft_type" in fields else None
+            problems.append(Problem(kind, "peft_type", found, TYPE))
+    unevaluated: list[Problem] = []
     config = AdapterConfig(
         rank=rank if _is_rank(rank) else None,
         alpha=alpha if is_positive(alpha) else None,
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
+        rank_pattern=_patterns("rank_pattern", fields, _is_rank, problems, unevaluated),
+        alpha_pattern=_patterns("alpha_pattern", fields, is_positive, problems, unevaluated),
         rank_stabilised=bool(fields.get("use_rslora")),
-        targets=frozenset(targets) if is_list and isinstance(targets, list) else None,
+        targets=_names(targets),
+        excluded=_names(fields.get("exclude_modules")) or frozenset(),
+        has_expression=any(isinstance(fields.get(name), str) for name in ("target_modules", "exclude_modules")),
         layers=_layers(fields.get("layers_to_transform")),
     )
-    return Stated(config, tuple(problems), (*doubts, *rank_doubts, *alpha_doubts), targets)
+    return Stated(config, tuple(problems), tuple(doubts), tuple(unevaluated), targets)
 
 
-def _pattern(name: str, value: object, problems: list[Problem]) -> tuple[dict[str, float], list[Problem]]:
-    """A rank_pattern or alpha_pattern as far as it can be used, and what cannot be told of it."""
-    if value is None:
-        return {}, []
-    if not isinstance(value, dict) or not all(is_positive(item) for item in value.values()):
-        problems.append(Problem("wrong", name, _short(value), "an object of numbers above 0, by module"))
-        return {}, []
-    doubts = [
+def _patterns(
+    name: str,
+    fields: Mapping[str, object],
+    is_value: Callable[[object], bool],
+    problems: list[Problem],
+    unevaluated: list[Problem],
+) -> tuple[Pattern, ...] | None:
+    """A rank_pattern or alpha_pattern; None if some of its keys are not evaluated."""
+    value = fields.get(name, {})
+    if not isinstance(value, dict) or not all(map(is_value, value.values())):
+        what = "whole numbers from 1 on" if is_value is _is_rank else "numbers above 0"
+        problems.append(Problem("wrong", name, _short(value), f"an object of {what}, by module"))
+        return ()
+    if len(value) > MAX_PATTERNS:
+        unevaluated.append(Problem("unreadable", name, f"{len(value):,} keys", f"at most {MAX_PATTERNS:,}"))
+        return None
+    patterns = {key: plain_pattern(key, item) for key, item in value.items()}
+    unevaluated += [
         Problem("unreadable", name, _short(key), "a module's path, or its end")
-        for key in value
-        if not is_plain_pattern(key)
+        for key, pattern in patterns.items()
+        if pattern is None
     ]
-    return ({}, doubts) if doubts else (dict(value), [])
+    plain = tuple(pattern for pattern in patterns.values() if pattern is not None)
+    return plain if len(plain) == len(patterns) else None
+
+
+def _names(value: object) -> frozenset[str] | None:
+    is_list = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return frozenset(value) if is_list and isinstance(value, list) else None
 
 
 def _layers(value: object) -> frozenset[int] | None:
+    """The layers of `layers_to_transform`; None if it restricts nothing, as no list or an empty one does."""
     listed = value if isinstance(value, list) else [value]
     numbers = [number for number in listed if isinstance(number, int)]
-    return frozenset(numbers) if len(numbers) == len(listed) else None
+    return frozenset(numbers) if numbers and len(numbers) == len(listed) else None
 
 
 def _is_rank(value: object) -> TypeGuard[int]:
@@ -172,5 +203,7 @@ def _is_rank(value: object) -> TypeGuard[int]:
 
 
 def _short(value: object) -> str:
+    if isinstance(value, int) and abs(value) >= MAX_NUMBER:
+        return f"a number of {len(str(abs(value)))} digits"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:79] + "…"

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 PREFIX = "transformer."
 ADAPTER_KEY = "lora_adapter_metadata"
+RECORD_KEY = "cogtools"
+DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 Floats = NDArray[np.float32]
 
@@ -150,8 +152,21 @@ def good_lora(*, layers: int = 3, hidden: int = 128, rank: int = 4, alpha: float
     )
     tensors = {name: encode(random.normal(0, 0.05, shapes[part]).astype(np.float32), dtype) for name, part in keys}
     stated = adapter_metadata(list(range(layers)), rank, alpha)
-    record = {"transformer_layers": layers, "hidden_size": hidden}
-    return LoraFile(tensors, {"format": "pt", ADAPTER_KEY: json.dumps(stated), "cogtools": json.dumps(record)})
+    record = {
+        "version": "0.1.0",
+        "source": "mp_rank_00_model_states.pt",
+        "iteration": 1000,
+        "models": [],
+        "transformer_layers": layers,
+        "hidden_size": hidden,
+        "rank": rank,
+        "alpha": alpha,
+        "alpha_source": "default",
+        "scale": "metadata",
+        "source_dtype": DTYPE_NAMES[dtype],
+        "dtype": DTYPE_NAMES[dtype],
+    }
+    return LoraFile(tensors, {"format": "pt", ADAPTER_KEY: json.dumps(stated), RECORD_KEY: json.dumps(record)})
 
 
 # --- how to damage --------------------------------------------------------------------------------
@@ -278,6 +293,36 @@ def sat_names(file: LoraFile) -> None:
     rename(sat_name)(file)
 
 
+def comfyui_names(file: LoraFile) -> None:
+    """Give the tensors the names that they have in ComfyUI's own CogVideoX."""
+    modules = {"attn1.to_q": "q", "attn1.to_k": "k", "attn1.to_v": "v", "attn1.to_out.0": "attn_out"}
+
+    def comfyui_name(name: str) -> str:
+        for module, other in modules.items():
+            name = name.replace(f".{module}.", f".{other}.")
+        return name.replace(f"{PREFIX}transformer_blocks.", "diffusion_model.blocks.")
+
+    rename(comfyui_name)(file)
+
+
+def kohya_names(file: LoraFile) -> None:
+    """Give the tensors the names that VideoX-Fun reads, and every module its alpha."""
+    alpha = encode(np.full((), file.alpha, np.float32), "F32")
+    kohya = {module: "lora_unet__" + module.replace(".", "_") for module in modules(file.layers)}
+
+    def kohya_name(name: str) -> str:
+        module, _, factor = name.removeprefix(PREFIX).partition(".lora_")
+        return f"{kohya[module]}.lora_{'down' if factor[0] == 'A' else 'up'}.weight"
+
+    rename(kohya_name)(file)
+    file.tensors |= {f"{module}.alpha": alpha for module in kohya.values()}
+
+
+def diffsynth_names(file: LoraFile) -> None:
+    """Give the tensors the names that DiffSynth-Studio reads."""
+    rename(lambda name: name.removeprefix(f"{PREFIX}transformer_").replace(".to_out.0.", ".to_out."))(file)
+
+
 def alter(altered: Callable[[Floats], Floats], *parts: str) -> Edit:
     """Alter the values of the tensors whose key holds all these parts; the dtype stays."""
 
@@ -391,6 +436,11 @@ def forget(file: LoraFile) -> None:
     file.metadata = {}
 
 
+def unrecord(file: LoraFile) -> None:
+    """Leave out what cogtools says of how it wrote the file, as in a file that another program wrote."""
+    file.metadata.pop(RECORD_KEY, None)
+
+
 def restate(restated: Callable[[dict[str, Any]], object]) -> Edit:
     """Put something made of it in the place of ``lora_adapter_metadata``; text as it is, the rest as JSON."""
 
@@ -445,6 +495,7 @@ Check = Literal[
     "constant",
     "scale",
     "target_modules",
+    "record",
     "against",
     "against-scale",
     "load",
@@ -520,6 +571,11 @@ def doubtful(name: str, description: str, check: Check, diffusers: Outcome, *edi
     return Damage(name, description, check, diffusers, by_file(*edits), "warn", "fail", "warn")
 
 
+def needless(name: str, description: str, check: Check, diffusers: Outcome, *edits: Edit, load: Verdict) -> Damage:
+    """A file that is what the checkpoint holds, and states something that means nothing or that only PEFT can tell."""
+    return Damage(name, description, check, diffusers, by_file(*edits), "warn", "warn", load)
+
+
 def unnoticed(name: str, description: str, check: Check, diffusers: Outcome, *edits: Edit) -> Damage:
     """A file that is right in itself, and not what the checkpoint holds."""
     return Damage(name, description, check, diffusers, by_file(*edits), "pass", "fail", "pass")
@@ -538,6 +594,9 @@ A, B = key(1, "to_q", "A"), key(1, "to_q", "B")
 PAIR, LAYER = ".1.attn1.to_v.", ".1.attn1."
 HALF = drop_layers(lambda layers: layers[1::2])
 LAST = drop_layers(lambda layers: layers[-1:])
+ALL_BY_EXPRESSION = r"transformer_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
+ALPHA_OF_ONE = state(alpha_pattern={"transformer_blocks.1.attn1.to_q": 4})
+TWO_SCALINGS = Outcome("silent", scaling=(0.25, 1.0))
 DOWN_UP = rename(lambda name: name.replace("lora_A", "lora_down").replace("lora_B", "lora_up"))
 WEB_PAGE = b"<!DOCTYPE html>\n<title>404 Not Found</title>\n"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
@@ -584,6 +643,11 @@ DAMAGES = (
           prefix("diffusion_model.")),
     wrong("prefix-peft", "keys with PEFT's `base_model.model.`", "names", NOTHING_LOADED,
           prefix("base_model.model.")),
+    wrong("prefix-both", "keys with both: a `PeftModel`'s state dict, saved by diffusers", "names",
+          raises("NoMatchingPeftModuleError"), prefix("transformer.base_model.model.")),
+    wrong("comfyui-names", "ComfyUI's own names", "names", NOTHING_LOADED, comfyui_names),
+    wrong("kohya-names", "kohya's names, as VideoX-Fun reads them", "names", NOTHING_LOADED, kohya_names),
+    wrong("diffsynth-names", "DiffSynth-Studio's names", "names", NOTHING_LOADED, diffsynth_names),
     wrong("sat-names", "SAT's own names", "names", raises("ValueError"), sat_names),
     wrong("down-up", "`lora_down` and `lora_up`", "names", NOTHING_FILLED, DOWN_UP),
     wrong("down-up-bare", "the same, no metadata", "names", raises("IndexError"), DOWN_UP, forget),
@@ -638,8 +702,9 @@ DAMAGES = (
              alter(np.zeros_like, "lora_B")),
     doubtful("one-b-zero", "one B zero", "untrained", QUIET, alter(np.zeros_like, B)),
     unnoticed("bit-flipped", "one bit flipped", "against", QUIET, flip_lowest_bit),
-    unnoticed("rounded", "all values rounded to another dtype", "against", QUIET,
-              cast_elsewhere(PREFIX)),
+    wrong("rounded", "all values rounded to another dtype", "record", QUIET, cast_elsewhere(PREFIX)),
+    unnoticed("rounded-bare", "the same, no record of the export", "against", QUIET,
+              cast_elsewhere(PREFIX), unrecord),
     unnoticed("q-k", "q and k exchanged in one layer", "against", QUIET,
               exchange(".1.attn1.to_q.", ".1.attn1.to_k.")),
     unnoticed("q-k-everywhere", "q and k exchanged in every layer", "against", QUIET,
@@ -653,8 +718,8 @@ DAMAGES = (
 
     # The scale.
     doubtful("metadata-lost", "no metadata, as the old script leaves it", "scale", UNSCALED, forget),
-    doubtful("no-adapter-metadata", "no `lora_adapter_metadata`", "scale", UNSCALED,
-             lambda file: file.metadata.pop(ADAPTER_KEY)),
+    wrong("no-adapter-metadata", "no `lora_adapter_metadata`", "record", UNSCALED,
+          lambda file: file.metadata.pop(ADAPTER_KEY)),
     wrong("not-json", "`lora_adapter_metadata` not JSON", "scale", raises("JSONDecodeError"), restate(repr)),
     wrong("not-an-object", "`lora_adapter_metadata` a list", "scale", raises("AttributeError"),
           restate(list)),
@@ -662,17 +727,37 @@ DAMAGES = (
     wrong("alpha-absent", "no `lora_alpha`", "scale", silent(scaling=2), unstate("lora_alpha")),
     wrong("alpha-text", "`lora_alpha` a string", "scale", raises("TypeError"), state(lora_alpha="1")),
     wrong("alpha-zero", "`lora_alpha` 0", "scale", silent(scaling=0), state(lora_alpha=0)),
-    unnoticed("alpha-is-rank", "`lora_alpha` = rank", "against-scale", UNSCALED,
-              lambda file: state(lora_alpha=file.rank)(file)),
-    unnoticed("alpha-doubled", "`lora_alpha` twice as large", "against-scale", silent(scaling=0.5),
-              lambda file: state(lora_alpha=2 * file.alpha)(file)),
-    unnoticed("rslora", "`use_rslora`: alpha / sqrt(rank)", "against-scale", silent(scaling=0.5),
-              state(use_rslora=True)),
-    doubtful("alpha-pattern", "another alpha for one module", "scale", Outcome("silent", scaling=(0.25, 1.0)),
-             state(alpha_pattern={"transformer_blocks.1.attn1.to_q": 4})),
+    wrong("alpha-huge", "`lora_alpha` of 400 digits", "scale", raises("OverflowError"),
+          state(lora_alpha=10**400)),
+    wrong("alpha-is-rank", "`lora_alpha` = rank", "record", UNSCALED,
+          lambda file: state(lora_alpha=file.rank)(file)),
+    unnoticed("alpha-is-rank-bare", "the same, no record of the export", "against-scale", UNSCALED,
+              lambda file: state(lora_alpha=file.rank)(file), unrecord),
+    wrong("alpha-doubled", "`lora_alpha` twice as large", "record", silent(scaling=0.5),
+          lambda file: state(lora_alpha=2 * file.alpha)(file)),
+    unnoticed("alpha-doubled-bare", "the same, no record of the export", "against-scale", silent(scaling=0.5),
+              lambda file: state(lora_alpha=2 * file.alpha)(file), unrecord),
+    wrong("rslora", "`use_rslora`: alpha / sqrt(rank)", "record", silent(scaling=0.5), state(use_rslora=True)),
+    unnoticed("rslora-bare", "the same, no record of the export", "against-scale", silent(scaling=0.5),
+              state(use_rslora=True), unrecord),
+    wrong("alpha-pattern", "another alpha for one module", "record", TWO_SCALINGS, ALPHA_OF_ONE),
+    unnoticed("alpha-pattern-bare", "the same, no record of the export", "against-scale", TWO_SCALINGS,
+              ALPHA_OF_ONE, unrecord),
+    wrong("alpha-pattern-null", "`alpha_pattern` null", "scale", raises("AttributeError"),
+          state(alpha_pattern=None)),
+    needless("alpha-pattern-idle", "an alpha for a module that there is not", "scale", warns("peft"),
+             state(alpha_pattern={"to_x": 4}), load="fail"),
+    needless("alpha-pattern-expression", "an alpha for what an expression means", "scale", QUIET,
+             state(alpha_pattern={r".*\.to_q": 1}), load="pass"),
     wrong("r-absent", "no `r`", "scale", raises("RuntimeError"), unstate("r")),
     Damage("rank-pattern-absent", "no `rank_pattern` (diffusers 0.34 to 0.38: `KeyError`)", "scale", QUIET,
            by_file(unstate("rank_pattern")), plain="warn", against="warn", load="warn"),
+    wrong("rank-pattern-null", "`rank_pattern` null", "scale", raises("AttributeError"),
+          state(rank_pattern=None)),
+    wrong("rank-pattern-float", "a rank that is no whole number", "scale", raises("TypeError"),
+          state(rank_pattern={"to_q": 4.0})),
+    needless("rank-pattern-expression", "a rank for what an expression means", "rank", QUIET,
+             state(rank_pattern={r".*\.to_q": 4}), load="pass"),
     wrong("dora", "`use_dora`", "scale", NOTHING_FILLED, state(use_dora=True)),
     unloadable("pissa", "`init_lora_weights` that needs the base weights", raises("RuntimeError"),
                state(init_lora_weights="pissa")),
@@ -683,8 +768,14 @@ DAMAGES = (
     # What the file says it targets.
     wrong("targets-short", "`target_modules` without the last layer", "target_modules", warns("peft"),
           lambda file: state(target_modules=modules(file.layers[:-1]))(file)),
-    wrong("targets-long", "`target_modules` with a layer that no model has", "target_modules", QUIET,
-          lambda file: state(target_modules=modules([*file.layers, 99]))(file)),
+    needless("targets-long", "`target_modules` with a layer that no model has", "target_modules", QUIET,
+             lambda file: state(target_modules=modules([*file.layers, 99]))(file), load="warn"),
+    needless("targets-idle", "`target_modules` with an end that no module has", "target_modules", QUIET,
+             state(target_modules=[*PROJECTIONS, "add_k_proj"]), load="warn"),
+    needless("targets-expression", "`target_modules` an expression", "target_modules", QUIET,
+             state(target_modules=ALL_BY_EXPRESSION), load="pass"),
+    Damage("half-expression", "every other layer missing, `target_modules` an expression for all", "complete",
+           warns("peft", taken=8), by_file(HALF, state(target_modules=ALL_BY_EXPRESSION)), "warn", "fail", "fail"),
     wrong("targets-of-sat", "`target_modules` with SAT's names", "target_modules", warns("peft"),
           state(target_modules=["query_key_value", "dense"])),
     wrong("targets-absent", "no `target_modules`", "target_modules", raises("KeyError"),
@@ -705,12 +796,16 @@ GOOD = (
     harmless("tensors-reversed", "tensors in another order", "pass", QUIET, reverse_tensors),
     harmless("peft-keys", "PEFT's other keys stated, as diffusers saves them", "pass", QUIET,
              state(**PEFT_DEFAULTS)),
-    harmless("other-rank", "twice the rank and alpha", "fail", QUIET, double_rank),
+    harmless("other-rank", "twice the rank and alpha", "fail", QUIET, double_rank, unrecord),
     harmless("rank-pattern", "one pair of a lower rank, stated", "fail", QUIET, lower_rank, state_lower_rank),
+    harmless("alpha-of-a-kind", "an alpha for a kind of module, stated", "fail", TWO_SCALINGS,
+             state(alpha_pattern={"to_q": 4}), unrecord),
     harmless("folded", "the scale folded into B, alpha = rank", "fail", UNSCALED,
-             fold, lambda file: state(lora_alpha=file.rank)(file)),
-    harmless("fp32", "all values in fp32", "fail", QUIET, cast("F32")),
-    harmless("bf16", "all values in bf16", "fail", QUIET, cast("BF16")),
+             fold, lambda file: state(lora_alpha=file.rank)(file), unrecord),
+    harmless("fp32", "all values in fp32", "fail", QUIET, cast("F32"), unrecord),
+    harmless("bf16", "all values in bf16", "fail", QUIET, cast("BF16"), unrecord),
+    harmless("no-layers-to-transform", "`layers_to_transform` empty", "pass", QUIET,
+             state(target_modules=list(PROJECTIONS), layers_to_transform=[])),
     harmless("partial", "half of the layers, stated", "fail", silent(taken=8), HALF, state_target_modules),
 )
 # fmt: on
@@ -732,7 +827,9 @@ def told(outcome: Outcome) -> str:
 
 
 def caught_by(damage: Damage) -> str:
-    """Name the check, and the option of ``verify`` that it needs."""
+    """Name the check, and the option of ``verify`` that it needs; a file that cannot be opened has no checks."""
+    if damage.check == "readable":
+        return "not opened: exit code 2"
     options: dict[Check | None, str] = {
         "against": "`--against`: ",
         "against-scale": "`--against`: ",

@@ -11,9 +11,11 @@ import torch
 
 from cogtools import VerifyReport, export_lora, verify_lora
 from cogtools.errors import CheckpointError, OptionError, Problem
-from cogtools.layouts.cogvideox import MODELS, LoraKey, lora_keys
-from cogtools.layouts.naming import near_miss
+from cogtools.layouts.cogvideox import MODELS, LoraKey, Transformer, lora_keys
+from cogtools.layouts.naming import NearMiss, near_miss
 from cogtools.options import Cast, Scale
+from cogtools.report import report_json
+from cogtools.verification.load import _which
 from cogtools.verification.result import Check
 from cogtools.words import fold_names
 from tests import factories
@@ -21,17 +23,24 @@ from tests.damage import (
     DAMAGES,
     GOOD,
     PREFIX,
+    PROJECTIONS,
     Damage,
     LoraFile,
     alter,
     by_file,
+    cast,
+    double_rank,
+    drop,
     encode,
+    forget,
     good_lora,
     key,
+    kohya_names,
     put,
     read,
     sat_names,
     state,
+    unrecord,
     write,
 )
 
@@ -49,6 +58,7 @@ PLAIN_CHECKS = (
     "constant",
     "scale",
     "target_modules",
+    "record",
 )
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -92,10 +102,19 @@ def save_as_checkpoint(file: LoraFile, path: Path) -> Path:
     return path
 
 
+def write_training_config(folder: Path, **lora: object) -> None:
+    """Write the part of the trainer's configuration that is about the LoRA; JSON is YAML."""
+    content: object = lora
+    for name in ("params", "lora_config", "modules", "params", "network_config", "model"):
+        content = {name: content}
+    (folder / "training_config.yaml").write_text(json.dumps(content))
+
+
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Source:
     folder = tmp_path_factory.mktemp("good")
     write(folder / NAME, good_lora())
+    write_training_config(folder, r=4)
     return Source(folder / NAME, save_as_checkpoint(good_lora(), folder / "mp_rank_00_model_states.pt"))
 
 
@@ -130,6 +149,7 @@ def test_a_file_gets_the_verdict_of_the_table_by_the_check_it_names(
     elif damage.check is not None:
         severity = damage.plain if damage.plain != "pass" else "fail"
         assert wrong(report).get(damage.check) == severity
+        assert all(check.hint for check in report.checks if check.status in ("warn", "fail") and check.name != "load")
 
 
 def test_every_check_catches_a_row_of_the_table() -> None:
@@ -158,6 +178,7 @@ def test_a_good_file_passes_all_checks(good: Source) -> None:
         libraries={},
         strict=False,
         checks=(),
+        notices=(),
         verdict="pass",
     )
     assert set(report.libraries) == {"diffusers", "peft"}
@@ -215,10 +236,45 @@ def test_names_of_another_program_are_called_that(good: Source, tmp_path: Path) 
             "PEFT's names and an adapter's name (default)",
         ),
         ("model.diffusion_model.transformer.layers.1.attention.query_key_value.matrix_A.0", "SAT's names"),
+        (
+            "transformer.base_model.model.transformer_blocks.1.attn1.to_q.lora_A.weight",
+            "PEFT's names after diffusers' prefix",
+        ),
+        ("diffusion_model.blocks.1.q.lora_A.weight", "ComfyUI's names"),
+        ("lora_unet__transformer_blocks_1_attn1_to_q.lora_down.weight", "VideoX-Fun's names"),
+        ("blocks.1.attn1.to_q.lora_A.weight", "DiffSynth-Studio's names"),
     ],
 )
 def test_a_near_miss_is_recognised(name: str, what: str) -> None:
-    assert near_miss(name) == (LoraKey(1, "q", "A"), what)
+    meant = near_miss(name)
+
+    assert meant is not None
+    assert (meant.name, meant.what) == (LoraKey(1, "q", "A"), what)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        (
+            "blocks.2.attn1.to_out.lora_B.weight",
+            NearMiss(LoraKey(2, "out", "B"), "DiffSynth-Studio's names", "DiffSynth-Studio"),
+        ),
+        (
+            "diffusion_model.blocks.2.attn_out.lora_B.weight",
+            NearMiss(LoraKey(2, "out", "B"), "ComfyUI's names", "ComfyUI"),
+        ),
+        (
+            "lora_unet__transformer_blocks_2_attn1_to_out_0.lora_up.weight",
+            NearMiss(LoraKey(2, "out", "B"), "VideoX-Fun's names", "VideoX-Fun"),
+        ),
+        (
+            "diffusion_model.transformer_blocks.2.attn1.to_out.lora_B.weight",
+            NearMiss(LoraKey(2, "out", "B"), "names with ComfyUI's prefix and to_out for to_out.0"),
+        ),
+    ],
+)
+def test_the_output_projection_is_recognised_by_the_name_of_each_program(name: str, meant: NearMiss) -> None:
+    assert near_miss(name) == meant
 
 
 @pytest.mark.parametrize(
@@ -232,6 +288,81 @@ def test_a_near_miss_is_recognised(name: str, what: str) -> None:
 )
 def test_what_means_nothing_is_no_near_miss(name: str) -> None:
     assert near_miss(name) is None
+
+
+def test_names_of_videox_fun_are_called_that_and_their_alphas_are_counted(good: Source, tmp_path: Path) -> None:
+    report = verify_lora(variant(good, tmp_path, kohya_names))
+
+    found = check(report, "names")
+    assert found.seen == "these are VideoX-Fun's names: diffusers would load none of them"
+    assert told(report, "names") == [
+        "unexpected: lora_unet__transformer_blocks_0_attn1_to_k.lora_down.weight (found VideoX-Fun's names, 24 keys, "
+        "expected transformer.transformer_blocks.0.attn1.to_k.lora_A.weight)",
+        "unexpected: lora_unet__transformer_blocks_0_attn1_to_q.alpha (found 12 tensors that hold an alpha, "
+        "expected keys such as transformer.transformer_blocks.0.attn1.to_q.lora_A.weight)",
+    ]
+    assert [len(problem.keys) for problem in found.problems] == [24, 12]
+    assert found.hint == "load it with VideoX-Fun; for diffusers: cogtools export-lora CHECKPOINT OUT_DIR"
+
+
+def test_keys_that_differ_in_layer_and_module_only_are_one_problem(good: Source, tmp_path: Path) -> None:
+    def add_text_encoder(file: LoraFile) -> None:
+        file.tensors |= {
+            "text_encoder." + name.removeprefix(PREFIX): entry for name, entry in list(file.tensors.items())
+        }
+
+    report = verify_lora(variant(good, tmp_path, add_text_encoder))
+
+    assert told(report, "names") == [
+        "unexpected: text_encoder.transformer_blocks.0.attn1.to_k.lora_A.weight (found 24 keys alike, "
+        "expected keys such as transformer.transformer_blocks.0.attn1.to_q.lora_A.weight)"
+    ]
+
+
+def test_sats_names_are_for_export_lora(good: Source, tmp_path: Path) -> None:
+    file = variant(good, tmp_path, sat_names)
+
+    assert check(verify_lora(file), "names").hint == f"cogtools export-lora {file} OUT_DIR"
+
+
+def test_a_file_without_a_lora_is_for_inspect(tmp_path: Path) -> None:
+    write(
+        tmp_path / "vae file.safetensors",
+        LoraFile({"decoder.conv_in.weight": good_lora().tensors[key(0, "to_q", "A")]}),
+    )
+
+    report = verify_lora(tmp_path)
+
+    assert (
+        check(report, "complete").hint
+        == f"cogtools inspect '{tmp_path}/vae file.safetensors' shows what the file holds"
+    )
+
+
+def test_a_rank_is_that_of_tensors_whose_shape_fits(good: Source, tmp_path: Path) -> None:
+    report = verify_lora(variant(good, tmp_path, alter(lambda values: values.T, key(1, "to_q", "A"))))
+
+    assert (report.rank, set(wrong(report))) == ((4,), {"shapes"})
+
+
+def test_zeros_of_either_sign_are_one_value(good: Source, tmp_path: Path) -> None:
+    def mixed_zeros(values: Any) -> Any:
+        zeros = values * 0
+        zeros.flat[::2] = -0.0
+        return zeros
+
+    report = verify_lora(variant(good, tmp_path, alter(mixed_zeros, key(1, "to_q", "A"))))
+
+    assert [problem.subject for problem in check(report, "constant").problems] == [key(1, "to_q", "A")]
+
+
+def test_a_dtype_that_all_tensors_have_in_place_of_another_is_said_once(good: Source, tmp_path: Path) -> None:
+    report = verify_lora(variant(good, tmp_path, cast("F32"), unrecord), against=good.checkpoint)
+
+    assert told(report, "against") == [
+        "dtype: layers 0-2: all tensors (found float32, expected float16, as no cast is stated)"
+    ]
+    assert len(check(report, "against").problems[0].keys) == 24
 
 
 def test_a_difference_is_named_by_key_position_and_both_values(tmp_path: Path) -> None:
@@ -257,7 +388,11 @@ def test_what_is_left_out_of_the_checkpoint_is_named(good: Source, tmp_path: Pat
 
     report = verify_lora(tmp_path, against=good.checkpoint)
 
-    assert told(report, "against") == ["missing: layer 1: all tensors (expected the checkpoint has it)"]
+    assert check(report, "against").seen == "8 of the checkpoint's 24 tensors missing"
+    assert told(report, "against") == ["missing: layer 1: all tensors"]
+    assert check(report, "against").problems[0].keys == tuple(
+        sorted(key(1, projection, part) for projection in PROJECTIONS for part in "AB")
+    )
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
@@ -276,9 +411,65 @@ def test_a_value_that_is_not_finite_is_found_in_every_dtype(
 
 
 def test_the_effective_scaling_is_that_of_rank_stabilised_lora_where_stated(good: Source, tmp_path: Path) -> None:
-    report = verify_lora(variant(good, tmp_path, state(use_rslora=True)))
+    report = verify_lora(variant(good, tmp_path, state(use_rslora=True), unrecord))
 
     assert (report.scaling, check(report, "scale").seen) == ((0.5,), "scaling 0.5: alpha 1 / sqrt(rank) 4")
+
+
+def test_a_record_that_the_file_does_not_bear_out_is_told_with_both(good: Source, tmp_path: Path) -> None:
+    report = verify_lora(variant(good, tmp_path, state(lora_alpha=4), cast("BF16")))
+
+    assert wrong(report) == {"record": "fail"}
+    assert check(report, "record").seen == (
+        "it says alpha 1 (scale: metadata), rank 4, float16: the file was changed since"
+    )
+    assert told(report, "record") == [
+        "scale: the stated scale (found scaling 1 in 12 modules, expected scaling 0.25)",
+        "dtype: the dtype (found bfloat16, expected float16)",
+    ]
+
+
+def test_a_rank_that_is_not_the_recorded_one_is_told(good: Source, tmp_path: Path) -> None:
+    report = verify_lora(variant(good, tmp_path, double_rank))
+
+    assert wrong(report) == {"record": "fail"}
+    assert told(report, "record") == ["rank: the rank (found 8, expected 4)"]
+
+
+@pytest.mark.parametrize(
+    "pattern", [{"rank_pattern": {"to_q": 8, "to_k": 4}}, {"alpha_pattern": {"to_q": 16}}], ids=["rank", "alpha"]
+)
+def test_several_scalings_that_are_stated_are_no_doubt(pattern: dict[str, Any], tmp_path: Path) -> None:
+    save_with_diffusers(adapted_transformer(**pattern), tmp_path, metadata=True)
+
+    report = verify_lora(tmp_path, layers=LAYERS, strict=True)
+
+    assert wrong(report) == {}
+    assert len(report.scaling) == 2
+
+
+@pytest.mark.parametrize("name", ["alpha_pattern", "rank_pattern"])
+def test_what_an_expression_means_only_load_tells(name: str, good: Source, tmp_path: Path) -> None:
+    file = variant(good, tmp_path, state(**{name: {r".*\.to_q": 1 if name == "alpha_pattern" else 4}}))
+
+    plain, loaded = verify_lora(file), verify_lora(file, load=True, strict=True)
+
+    assert (plain.scaling, loaded.scaling, wrong(loaded)) == ((), (0.25,), {})
+    assert check(plain, "scale").seen == "scaling unknown"
+    assert check(plain, "scale").hint == f"cogtools verify {file} --load"
+    assert set(wrong(plain).values()) == {"warn"}
+
+
+def test_a_pattern_for_no_module_is_told(good: Source, tmp_path: Path) -> None:
+    report = verify_lora(variant(good, tmp_path, state(rank_pattern={"to_x": 4})))
+
+    assert told(report, "scale") == ["unexpected: to_x (found in rank_pattern, expected a module of the file)"]
+
+
+def test_more_patterns_than_modules_are_not_evaluated(good: Source, tmp_path: Path) -> None:
+    report = verify_lora(variant(good, tmp_path, state(alpha_pattern={f"x{number}": 1 for number in range(1001)})))
+
+    assert told(report, "scale") == ["unreadable: alpha_pattern (found 1,001 keys, expected at most 1,000)"]
 
 
 def test_strict_takes_a_warning_for_a_failure(good: Source, tmp_path: Path) -> None:
@@ -340,16 +531,21 @@ def test_a_lora_of_another_model_does_not_fit(tmp_path: Path) -> None:
     report = verify_lora(header_only(tmp_path, layers=2, hidden=1920), model="5b")
 
     assert wrong(report)["shapes"] == "fail"
-    assert len(check(report, "shapes").problems) == 16
+    assert sum(len(problem.keys) for problem in check(report, "shapes").problems) == 16
+    assert told(report, "shapes") == [
+        "shape: layers 0-1: to_q lora_A, to_k lora_A, to_v lora_A, to_out.0 lora_A "
+        "(found (1, 1920), expected (rank, 3072))",
+        "shape: layers 0-1: to_q lora_B, to_k lora_B, to_v lora_B, to_out.0 lora_B "
+        "(found (1920, 1), expected (3072, rank))",
+    ]
 
 
 def test_a_file_that_nothing_tells_the_model_of_is_a_warning(tmp_path: Path) -> None:
     report = verify_lora(header_only(tmp_path, layers=2, hidden=128))
 
     assert wrong(report) == {"complete": "warn", "scale": "warn"}
-    assert check(report, "complete").seen.endswith(
-        "nothing tells how many layers the model has: taken to be 2 (--model or --layers says it)"
-    )
+    assert check(report, "complete").seen.endswith("nothing tells how many layers the model has: taken to be 2")
+    assert check(report, "complete").hint == "say it with --model or --layers"
 
 
 @pytest.mark.parametrize(
@@ -410,12 +606,42 @@ def test_a_pattern_that_could_run_for_ever_is_not_evaluated(pattern: str, good: 
     ["transformer_blocks.1.attn1.to_q", "^transformer_blocks.1.attn1.to_q", r"transformer_blocks\.1\.attn1\.to_q"],
 )
 def test_a_pattern_means_the_modules_that_peft_takes_it_for(pattern: str, good: Source, tmp_path: Path) -> None:
-    report = verify_lora(variant(good, tmp_path, state(alpha_pattern={pattern: 4})), load=True)
+    report = verify_lora(variant(good, tmp_path, state(alpha_pattern={pattern: 4}), unrecord), load=True)
 
-    assert (report.scaling, check(report, "load").status) == ((0.25, 1.0), "pass")
-    assert told(report, "scale") == [
-        "scale: transformer_blocks.1.attn1.to_q (found scaling 1, expected 0.25, as most have)"
-    ]
+    assert (report.scaling, wrong(report)) == ((0.25, 1.0), {})
+    assert check(report, "scale").seen == "scaling 0.25, 1"
+
+
+HUGE = 10**400
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("lora_alpha", "wrong: lora_alpha (found a number of 401 digits, expected a number above 0)"),
+        ("r", "wrong: r (found a number of 401 digits, expected a whole number from 1 on)"),
+    ],
+)
+def test_a_number_too_large_to_be_meant_is_a_failure(name: str, problem: str, good: Source, tmp_path: Path) -> None:
+    report = verify_lora(variant(good, tmp_path, state(**{name: HUGE})), against=good.checkpoint)
+
+    assert told(report, "scale") == [problem]
+    assert report.scaling == ()
+
+
+@pytest.mark.parametrize("alpha", [HUGE, 1e308, float("inf"), float("nan"), 5e-324, -1, 0])
+def test_a_recorded_alpha_that_is_not_meant_is_not_believed(alpha: float, good: Source, tmp_path: Path) -> None:
+    given = record(alpha=alpha, alpha_source="--alpha", rank=4, scale="fold", source_dtype="float16", dtype="float16")
+
+    report = verify_lora(variant(good, tmp_path, given), against=good.checkpoint)
+
+    assert report_json("verify", "wrong", report)
+    assert check(report, "record").seen == "rank 4, float16, as the exporter wrote it"
+
+
+def test_json_has_no_number_that_json_does_not_know() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        report_json("verify", "ok", {"scaling": float("inf")})
 
 
 def test_a_file_of_another_name_is_not_given_to_diffusers_to_unpickle(good: Source, tmp_path: Path) -> None:
@@ -479,8 +705,44 @@ def test_what_is_not_there_is_an_error(name: str, tmp_path: Path) -> None:
 def test_an_empty_folder_and_a_checkpoint_are_errors_with_a_hint(good: Source, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no LoRA file in this folder"):
         verify_lora(tmp_path)
-    with pytest.raises(CheckpointError, match="this is a checkpoint, not an exported LoRA"):
+    with pytest.raises(CheckpointError, match="this is a checkpoint, not an exported LoRA") as error:
         verify_lora(good.checkpoint)
+    assert error.value.hint == f"cogtools export-lora {good.checkpoint} OUT_DIR, then cogtools verify OUT_DIR"
+
+
+def test_a_lora_that_torch_saved_is_to_be_saved_as_safetensors(tmp_path: Path) -> None:
+    file = good_lora()
+    torch.save({name: torch.zeros(entry.shape) for name, entry in file.tensors.items()}, tmp_path / "lora.bin")
+
+    with pytest.raises(CheckpointError) as error:
+        verify_lora(tmp_path / "lora.bin")
+
+    assert str(error.value) == (
+        "this is a LoRA with diffusers' names that torch.save wrote\n"
+        f"  file:      {tmp_path}/lora.bin\n"
+        "  found:     torch.save (zip)\n"
+        "  expected:  a safetensors file: to load this one, diffusers would unpickle it, which can run code\n"
+        f"  try:       save it as safetensors: safetensors.torch.save_file(torch.load('{tmp_path}/lora.bin', "
+        f"weights_only=True), '{tmp_path}/{NAME}')"
+    )
+
+
+def test_a_checkpoint_without_a_lora_is_for_inspect(tmp_path: Path) -> None:
+    torch.save({"decoder.conv_in.weight": torch.zeros(2)}, tmp_path / "vae.pt")
+
+    with pytest.raises(CheckpointError, match="this is a checkpoint, not an exported LoRA") as error:
+        verify_lora(tmp_path / "vae.pt")
+
+    assert error.value.hint == f"cogtools inspect {tmp_path}/vae.pt shows what it holds"
+
+
+def test_a_missing_checkpoint_is_told_before_any_value_is_read(good: Source, tmp_path: Path) -> None:
+    read_bytes: list[int] = []
+
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        verify_lora(good.file, against=tmp_path / "missing.pt", progress=lambda done, _: read_bytes.append(done))
+
+    assert read_bytes == []
 
 
 # --- what export-lora writes ----------------------------------------------------------------------
@@ -571,6 +833,129 @@ def test_an_alpha_given_by_hand_is_told_where_the_training_says_another(run: Pat
     )
 
 
+@pytest.fixture
+def run_of(tmp_path: Path) -> Callable[..., Path]:
+    """Makes the trainer's save folder of a toy, rank 4, with or without an alpha in its configuration."""
+
+    def make(**options: Any) -> Path:
+        state_dict = factories.sat_state_dict(factories.toy(factories.COGVIDEOX_2B), 4)
+        factories.save_run(tmp_path / "run", factories.sat_checkpoint(state_dict), rank=4, **options)
+        return tmp_path / "run"
+
+    return make
+
+
+def test_an_alpha_given_by_hand_is_told_where_the_training_used_the_default(
+    run_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = run_of()
+    export_lora(run, tmp_path / "out", alpha=8)
+
+    report = verify_lora(tmp_path / "out", against=run)
+
+    assert wrong(report) == {"against-scale": "warn"}
+    assert check(report, "against-scale").seen == (
+        "scaling 2: alpha 8 (given by --alpha, as the file's record says) / rank 4; "
+        "but training_config.yaml sets no lora_alpha, so the training used 1, SAT's default"
+    )
+    assert check(report, "against-scale").hint == (
+        f"cogtools export-lora {run} {tmp_path}/out/{NAME} --alpha 8 --overwrite"
+    )
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_an_alpha_whose_configuration_is_not_beside_the_checkpoint_is_a_warning(
+    scale: Scale, run_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = run_of(alpha=3)
+    export_lora(run, tmp_path / "out", scale=scale)
+    (run / "training_config.yaml").unlink()
+
+    report = verify_lora(tmp_path / "out", against=run)
+
+    assert wrong(report) == {"against-scale": "warn"}
+    assert check(report, "against-scale").seen == (
+        "scaling 0.75; the training's alpha is not known without a training_config.yaml beside the checkpoint, "
+        "the file's record says 3 (from training_config.yaml)"
+    )
+
+
+def test_an_alpha_given_by_hand_is_believed_where_there_is_no_configuration(
+    run_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = run_of()
+    (run / "training_config.yaml").unlink()
+    export_lora(run, tmp_path / "out", alpha=8)
+
+    assert wrong(verify_lora(tmp_path / "out", against=run)) == {}
+
+
+def test_a_lost_scale_is_a_failure_where_there_is_no_configuration(run_of: Callable[..., Path], tmp_path: Path) -> None:
+    run = run_of()
+    (run / "training_config.yaml").unlink()
+    export_lora(run, tmp_path / "out")
+    by_file(forget)(tmp_path / "out" / NAME, tmp_path / NAME)
+
+    report = verify_lora(tmp_path / NAME, layers=LAYERS, against=run)
+
+    assert wrong(report) == {"scale": "warn", "against-scale": "fail"}
+    assert check(report, "against-scale").seen == (
+        "scaling 1, where the training's is 0.25: alpha 1 (SAT's default) / rank 4"
+    )
+
+
+def test_a_file_of_the_ema_weights_is_told_where_to_look(run: Path, tmp_path: Path) -> None:
+    export_lora(run, tmp_path, ema=True)
+
+    report = verify_lora(tmp_path, against=run)
+
+    assert check(report, "against").hint == (
+        f"the training has EMA weights too: cogtools verify {tmp_path}/{NAME} --against {run} --iteration 1000 --ema"
+    )
+    assert report.notices == ("Took the plain weights of iteration 1000; 1000-ema is there too (with --ema).",)
+
+
+def test_a_file_of_another_iteration_is_told_which(run_of: Callable[..., Path], tmp_path: Path) -> None:
+    run = run_of()
+    export_lora(run, tmp_path / "out")
+    state_dict = factories.sat_state_dict(factories.toy(factories.COGVIDEOX_2B), 4, seed=7)
+    (run / "2000").mkdir()
+    torch.save(factories.sat_checkpoint(state_dict, iteration=2000), run / "2000" / "mp_rank_00_model_states.pt")
+    (run / "latest").write_text("2000")
+
+    report = verify_lora(tmp_path / "out", against=run)
+
+    assert check(report, "against").hint == (
+        "the file's record says iteration 1000, and this is iteration 2000: "
+        f"cogtools verify {tmp_path}/out/{NAME} --against {run} --iteration 1000"
+    )
+
+
+def test_a_damaged_export_is_made_again_as_it_was_made(run_of: Callable[..., Path], tmp_path: Path) -> None:
+    run = run_of()
+    export_lora(run, tmp_path / "out", alpha=3, scale="fold", dtype="fp32", iteration=1000)
+    by_file(drop(key(1, "to_q", "B")))(tmp_path / "out" / NAME, tmp_path / NAME)
+
+    report = verify_lora(tmp_path / NAME, against=run, iteration=1000)
+
+    assert check(report, "pairs").hint == (
+        f"cogtools export-lora {run} --iteration 1000 {tmp_path}/{NAME} --alpha 3 --scale fold --dtype fp32 --overwrite"
+    )
+
+
+@pytest.mark.parametrize(
+    ("transformer", "text"),
+    [
+        (Transformer(30, 1920, MODELS[:1]), "CogVideoX-2B"),
+        (Transformer(42, 3072, MODELS[1:]), "CogVideoX-5B (all of the 5B family have the same ones)"),
+        (Transformer(42, 3072, MODELS[2:3]), "CogVideoX-5B-I2V"),
+        (Transformer(3, 128, ()), "a CogVideoX-2B with 3 layers of hidden size 128"),
+    ],
+)
+def test_the_transformer_that_a_file_is_loaded_into_is_told(transformer: Transformer, text: str) -> None:
+    assert _which(transformer) == text
+
+
 def test_a_partial_lora_is_verified_as_one(tmp_path: Path) -> None:
     toy = factories.toy(factories.COGVIDEOX_2B)
     state_dict = factories.sat_state_dict(toy, 4, layers=[0, 2])
@@ -601,15 +986,21 @@ def test_the_export_of_every_real_checkpoint_is_verified(name: str, real: Path, 
 # --- what diffusers and PEFT write ----------------------------------------------------------------
 
 
-def adapted_transformer(**config: Any) -> Any:
-    """A toy CogVideoX with a LoRA that PEFT made, all of it random."""
+def bare_transformer() -> Any:
+    """A toy CogVideoX."""
     from diffusers import CogVideoXTransformer3DModel
-    from peft import LoraConfig
 
-    transformer = CogVideoXTransformer3DModel(
+    return CogVideoXTransformer3DModel(
         num_attention_heads=2, num_layers=LAYERS, time_embed_dim=32, text_embed_dim=32, sample_width=8,
         sample_height=8, sample_frames=9, max_text_seq_length=16,
     )  # fmt: skip
+
+
+def adapted_transformer(**config: Any) -> Any:
+    """A toy CogVideoX with a LoRA that PEFT made, all of it random."""
+    from peft import LoraConfig
+
+    transformer = bare_transformer()
     suffixes = ["to_q", "to_k", "to_v", "to_out.0"]
     defaults = {"r": 4, "lora_alpha": 8, "target_modules": suffixes, "init_lora_weights": False}
     transformer.add_adapter(LoraConfig(**(defaults | config)))
@@ -648,6 +1039,60 @@ def test_what_diffusers_saves_is_verified(config: dict[str, Any], tensors: int, 
     assert (report.tensors, report.scaling) == (tensors, (2.0,))
 
 
+@pytest.mark.parametrize(
+    ("expression", "tensors", "doubts"),
+    [
+        (r"transformer_blocks\.[01]\.attn1\.(to_q|to_k|to_v|to_out\.0)", 16, {"complete", "target_modules"}),
+        (r".*\.attn1\.(to_q|to_k|to_v|to_out\.0)", 24, {"target_modules"}),
+    ],
+    ids=["two-layers", "all-layers"],
+)
+def test_modules_that_an_expression_names_are_a_doubt_until_they_are_loaded(
+    expression: str, tensors: int, doubts: set[str], tmp_path: Path
+) -> None:
+    save_with_diffusers(adapted_transformer(target_modules=expression), tmp_path, metadata=True)
+
+    plain = verify_lora(tmp_path, layers=LAYERS)
+    loaded = verify_lora(tmp_path, layers=LAYERS, load=True, strict=True)
+
+    assert wrong(plain) == dict.fromkeys(doubts, "warn")
+    assert wrong(loaded) == {}
+    assert check(loaded, "complete").seen.startswith(f"{tensors} of {tensors} tensors of ")
+    assert check(loaded, "target_modules").seen == f"an expression, which PEFT takes for {tensors // 2} modules"
+
+
+def test_modules_that_are_excluded_are_not_missing(tmp_path: Path) -> None:
+    excluded = [f"transformer_blocks.1.attn1.{name}" for name in PROJECTIONS]
+    save_with_diffusers(adapted_transformer(exclude_modules=excluded), tmp_path, metadata=True)
+
+    report = verify_lora(tmp_path, layers=LAYERS, load=True)
+
+    # PEFT misses modules to exclude: diffusers tells it those that the file has.
+    assert wrong(report) == {"load": "warn"}
+    assert check(report, "complete").seen.startswith("16 of 16 tensors of ")
+
+
+def test_modules_that_an_expression_excludes_are_a_doubt(tmp_path: Path) -> None:
+    save_with_diffusers(adapted_transformer(exclude_modules=r".*\.1\.attn1\..*"), tmp_path, metadata=True)
+
+    assert wrong(verify_lora(tmp_path, layers=LAYERS)) == {"complete": "warn", "target_modules": "warn"}
+    assert wrong(verify_lora(tmp_path, layers=LAYERS, load=True)) == {"load": "warn"}
+
+
+def test_the_state_dict_of_a_peft_model_that_diffusers_saved_is_called_that(tmp_path: Path) -> None:
+    from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    model = get_peft_model(bare_transformer(), LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    CogVideoXLoraLoaderMixin.save_lora_weights(str(tmp_path), get_peft_model_state_dict(model))
+
+    report = verify_lora(tmp_path, layers=LAYERS)
+
+    assert check(report, "names").seen == (
+        "these are PEFT's names after diffusers' prefix: diffusers would load none of them"
+    )
+
+
 def test_what_diffusers_saves_without_a_scale_is_a_warning(tmp_path: Path) -> None:
     save_with_diffusers(adapted_transformer(), tmp_path, metadata=False)
 
@@ -682,6 +1127,39 @@ def test_a_peft_folder_without_its_configuration_states_no_scale(peft_folder: Pa
     report = verify_lora(peft_folder)
 
     assert wrong(report) == {"scale": "fail"}
+
+
+@pytest.mark.parametrize(
+    ("peft_type", "problem"),
+    [
+        (None, "missing: peft_type (expected LORA)"),
+        ("LOHA", 'wrong: peft_type (found "LOHA", expected LORA)'),
+        ("lora", 'wrong: peft_type (found "lora", expected LORA)'),
+    ],
+)
+def test_an_adapter_of_another_type_is_a_failure(peft_type: str | None, problem: str, peft_folder: Path) -> None:
+    path = peft_folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    del config["peft_type"]
+    path.write_text(json.dumps(config | ({} if peft_type is None else {"peft_type": peft_type})))
+
+    report = verify_lora(peft_folder)
+
+    assert wrong(report) == {"scale": "fail"}
+    assert told(report, "scale") == [problem]
+    assert check(report, "scale").hint == "save it again with PEFT's save_pretrained"
+
+
+def test_a_file_that_peft_does_not_find_is_a_failure(peft_folder: Path) -> None:
+    (peft_folder / "adapter_model.safetensors").rename(peft_folder / "disney.safetensors")
+
+    report = verify_lora(peft_folder)
+
+    assert wrong(report) == {"names": "fail"}
+    assert check(report, "names").seen == "the file is not called adapter_model.safetensors"
+    assert told(report, "names") == [
+        "unexpected: disney.safetensors (expected adapter_model.safetensors: PEFT reads no other file)"
+    ]
 
 
 def test_diffusers_names_in_a_peft_folder_are_called_that(peft_folder: Path, good: Source) -> None:

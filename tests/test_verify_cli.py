@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -17,7 +18,10 @@ from referencing import Registry, Resource
 from cogtools import verify_lora
 from cogtools.cli import run
 from cogtools.layouts.cogvideox import lora_keys
+from cogtools.layouts.diffusers import MODULES
+from cogtools.render.progress import Progress
 from cogtools.render.verify import show_verification
+from tests import factories
 from tests.damage import DAMAGES, LoraFile, by_file, copy, good_lora, key, state, write
 from tests.test_verify import NAME, PLAIN_CHECKS, save_as_checkpoint
 
@@ -57,7 +61,7 @@ def test_a_good_file_is_told_check_by_check_with_the_verdict_last(
         0,
         (
             f"""\
-file     {out}/pytorch_lora_weights.safetensors (28.5 kB)
+file     {out}/pytorch_lora_weights.safetensors (28.8 kB)
 model    CogVideoX of no published size: 3 layers, hidden size 128
 LoRA     diffusers, 3 layers, rank 4, float16, effective scaling 0.25
 against  {checkpoint}
@@ -75,10 +79,11 @@ pass     untrained       no lora_B is zero
 pass     constant        no lora_A is constant
 pass     scale           scaling 0.25: alpha 1 / rank 4
 pass     target_modules  12 names, full paths
+pass     record          alpha 1 (scale: metadata), rank 4, float16, as the exporter wrote it
 pass     against         24 tensors equal the checkpoint's bit for bit
 pass     against-scale   scaling 0.25: alpha 1 (SAT's default) / rank 4
 
-verified: all 14 checks passed
+verified: all 15 checks passed
 """,
             "",
         ),
@@ -94,17 +99,18 @@ def test_a_wrong_file_is_told_with_what_is_missing(tmp_path: Path, capsys: pytes
         1,
         (
             f"""\
-file     {out}/pytorch_lora_weights.safetensors (27.4 kB)
+file     {out}/pytorch_lora_weights.safetensors (27.6 kB)
 model    CogVideoX of no published size: 3 layers, hidden size 128
 LoRA     diffusers, 3 layers, rank 4, float16, effective scaling 0.25
 
 fail     complete  23 of 24 tensors of CogVideoX of no published size: 3 layers, hidden size 128, \
 as the exporter's record says
          missing: layer 1: to_q lora_B
+         try: cogtools export-lora CHECKPOINT {out}/pytorch_lora_weights.safetensors --overwrite
 fail     pairs     1 tensor without a partner
          alone: layer 1: to_q lora_A (expected its partner beside it)
 
-NOT verified: 2 of 12 checks failed (complete, pairs)
+NOT verified: 2 of 13 checks failed (complete, pairs)
 """,
             "",
         ),
@@ -121,7 +127,7 @@ def test_quiet_says_nothing_of_a_file_that_is_verified(tmp_path: Path, capsys: p
     [
         ("metadata-lost", ["--layers", "3"], 0, "verified, with 1 warning (scale): 10 of 11 checks passed"),
         ("metadata-lost", ["--layers", "3", "--strict"], 1, "NOT verified: 1 of 11 checks failed (scale)"),
-        ("nan", [], 1, "NOT verified: 1 of 12 checks failed (finite)"),
+        ("nan", [], 1, "NOT verified: 1 of 13 checks failed (finite)"),
     ],
 )
 def test_the_last_line_is_the_verdict(
@@ -132,12 +138,44 @@ def test_the_last_line_is_the_verdict(
 
 
 def test_the_first_ten_of_many_problems_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(["verify", str(damaged("transposed", tmp_path)), "--model", "2b"])
+    out = damaged("other-step", tmp_path)
+    checkpoint = save_as_checkpoint(good_lora(), tmp_path / "checkpoint.pt")
+
+    run(["verify", str(out), "--against", str(checkpoint)])
 
     shown = capsys.readouterr().out
-
-    assert shown.count("shape: ") == 10
+    assert shown.count("value: ") == 10
     assert "         … and 14 more (--json lists all)\n" in shown
+
+
+def test_what_to_do_is_told_once_under_the_checks_that_say_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = damaged("pair", tmp_path)
+
+    run(["verify", str(out), "--layers", "4"])
+
+    shown = capsys.readouterr().out
+    assert shown.count("try: ") == 1
+    assert (
+        f"         try: cogtools export-lora CHECKPOINT {out}/pytorch_lora_weights.safetensors --overwrite\n" in shown
+    )
+
+
+def test_weights_that_are_there_too_are_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state_dict = factories.sat_state_dict(factories.toy(factories.COGVIDEOX_2B), 4)
+    checkpoint = factories.sat_checkpoint(state_dict)
+    factories.save_run(tmp_path / "run", checkpoint, ema=checkpoint, rank=4)
+    run(["export-lora", str(tmp_path / "run"), str(tmp_path / "out")])
+    capsys.readouterr()
+    arguments = ["verify", str(tmp_path / "out"), "--against", str(tmp_path / "run")]
+    note = "Took the plain weights of iteration 1000; 1000-ema is there too (with --ema)."
+
+    assert run(arguments) == 0
+    assert capsys.readouterr().err == f"note: {note}\n"
+    assert run([*arguments, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+    assert printed_json(arguments[1:], capsys)[1]["report"]["notices"] == [note]
 
 
 def test_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,6 +196,25 @@ class Terminal(io.StringIO):
 
     def isatty(self) -> bool:
         return True
+
+
+def test_a_terminal_is_told_what_takes_long_and_cannot_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+
+    with Progress("verifying") as progress:
+        progress.say("loading")
+        deadline = time.monotonic() + 10
+        while "loading" not in terminal.getvalue():  # rich draws it in a thread
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        progress.update(1, 2)
+    with Progress("verifying", hidden=True) as progress:
+        before = terminal.getvalue()
+        progress.say("loading")
+
+    assert terminal.getvalue() == before
 
 
 def shown_on_a_terminal(out: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -184,7 +241,7 @@ def test_a_terminal_gets_a_table_in_colour_unless_it_wants_none(
     assert "\x1b[32m" not in plain
     lines = [line.rstrip() for line in re.sub(r"\x1b\[\d*m", "", plain).splitlines()]
     assert [line.split()[0] for line in lines if " pass " in line] == list(PLAIN_CHECKS)
-    assert lines[-1] == "verified: all 12 checks passed"
+    assert lines[-1] == "verified: all 13 checks passed"
 
 
 def test_nothing_that_the_file_says_acts_on_the_terminal(
@@ -247,7 +304,10 @@ def test_json_lists_what_the_text_leaves_out(tmp_path: Path, capsys: pytest.Capt
     _, printed = printed_json([str(lora(tmp_path)), "--model", "2b"], capsys)
 
     (shapes,) = [check for check in printed["report"]["checks"] if check["name"] == "shapes"]
-    assert len(shapes["problems"]) == len(lora_keys(range(3))) == 24
+    assert len(shapes["problems"]) == 2
+    assert sorted(key for problem in shapes["problems"] for key in problem["keys"]) == sorted(
+        key(name.layer, MODULES[name.projection].removeprefix("attn1."), name.factor) for name in lora_keys(range(3))
+    )
 
 
 def test_json_names_the_checkpoint_and_the_libraries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

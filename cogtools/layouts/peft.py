@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable
 
 FILE_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 PREFIX = "base_model.model."
+TYPE = "LORA"
+"""The `peft_type` of a LoRA."""
 
 # fmt: off
 CONFIG_FIELDS = frozenset({
@@ -35,19 +37,29 @@ CONFIG_FIELDS = frozenset({
 # fmt: on
 """Every field of LoraConfig. diffusers hands all that a file states to it, and a field that it has not is an error."""
 
+MAX_PATTERNS = 1000
+"""The most keys of a rank_pattern or alpha_pattern that are evaluated. Real ones have 168 at most, a key per module."""
+
 _PLAIN_PATTERN = re.compile(r"[\w.^$\\-]{1,200}", re.ASCII)
 """Patterns come from the file. Those with repetitions could be made to take for ever, so they are not evaluated."""
 
 
-def is_plain_pattern(pattern: str) -> bool:
-    """Whether a key of rank_pattern or alpha_pattern is a module's path or the end of one, perhaps anchored."""
-    if not _PLAIN_PATTERN.fullmatch(pattern):
-        return False
+class Pattern(NamedTuple):
+    """A key of rank_pattern or alpha_pattern: a module's path or the end of one, perhaps anchored; and its value."""
+
+    key: str
+    modules: re.Pattern[str]
+    value: float
+
+
+def plain_pattern(key: str, value: float) -> Pattern | None:
+    """A key of rank_pattern or alpha_pattern; None if it is an expression that is not evaluated."""
+    if not _PLAIN_PATTERN.fullmatch(key):
+        return None
     try:
-        re.compile(pattern)
+        return Pattern(key, re.compile(rf"(.*\.)?({key})$"), value)
     except re.error:
-        return False
-    return True
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,44 +69,65 @@ class AdapterConfig:
     Attributes:
         rank: `r`.
         alpha: `lora_alpha`.
-        rank_pattern: the ranks of modules that have another one.
-        alpha_pattern: the alphas of modules that have another one.
+        rank_pattern: the ranks of modules that have another one; None if some key of it is not evaluated.
+        alpha_pattern: the same of alphas.
         rank_stabilised: `use_rslora`.
         targets: `target_modules`, where it is a list.
+        excluded: `exclude_modules`, where it is a list.
+        has_expression: whether one of these two is a regular expression, which is not evaluated.
         layers: `layers_to_transform`: the only layers that are adapted.
     """
 
     rank: int | None = None
     alpha: float | None = None
-    rank_pattern: Mapping[str, float] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_pattern: tuple[Pattern, ...] | None = ()
+    alpha_pattern: tuple[Pattern, ...] | None = ()
     rank_stabilised: bool = False
     targets: frozenset[str] | None = None
+    excluded: frozenset[str] = frozenset()
+    has_expression: bool = False
     layers: frozenset[int] | None = None
 
     def is_targeted(self, module: str, layer: int) -> bool:
         """Whether `target_modules` names a module: by its whole path, or by the end of it in one of the layers."""
-        if self.targets is None or module in self.targets:
-            return self.targets is not None
-        segments = module.split(".")
-        ends = (".".join(segments[first:]) for first in range(1, len(segments)))
-        return any(end in self.targets for end in ends) and (self.layers is None or layer in self.layers)
+        if self.targets is None or not self.excluded.isdisjoint(path_ends(module)):
+            return False
+        is_meant = self.layers is None or layer in self.layers
+        return module in self.targets or (is_meant and not self.targets.isdisjoint(path_ends(module)))
+
+    def idle_patterns(self, modules: Iterable[str]) -> list[tuple[str, str]]:
+        """The keys of rank_pattern and alpha_pattern that are about none of these modules, with the field's name."""
+        paths = list(modules)
+        return [
+            (name, pattern.key)
+            for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern))
+            for pattern in patterns or ()
+            if not any(map(pattern.modules.match, paths))
+        ]
 
     def rank_of(self, module: str) -> float | None:
-        """The rank that a module has."""
+        """The rank that a module has; None if that cannot be told."""
         return _pattern_value(self.rank_pattern, module, self.rank)
 
     def alpha_of(self, module: str) -> float | None:
-        """The alpha that a module has."""
+        """The alpha that a module has; None if that cannot be told."""
         return _pattern_value(self.alpha_pattern, module, self.alpha)
 
     def scaling_of(self, module: str) -> float | None:
-        """What a module's lora_B @ lora_A is multiplied by."""
+        """What a module's lora_B @ lora_A is multiplied by; None if that cannot be told."""
         rank, alpha = self.rank_of(module), self.alpha_of(module)
         if rank is None or alpha is None:
             return None
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
-def _pattern_value(pattern: Mapping[str, float], module: str, default: float | None) -> float | None:
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+def path_ends(module: str) -> set[str]:
+    """A module's path, and every end of it that begins with a segment."""
+    segments = module.split(".")
+    return {".".join(segments[first:]) for first in range(len(segments))}
+
+
+def _pattern_value(patterns: tuple[Pattern, ...] | None, module: str, default: float | None) -> float | None:
+    if patterns is None:
+        return None
+    return next((pattern.value for pattern in patterns if pattern.modules.match(module)), default)

@@ -11,6 +11,7 @@ from cogtools.render.text import is_terminal
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
+    from rich.status import Status
 
 PATIENCE_SECONDS = 0.5
 """How long a job may take before a bar appears."""
@@ -30,16 +31,34 @@ class Progress:
         self._start = time.monotonic()
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
+        self._line: Status | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end_line()
         if self._bar is not None:
             self._bar.stop()
 
+    def say(self, text: str) -> None:
+        """Tell what goes on, where that cannot be counted: until the next bytes are done."""
+        if self._hidden:
+            return
+        from rich.console import Console
+
+        self._end_line()
+        self._line = Console(stderr=True).status(text)
+        self._line.start()
+
+    def _end_line(self) -> None:
+        if self._line is not None:
+            self._line.stop()
+            self._line = None
+
     def update(self, done_bytes: int, all_bytes: int) -> None:
         """Tell how far the job is."""
+        self._end_line()
         if self._hidden or time.monotonic() - self._start < PATIENCE_SECONDS:
             return
         if self._bar is None:

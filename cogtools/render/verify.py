@@ -6,9 +6,11 @@ import sys
 from typing import TYPE_CHECKING
 
 from cogtools.errors import SHOWN_PROBLEMS
-from cogtools.render.text import emit, is_terminal, number, printable, size
+from cogtools.render.text import emit, is_terminal, notice, number, printable, size
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from cogtools.verification.result import Check, VerifyReport
 
 _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "skipped": "dim"}
@@ -16,6 +18,8 @@ _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "skipped": "di
 
 def show_verification(report: VerifyReport, *, quiet: bool = False) -> None:
     """Print the checks and the verdict; if quiet, only what is wrong."""
+    for text in () if quiet else report.notices:
+        notice(text)
     checks = [check for check in report.checks if not quiet or check.status == "fail"]
     if quiet and not checks:
         return
@@ -42,17 +46,24 @@ def _about(report: VerifyReport) -> list[str]:
 def _lines(checks: list[Check]) -> list[str]:
     width = max(len(check.name) for check in checks)
     lines = []
-    for check in checks:
+    for check, under in _with_details(checks):
         lines.append(f"{check.status:<8} {check.name:<{width}}  {check.seen}")
-        lines += [" " * 9 + text for text in problem_lines(check)]
+        lines += [" " * 9 + text for text in under]
     return lines
 
 
-def problem_lines(check: Check) -> list[str]:
-    """What is wrong, the first ones of many."""
-    lines = [str(problem) for problem in check.problems[:SHOWN_PROBLEMS]]
-    more = len(check.problems) - SHOWN_PROBLEMS
-    return [*lines, f"… and {more:,} more (--json lists all)"] if more > 0 else lines
+def _with_details(checks: list[Check]) -> Iterator[tuple[Check, list[str]]]:
+    """Every check, and the lines under it: what is wrong, the first ones of many, and what to do, each hint once."""
+    hints: set[str] = set()
+    for check in checks:
+        lines = [str(problem) for problem in check.problems[:SHOWN_PROBLEMS]]
+        more = len(check.problems) - SHOWN_PROBLEMS
+        if more > 0:
+            lines.append(f"… and {more:,} more (--json lists all)")
+        if check.hint is not None and check.hint not in hints:
+            hints.add(check.hint)
+            lines.append(f"try: {check.hint}")
+        yield check, lines
 
 
 def verdict_line(report: VerifyReport) -> str:
@@ -77,9 +88,9 @@ def _show_table(report: VerifyReport, checks: list[Check]) -> None:
     table.add_column("check", no_wrap=True)
     table.add_column("status", no_wrap=True)
     table.add_column("seen", overflow="fold")
-    for check in checks:
+    for check, under in _with_details(checks):
         seen = Text(printable(check.seen))
-        for line in problem_lines(check):
+        for line in under:
             seen.append("\n" + printable(line), style="dim")
         table.add_row(Text(check.name), Text(check.status, style=_STYLES[check.status]), seen)
     console = Console(highlight=False)

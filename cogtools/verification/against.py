@@ -8,28 +8,32 @@ double precision holds.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.errors import Problem
-from cogtools.planning import Alpha, plan_lora_export
-from cogtools.verification.checks import scalings
-from cogtools.verification.result import Check
+from cogtools.errors import Problem, command
+from cogtools.planning import plan_lora_export
+from cogtools.training_config import FILE_NAME as CONFIG_FILE_NAME
+from cogtools.verification.checks import figures
+from cogtools.verification.hints import only_load_tells
+from cogtools.verification.result import Check, folded
 from cogtools.verification.values import FLOAT_FORMATS, decode, place
-from cogtools.words import ALPHA_SOURCES, counted, fold_names
+from cogtools.words import ALPHA_SOURCES, counted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from cogtools.checkpoint.index import Checkpoint
     from cogtools.layouts.cogvideox import LoraKey
     from cogtools.planning import LoraPlan, PlannedTensor
+    from cogtools.record import ExportRecord
     from cogtools.verification.written import WrittenLora, WrittenTensor
 
 _SLACK = 1 + 2**-12
@@ -37,77 +41,93 @@ _SLACK = 1 + 2**-12
 the wider of the two. In float64 the product that is compared with is itself rounded, by less."""
 
 
-def against_checks(
-    lora: WrittenLora,
-    checkpoint: Path,
-    advance: Callable[[int], None],
-    *,
-    iteration: int | None = None,
-    ema: bool = False,
-) -> tuple[Path, list[Check]]:
-    """Hold a file against a checkpoint; also the path of the checkpoint's file.
+class Source(NamedTuple):
+    """The checkpoint that a file is held against, open, and what its LoRA should have become."""
+
+    checkpoint: Checkpoint
+    plan: LoraPlan
+
+
+@contextmanager
+def open_source(path: Path, *, iteration: int | None = None, ema: bool = False) -> Iterator[Source]:
+    """Open the checkpoint that a file is to be held against.
 
     Args:
-        lora: the file.
-        checkpoint: the checkpoint.
-        advance: told the bytes of the file that were compared, as they are.
+        path: the checkpoint.
         iteration: as `open_checkpoint` has it.
         ema: the same.
 
     Raises:
         CogtoolsError: if the checkpoint cannot be read, or has no LoRA that could have been exported.
     """
-    with open_checkpoint(checkpoint, iteration=iteration, ema=ema) as opened:
+    with open_checkpoint(path, iteration=iteration, ema=ema) as opened:
         # What the checkpoint has is what the file should have, be it the LoRA of all layers or of some.
-        plan = plan_lora_export(opened, allow_partial=True)
-        return opened.path, [
-            _check_tensors(lora, _as_exported(lora, plan), advance),
-            _check_scale(lora, plan),
-        ]
+        yield Source(opened, plan_lora_export(opened, allow_partial=True))
 
 
-def _is_folded(lora: WrittenLora) -> bool:
-    return lora.record.scale == "fold"
+def against_checks(
+    lora: WrittenLora, source: Source, found: Mapping[str, float], advance: Callable[[int], None]
+) -> list[Check]:
+    """Hold a file against a checkpoint.
+
+    Args:
+        lora: the file.
+        source: the checkpoint.
+        found: the scaling of every module of the file, as far as it is known.
+        advance: told the bytes of the file that were compared, as they are.
+    """
+    return [_check_tensors(lora, source, advance), _check_scale(lora, source.plan, found)]
 
 
-def _as_exported(lora: WrittenLora, plan: LoraPlan) -> LoraPlan:
-    """The plan with the alpha that was given to the exporter by hand, if the file's record says so."""
-    alpha = _given_alpha(lora)
-    return plan if alpha is None else replace(plan, alpha=alpha)
+def _folded_in(lora: WrittenLora, plan: LoraPlan) -> float:
+    """What the weights of the file were multiplied by, as its record says: 1 where nothing was folded in."""
+    if lora.record.scale != "fold":
+        return 1.0
+    return plan.scaling if lora.record.alpha is None else lora.record.alpha / plan.rank
 
 
-def _given_alpha(lora: WrittenLora) -> Alpha | None:
-    record = lora.record
-    return Alpha(record.alpha, "--alpha") if record.alpha is not None and record.alpha_source == "--alpha" else None
-
-
-def _check_tensors(lora: WrittenLora, plan: LoraPlan, advance: Callable[[int], None]) -> Check:
-    planned = {tensor.name: tensor for tensor in plan.tensors}
+def _check_tensors(lora: WrittenLora, source: Source, advance: Callable[[int], None]) -> Check:
+    planned = {tensor.name: tensor for tensor in source.plan.tensors}
     shared = [name for name in planned if name in lora.tensors]
-    problems = [
-        Problem("missing", text, expected="the checkpoint has it") for text in fold_names(planned.keys() - lora.tensors)
+    missing, unexpected = planned.keys() - lora.tensors.keys(), lora.tensors.keys() - planned.keys()
+    comparison = _Comparison(lora, _folded_in(lora, source.plan), advance)
+    different = [(name, problem) for name in shared if (problem := comparison.compare(name, planned[name]))]
+    problems = [*lora.problems("missing", missing), *lora.problems("unexpected", unexpected), *folded(different)]
+    if not problems:
+        return Check("against", "pass", f"{counted(len(shared), 'tensor')} equal the checkpoint's{comparison.how()}")
+    seen = [
+        *([f"{len(different)} of {counted(len(shared), 'tensor')} differ from the checkpoint's"] if different else []),
+        *([f"{len(missing)} of the checkpoint's {counted(len(planned), 'tensor')} missing"] if missing else []),
+        *([f"{counted(len(unexpected), 'tensor')} that the checkpoint does not have"] if unexpected else []),
     ]
-    problems += [
-        Problem("unexpected", text, found="the checkpoint lacks it")
-        for text in fold_names(lora.tensors.keys() - planned)
-    ]
-    comparison = _Comparison(lora, plan, advance)
-    problems += [problem for name in shared if (problem := comparison.compare(name, planned[name])) is not None]
-    if problems:
-        different = sum(problem.kind not in ("missing", "unexpected") for problem in problems)
-        seen = f"{different} of {counted(len(shared), 'tensor')} differ from the checkpoint's"
-        return Check("against", "fail", seen, tuple(problems))
-    return Check("against", "pass", f"{counted(len(shared), 'tensor')} equal the checkpoint's{comparison.how()}")
+    hint = _other_weights(lora, source) if 2 * len(different) > len(shared) else None
+    return Check("against", "fail", ", ".join(seen), tuple(problems), hint)
+
+
+def _other_weights(lora: WrittenLora, source: Source) -> str | None:
+    """Where most tensors differ, the weights of the training that the file may have been made of; None if unknown."""
+    run, made_of = source.checkpoint.run, lora.record.iteration
+    iteration = source.checkpoint.values.get("iteration")
+    if made_of is not None and isinstance(iteration, int) and made_of != iteration:
+        said = f"the file's record says iteration {made_of}, and this is iteration {iteration}"
+        if run is None or all(item.number != made_of for item in run.iterations):
+            return said
+        return f"{said}: {command('verify', lora.path, '--against', run.folder, '--iteration', made_of)}"
+    if run is None or run.twin is None:
+        return None
+    kind, option = ("plain", []) if run.chosen.ema else ("EMA", ["--ema"])
+    words = ["--against", run.folder, "--iteration", run.chosen.number, *option]
+    return f"the training has {kind} weights too: {command('verify', lora.path, *words)}"
 
 
 class _Comparison:
     """Compares tensors of a file with those of the checkpoint, bit for bit or as computed from them."""
 
-    def __init__(self, lora: WrittenLora, plan: LoraPlan, advance: Callable[[int], None]) -> None:
+    def __init__(self, lora: WrittenLora, folded_in: float, advance: Callable[[int], None]) -> None:
         self._lora = lora
-        self._plan = plan
+        self._folded_in = folded_in
         self._advance = advance
-        self._folded = _is_folded(lora)
+        self._folded = lora.record.scale == "fold"
         self._split: dict[tuple[int, str], float] = {}
         self._computed: list[float] = []
 
@@ -116,7 +136,7 @@ class _Comparison:
         if not self._computed:
             return " bit for bit"
         record = self._lora.record
-        done = [f"the scaling {self._plan.scaling:.10g} folded in"] if self._folded else []
+        done = [f"the scaling {self._folded_in:.10g} folded in"] if self._folded else []
         if record.dtype != record.source_dtype:
             done.append(f"{record.source_dtype} cast to {record.dtype}")
         error = f"the largest relative error of a tensor is {max(self._computed):.2g}"
@@ -194,7 +214,7 @@ class _Comparison:
             usable = math.isfinite(ratio) and ratio > 0
             self._split[module] = 2.0 ** round(math.log2(ratio)) if usable else 1.0
             return self._split[module]
-        return self._plan.scaling / self._split.get(module, 1.0)
+        return self._folded_in / self._split.get(module, 1.0)
 
 
 def _norm(values: NDArray[np.float64]) -> float:
@@ -212,31 +232,56 @@ def _differs(tensor: WrittenTensor, index: int, found: float, expected: float, d
     return Problem("value", tensor.key, f"{found:.9g} at {where} ({count})", f"{expected:.9g}")
 
 
-def _check_scale(lora: WrittenLora, plan: LoraPlan) -> Check:
-    """The file's scaling is the training's: alpha / rank, or 1 where that was folded in."""
-    name = "against-scale"
-    given = _given_alpha(lora)
-    exported = _as_exported(lora, plan)
-    wanted = 1.0 if _is_folded(lora) else exported.scaling
-    alpha = exported.alpha
-    source = ALPHA_SOURCES[alpha.source] + (", as the file's record says" if given is not None else "")
-    why = f"alpha {alpha.value:.10g} ({source}) / rank {plan.rank}"
-    why += ", folded in" if _is_folded(lora) else ""
-    found = scalings(lora)
-    wrong = {module: scaling for module, scaling in found.items() if not math.isclose(scaling, wanted, rel_tol=1e-9)}
-    if not found:
-        return Check(name, "fail", f"no scaling can be told; the training's is {wanted:.10g}: {why}")
-    if wrong and lora.stated.is_nothing and lora.record.scale == "none":
-        return Check(name, "warn", f"left out, as the file's record says: load it at weight {wanted:.10g}")
-    if wrong:
-        seen = f"{_several(set(wrong.values()))}, where the training's is {wanted:.10g}: {why}"
-        count = len(wrong)
-        return Check(name, "fail", seen if count == len(found) else f"{counted(count, 'module')} at {seen}")
-    if given is not None and plan.alpha.source != "default" and plan.alpha.value != given.value:
-        doubt = f"{plan.alpha.source} says alpha {plan.alpha.value:.10g}"
-        return Check(name, "warn", f"scaling {wanted:.10g}: {why}; but {doubt}")
-    return Check(name, "pass", f"scaling {wanted:.10g}: {why}")
+def _check_scale(lora: WrittenLora, plan: LoraPlan, found: Mapping[str, float]) -> Check:
+    """The file's scaling is the training's: alpha / rank, stated or folded in."""
+    name, record = "against-scale", lora.record
+    in_weights = _folded_in(lora, plan)
+    effective = {module: scaling * in_weights for module, scaling in found.items()}
+    where = f" / rank {plan.rank}" + (", folded in" if record.scale == "fold" else "")
+    why = f"alpha {plan.alpha.value:.10g} ({ALPHA_SOURCES[plan.alpha.source]}){where}"
+    if not effective and lora.stated.unevaluated:
+        seen = f"not known without --load; the training's is {plan.scaling:.10g}: {why}"
+        return Check(name, "warn", seen, hint=only_load_tells(lora))
+    if not effective:
+        return Check(name, "fail", f"no scaling is stated; the training's is {plan.scaling:.10g}: {why}")
+    wrong = [scaling for scaling in effective.values() if not math.isclose(scaling, plan.scaling, rel_tol=1e-9)]
+    if not wrong:
+        return Check(name, "pass", f"scaling {plan.scaling:.10g}: {why}")
+    seen = f"scaling {figures(wrong)}" + ("" if len(wrong) == len(found) else f" in {counted(len(wrong), 'module')}")
+    by_hand = _by_hand(record, plan.rank, wrong)
+    if lora.stated.is_nothing and record.scale == "none":
+        alpha = plan.alpha.value if plan.config is not None or record.alpha is None else record.alpha
+        return Check(name, "warn", f"left out, as the file's record says: load it at weight {alpha / plan.rank:.10g}")
+    if plan.config is None and by_hand:
+        return Check(name, "pass", f"{seen}: {by_hand}{where}")
+    if plan.config is None and not lora.stated.is_nothing:
+        return Check(name, "warn", f"{seen}; {_not_known(record)}", hint=_KEEP_THE_CONFIG)
+    if by_hand:
+        return Check(name, "warn", f"{seen}: {by_hand}{where}; but {_contradiction(plan)}")
+    return Check(name, "fail", f"{seen}, where the training's is {plan.scaling:.10g}: {why}")
 
 
-def _several(values: set[float]) -> str:
-    return "scaling " + ", ".join(f"{value:.10g}" for value in sorted(values)[:5])
+def _by_hand(record: ExportRecord, rank: int, scalings: list[float]) -> str | None:
+    """The alpha that was given to the exporter by hand, if the file's record says so and these scalings are its."""
+    if record.alpha is None or record.alpha_source != "--alpha":
+        return None
+    wanted = record.alpha / rank
+    is_it = all(math.isclose(scaling, wanted, rel_tol=1e-9) for scaling in scalings)
+    return f"alpha {record.alpha:.10g} (given by --alpha, as the file's record says)" if is_it else None
+
+
+_KEEP_THE_CONFIG = f"put {CONFIG_FILE_NAME} back where the trainer wrote it: into the save folder"
+
+
+def _not_known(record: ExportRecord) -> str:
+    unknown = f"the training's alpha is not known without a {CONFIG_FILE_NAME} beside the checkpoint"
+    if record.alpha is None:
+        return unknown
+    source = ALPHA_SOURCES.get(record.alpha_source or "", "source not stated")
+    return f"{unknown}, the file's record says {record.alpha:.10g} ({source})"
+
+
+def _contradiction(plan: LoraPlan) -> str:
+    if plan.alpha.source == "default":
+        return f"{CONFIG_FILE_NAME} sets no lora_alpha, so the training used {plan.alpha.value:.10g}, SAT's default"
+    return f"{CONFIG_FILE_NAME} says alpha {plan.alpha.value:.10g}"

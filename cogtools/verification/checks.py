@@ -1,94 +1,150 @@
-"""The checks that need a file's header only: names, shapes, ranks, dtypes, and what it states of its scale."""
+"""The checks that need a file's header only: names, shapes, ranks, dtypes, and what it states of its scale.
+
+What only PEFT can tell of a file, it tells when it loads it. The checks that depend on that take what it told:
+the scaling of every module that it adapted, {} where it was not asked or did not load the file rightly.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from cogtools.errors import Problem
+from cogtools.errors import Problem, command
 from cogtools.layouts import cogvideox, diffusers
 from cogtools.layouts.cogvideox import LoraKey
 from cogtools.layouts.naming import DIFFUSERS
+from cogtools.layouts.peft import path_ends
 from cogtools.planning import FLOATS
-from cogtools.verification.result import Check, judged
+from cogtools.verification.hints import only_load_tells
+from cogtools.verification.result import Check, folded, judged
 from cogtools.words import counted, fold_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Mapping
 
+    from cogtools.record import ExportRecord
     from cogtools.verification.expected import Expected
     from cogtools.verification.written import WrittenLora
 
 SHOWN_FIGURES = 10
 
 
-def header_checks(lora: WrittenLora, expected: Expected) -> list[Check]:
-    """All checks that need no values."""
-    return [
-        check_names(lora, expected),
-        check_complete(lora, expected),
-        check_pairs(lora),
-        check_shapes(lora, expected),
-        check_rank(lora, expected),
-        check_dtype(lora),
-        check_scale(lora),
-        check_target_modules(lora, expected),
-    ]
+def check_readable(lora: WrittenLora) -> Check:
+    """Always passes: a file that could not be opened has no checks."""
+    return Check(
+        "readable", "pass", f"{counted(len(lora.file.tensors), 'tensor')}, the safetensors library reads it too"
+    )
 
 
 def check_names(lora: WrittenLora, expected: Expected) -> Check:
-    """Every key names a tensor of the LoRA, in the words of the program that is to load it."""
-    reader = lora.naming.reader
-    problems = []
-    for odd, count in Counter(lora.misnamed.values()).items():
-        first = next(key for key, what in lora.misnamed.items() if what == odd)
-        problems.append(Problem("unexpected", first, f"{odd}, {counted(count, 'key')}", _should_be(lora, first)))
-    problems += [
-        Problem("unexpected", key, expected=f"keys such as {lora.naming.key(LoraKey(0, 'q', 'A'))}")
-        for key in lora.unknown
-    ]
+    """Every key, and the file itself, is called what the program that is to load it calls it."""
     layers = expected.transformer.layers
     beyond = [name for name in lora.tensors if name.layer >= layers]
-    problems += [Problem("unexpected", text, expected=f"layers 0-{layers - 1}") for text in fold_names(beyond)]
+    problems = [
+        *_wrong_file_name(lora),
+        *_misnamed(lora),
+        *_unknown(lora),
+        *lora.problems("unexpected", beyond, expected=f"layers 0-{layers - 1}"),
+    ]
     good = f"all are {lora.naming.name}' names" if lora.naming is DIFFUSERS else f"all are {lora.naming.name}'s names"
-    return judged("names", problems, good, _bad_names(lora, reader, len(beyond)))
+    return judged("names", problems, good, _bad_names(lora, len(beyond)), hint=_who_reads_them(lora))
 
 
-def _bad_names(lora: WrittenLora, reader: str, beyond: int) -> str:
-    kinds = sorted(set(lora.misnamed.values()))
-    if lora.misnamed and len(lora.misnamed) == len(lora.tensors):
-        return f"these are {' and '.join(kinds)}: {reader} would load none of them"
+def _wrong_file_name(lora: WrittenLora) -> list[Problem]:
+    """The file's own name, if PEFT does not find it by that; diffusers takes any."""
+    if lora.naming is DIFFUSERS or lora.path.name == lora.naming.file_name:
+        return []
+    return [Problem("unexpected", lora.path.name, expected=f"{lora.naming.file_name}: PEFT reads no other file")]
+
+
+def _misnamed(lora: WrittenLora) -> list[Problem]:
+    alike: dict[str, list[str]] = {}
+    for key, miss in lora.misnamed.items():
+        alike.setdefault(miss.what, []).append(key)
+    return [
+        Problem(
+            "unexpected",
+            keys[0],
+            f"{what}, {counted(len(keys), 'key')}",
+            lora.naming.key(lora.misnamed[keys[0]].name),
+            tuple(keys),
+        )
+        for what, keys in alike.items()
+    ]
+
+
+def _unknown(lora: WrittenLora) -> list[Problem]:
+    """Keys that mean nothing, those that differ in the layer and the module only in one line."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for key in lora.unknown:
+        beginning = key[: next((index for index, char in enumerate(key) if char.isdecimal()), len(key))]
+        alike.setdefault((beginning, key.rpartition(".")[2]), []).append(key)
+    example = f"keys such as {lora.naming.key(LoraKey(0, 'q', 'A'))}"
+    problems = []
+    for (_, end), keys in alike.items():
+        what = (
+            f"{counted(len(keys), 'tensor')} that hold{'s' if len(keys) == 1 else ''} an alpha"
+            if end == "alpha"
+            else None
+        )
+        what = what or (f"{len(keys):,} keys alike" if len(keys) > 1 else None)
+        problems.append(Problem("unexpected", keys[0], what, example, tuple(keys)))
+    return problems
+
+
+def _bad_names(lora: WrittenLora, beyond: int) -> str:
     wrong = len(lora.misnamed) + len(lora.unknown) + beyond
+    if lora.misnamed and len(lora.misnamed) == len(lora.tensors):
+        kinds = sorted({miss.what for miss in lora.misnamed.values()})
+        return f"these are {' and '.join(kinds)}: {lora.naming.reader} would load none of them"
+    if not wrong:
+        return f"the file is not called {lora.naming.file_name}"
     return f"{counted(wrong, 'key')} of {len(lora.file.tensors)} with no place in the model"
 
 
-def _should_be(lora: WrittenLora, key: str) -> str:
-    return next(lora.naming.key(name) for name, tensor in lora.tensors.items() if tensor.key == key)
+def _who_reads_them(lora: WrittenLora) -> str:
+    """What can be done with a file whose names are another program's."""
+    again = f"for {lora.naming.reader}: {command('export-lora', 'CHECKPOINT', 'OUT_DIR')}"
+    readers = {miss.reader for miss in lora.misnamed.values()}
+    if not lora.misnamed or len(lora.misnamed) < len(lora.tensors):
+        return again if lora.naming is DIFFUSERS else f"name it {lora.naming.file_name}"
+    (reader, *others) = readers
+    if reader is None or others:
+        return again
+    if reader == "cogtools export-lora":
+        return command("export-lora", lora.path, "OUT_DIR")
+    return f"load it with {reader}; {again}"
 
 
 def check_complete(lora: WrittenLora, expected: Expected) -> Check:
     """Every tensor is there that the transformer, or the file's own target_modules, asks for."""
+    name = "complete"
+    if not expected.names:
+        hint = f"{command('inspect', lora.path)} shows what the file holds"
+        return Check(name, "fail", "no LoRA tensor at all", hint=hint)
     there = len(expected.names & lora.tensors.keys())
     seen = f"{there} of {len(expected.names)} tensors of {expected.transformer.name}"
-    if not expected.names:
-        return Check("complete", "fail", "no LoRA tensor at all")
     if expected.known_by is not None:
         seen += f", as {expected.known_by} says"
     if expected.partial:
         seen += f"; target_modules states {'; '.join(fold_names(expected.names)[:3])}"
-    problems = [Problem("missing", text) for text in fold_names(expected.names - lora.tensors.keys())]
+    problems = tuple(lora.problems("missing", expected.names - lora.tensors.keys()))
+    if problems and not expected.is_certain:
+        seen += "; which of them it should have, it says by an expression"
+        return Check(name, "warn", seen, problems, only_load_tells(lora))
     if problems:
-        return Check("complete", "fail", seen, tuple(problems))
+        return Check(name, "fail", seen, problems)
     if expected.known_by is None:
-        doubt = f"nothing tells how many layers the model has: taken to be {expected.transformer.layers}"
-        return Check("complete", "warn", f"{seen}; {doubt} (--model or --layers says it)")
-    return Check("complete", "pass", seen)
+        seen += f"; nothing tells how many layers the model has: taken to be {expected.transformer.layers}"
+        return Check(name, "warn", seen, hint="say it with --model or --layers")
+    return Check(name, "pass", seen)
 
 
 def check_pairs(lora: WrittenLora) -> Check:
     """Every lora_A has its lora_B."""
     lone = [name for name in lora.tensors if _partner(name) not in lora.tensors]
-    problems = [Problem("alone", text, expected="its partner beside it") for text in fold_names(lone)]
+    problems = lora.problems("alone", lone, expected="its partner beside it")
     pairs = (len(lora.tensors) - len(lone)) // 2
     return judged("pairs", problems, counted(pairs, "pair"), f"{counted(len(lone), 'tensor')} without a partner")
 
@@ -100,46 +156,60 @@ def _partner(name: LoraKey) -> LoraKey:
 def check_shapes(lora: WrittenLora, expected: Expected) -> Check:
     """lora_A is (rank, hidden) and lora_B (hidden, rank), with the transformer's hidden size."""
     hidden = expected.transformer.hidden
-    problems = []
+    fitting = ranks(lora, expected)
+    wrong = [
+        (
+            name,
+            Problem(
+                "shape",
+                tensor.key,
+                str(tensor.entry.shape),
+                f"(rank, {hidden})" if name.factor == "A" else f"({hidden}, rank)",
+            ),
+        )
+        for name, tensor in lora.tensors.items()
+        if not 0 < fitting.get(name, 0) <= hidden
+    ]
+    good = f"(rank, {hidden}) and ({hidden}, rank)"
+    return judged("shapes", folded(wrong), good, f"{counted(len(wrong), 'tensor')} with a shape that does not fit")
+
+
+def ranks(lora: WrittenLora, expected: Expected) -> dict[LoraKey, int]:
+    """The rank of every tensor that has one: of those whose other side is the hidden size."""
+    hidden = expected.transformer.hidden
+    found = {}
     for name, tensor in lora.tensors.items():
         shape = tensor.entry.shape
-        rank = cogvideox.rank_of(name.factor, shape) if len(shape) == 2 else 0
-        if not rank or rank > hidden or shape != cogvideox.lora_shape(name.factor, rank, hidden):
-            wanted = f"(rank, {hidden})" if name.factor == "A" else f"({hidden}, rank)"
-            problems.append(Problem("shape", tensor.key, str(shape), wanted))
-    good = f"(rank, {hidden}) and ({hidden}, rank)"
-    return judged("shapes", problems, good, f"{counted(len(problems), 'tensor')} with a shape that does not fit")
+        if len(shape) == 2 and (shape[1] if name.factor == "A" else shape[0]) == hidden:
+            found[name] = cogvideox.rank_of(name.factor, shape)
+    return found
 
 
-def ranks(lora: WrittenLora) -> Iterator[tuple[LoraKey, int]]:
-    """The rank of every tensor that has one."""
-    for name, tensor in lora.tensors.items():
-        if len(tensor.entry.shape) == 2:
-            yield name, cogvideox.rank_of(name.factor, tensor.entry.shape)
-
-
-def check_rank(lora: WrittenLora, expected: Expected) -> Check:
+def check_rank(lora: WrittenLora, expected: Expected, loaded: Mapping[str, float]) -> Check:
     """One rank throughout, or for every module the one that the file states for it."""
-    found = {name: rank for name, rank in ranks(lora) if _is_whole(lora, name, expected)}
+    found = ranks(lora, expected)
     if not found:
         return Check("rank", "skipped", "no tensor of two dimensions")
-    common, _ = Counter(found.values()).most_common(1)[0]
+    common = _most_common(found.values())
     config = lora.stated.config
-    problems = []
+    seen = ", ".join(map(str, sorted(set(found.values()))[:SHOWN_FIGURES]))
+    if config is not None and config.rank_pattern is None:
+        if loaded:
+            return Check("rank", "pass", f"{seen}, as PEFT reads rank_pattern")
+        seen += "; which modules rank_pattern means, it says by an expression"
+        return Check("rank", "warn", seen, hint=only_load_tells(lora))
+    wrong = []
     for name, rank in found.items():
         wanted = config.rank_of(diffusers.module_path(name)) if config is not None else None
         if rank != (wanted or common):
             why = "as the file states" if wanted else "as most have"
-            problems.append(Problem("rank", lora.tensors[name].key, str(rank), f"{wanted or common}, {why}"))
-    seen = ", ".join(map(str, sorted(set(found.values()))[:SHOWN_FIGURES]))
+            wrong.append((name, Problem("rank", lora.key(name), str(rank), f"{wanted or common}, {why}")))
     good = f"{seen} throughout" if len(set(found.values())) == 1 else f"{seen}, as rank_pattern states"
-    return judged("rank", problems, good, f"{seen}: not what {'the file states' if config else 'one LoRA has'}")
+    return judged("rank", folded(wrong), good, f"{seen}: not what {'the file states' if config else 'one LoRA has'}")
 
 
-def _is_whole(lora: WrittenLora, name: LoraKey, expected: Expected) -> bool:
-    """Whether the side of a tensor that is not its rank has the hidden size; if not, its shape is at fault."""
-    shape = lora.tensors[name].entry.shape
-    return (shape[1] if name.factor == "A" else shape[0]) == expected.transformer.hidden
+def _most_common(values: Iterable[int]) -> int:
+    return Counter(values).most_common(1)[0][0]
 
 
 def check_dtype(lora: WrittenLora) -> Check:
@@ -148,71 +218,119 @@ def check_dtype(lora: WrittenLora) -> Check:
     if not dtypes:
         return Check("dtype", "skipped", "no tensors")
     common, _ = dtypes.most_common(1)[0]
-    problems = [
-        Problem(
-            "dtype", tensor.key, tensor.entry.dtype.name, common if common in FLOATS else "one of " + ", ".join(FLOATS)
-        )
-        for tensor in lora.tensors.values()
+    wanted = common if common in FLOATS else "one of " + ", ".join(FLOATS)
+    wrong = [
+        (name, Problem("dtype", tensor.key, tensor.entry.dtype.name, wanted))
+        for name, tensor in lora.tensors.items()
         if tensor.entry.dtype.name != common or common not in FLOATS
     ]
     bad = ", ".join(f"{name} in {counted(count, 'tensor')}" for name, count in dtypes.items())
-    return judged("dtype", problems, common, bad)
+    return judged("dtype", folded(wrong), common, bad)
 
 
 def scalings(lora: WrittenLora) -> dict[str, float]:
-    """What every module's lora_B @ lora_A is multiplied by when it is loaded, as far as that can be told."""
+    """What every module's lora_B @ lora_A is multiplied by when it is loaded, as far as the file states it."""
     found = {module: lora.stated.scaling_of(module) for module in lora.modules}
     return {module: scaling for module, scaling in found.items() if scaling is not None}
 
 
-def check_scale(lora: WrittenLora) -> Check:
+def figures(values: Iterable[float]) -> str:
+    """Some different numbers, the first ones of many."""
+    return ", ".join(f"{value:.10g}" for value in sorted(set(values))[:SHOWN_FIGURES])
+
+
+def check_scale(lora: WrittenLora, found: Mapping[str, float], loaded: Mapping[str, float]) -> Check:
     """The scale is stated, where and how the program that loads the file reads it."""
-    if lora.stated.is_nothing:
+    name = "scale"
+    stated = lora.stated
+    if stated.is_nothing:
         if lora.naming is DIFFUSERS:
-            seen = "not stated: diffusers runs it at scaling 1.0"
-            return Check("scale", "warn", seen, (Problem("missing", diffusers.ADAPTER_METADATA_KEY),))
-        return Check("scale", "fail", "there is no adapter_config.json, without which PEFT loads nothing")
-    if lora.stated.problems:
-        return Check(
-            "scale", "fail", "what the file states cannot be used", (*lora.stated.problems, *lora.stated.doubts)
-        )
-    found = scalings(lora)
-    distinct = sorted(set(found.values()))
-    seen = "scaling " + ", ".join(f"{scaling:.10g}" for scaling in distinct[:SHOWN_FIGURES]) if found else "stated"
-    config = lora.stated.config
-    if config is not None and len(distinct) == 1 and not config.rank_pattern and not config.alpha_pattern:
+            problem = Problem("missing", diffusers.ADAPTER_METADATA_KEY)
+            return Check(name, "warn", "not stated: diffusers runs it at scaling 1.0", (problem,), _weight(lora.record))
+        return Check(name, "fail", "there is no adapter_config.json, without which PEFT loads nothing")
+    if stated.problems:
+        return Check(name, "fail", "what the file states does not work", (*stated.problems, *stated.doubts))
+    seen = f"scaling {figures(found.values()) or 'unknown'}"
+    config = stated.config
+    if config is not None and len(set(found.values())) == 1 and config.rank_pattern == config.alpha_pattern == ():
         root = "sqrt(rank)" if config.rank_stabilised else "rank"
         seen += f": alpha {config.alpha:.10g} / {root} {config.rank}"
-    doubts = list(lora.stated.doubts)
-    if len(distinct) > 1:
-        common, _ = Counter(found.values()).most_common(1)[0]
-        doubts += [
-            Problem("scale", module, f"scaling {scaling:.10g}", f"{common:.10g}, as most have")
-            for module, scaling in found.items()
-            if scaling != common
-        ]
-    return judged("scale", doubts, seen, seen, status="warn")
+    idle = [] if config is None else config.idle_patterns(lora.modules)
+    doubts = [
+        *stated.doubts,
+        *(Problem("unexpected", key, f"in {field}", "a module of the file") for field, key in idle),
+    ]
+    if stated.unevaluated and not loaded:
+        return Check(name, "warn", seen, (*doubts, *stated.unevaluated), only_load_tells(lora))
+    return judged(name, doubts, seen, seen, status="warn")
 
 
-def check_target_modules(lora: WrittenLora, expected: Expected) -> Check:
-    """target_modules names the modules that the file has, and none that the model has not."""
+def _weight(record: ExportRecord) -> str | None:
+    """How to load a file whose scale was left out on purpose."""
+    if record.scale != "none" or record.alpha is None or record.rank is None:
+        return None
+    return f"load it at weight {record.alpha / record.rank:.10g}, as it was exported with --scale none"
+
+
+def check_target_modules(lora: WrittenLora, expected: Expected, loaded: Mapping[str, float]) -> Check:
+    """target_modules names the modules that the file has, and none that the model does not have."""
     name = "target_modules"
-    if lora.stated.config is None:
+    config, stated = lora.stated.config, lora.stated.targets
+    if config is None:
         return Check(name, "skipped", "not stated")
-    targets = lora.stated.config.targets
-    if targets is None and isinstance(lora.stated.targets, str):
-        doubt = Problem("unreadable", name, lora.stated.targets[:80], "a list")
-        return Check(name, "warn", "one pattern for all modules: what it means, only --load tells", (doubt,))
-    if targets is None:
-        found = None if lora.stated.targets is None else type(lora.stated.targets).__name__
+    if config.targets is None and not isinstance(stated, str):
+        found = None if stated is None else type(stated).__name__
         problem = Problem("missing" if found is None else "wrong", name, found, "a list of the adapted modules")
         return Check(name, "fail", f"{name} is missing" if found is None else f"{name} is no list", (problem,))
-    all_modules = {diffusers.module_path(key) for key in cogvideox.lora_keys(range(expected.transformer.layers))}
-    missing = [module for module, layer in lora.modules.items() if not lora.stated.config.is_targeted(module, layer)]
-    ends = {".".join(path.split(".")[first:]) for path in all_modules for first in range(path.count(".") + 1)}
-    nowhere = sorted(targets - ends)
+    if config.has_expression:
+        if loaded:
+            return Check(name, "pass", f"an expression, which PEFT takes for {counted(len(loaded), 'module')}")
+        seen = "an expression: which modules it means, only --load tells"
+        return Check(name, "warn", seen, hint=only_load_tells(lora))
+    targets = config.targets or frozenset()
+    missing = [module for module, layer in lora.modules.items() if not config.is_targeted(module, layer)]
+    ends: set[str] = set()
+    for key in cogvideox.lora_keys(range(expected.transformer.layers)):
+        ends |= path_ends(diffusers.module_path(key))
+    idle = [Problem("unexpected", target, expected="a module of the model") for target in sorted(targets - ends)]
     problems = [Problem("missing", module, expected=f"{name} to name it, as the file has it") for module in missing]
-    problems += [Problem("unexpected", target, expected="a module of the model") for target in nowhere]
-    good = "full paths" if all(map(diffusers.parse_module, targets)) else "ends of paths"
-    bad = f"{counted(len(missing), 'module')} not named, {len(nowhere)} named that the model has not"
-    return judged(name, problems, f"{counted(len(targets), 'name')}, {good}", bad)
+    if problems:
+        seen = f"{counted(len(missing), 'module')} of the file not named"
+        return Check(name, "fail", seen, (*problems, *idle))
+    kind = "full paths" if all(map(diffusers.parse_module, targets)) else "ends of paths"
+    good = f"{counted(len(targets), 'name')}, {kind}"
+    return judged(name, idle, good, f"{good}; {len(idle)} of them not of the model, and ignored", status="warn")
+
+
+def check_record(lora: WrittenLora, expected: Expected, found: Mapping[str, float]) -> Check:
+    """What the exporter recorded of the file is what the file is: nobody has changed one without the other."""
+    name, record = "record", lora.record
+    facts: list[str] = []
+    problems: list[Problem] = []
+    scaling = recorded_scaling(record)
+    if scaling is not None and not (record.scale == "none" and lora.stated.is_nothing):
+        facts.append(f"alpha {record.alpha:.10g} (scale: {record.scale})")
+        wrong = [value for value in found.values() if not math.isclose(value, scaling, rel_tol=1e-9)]
+        if wrong:
+            where = f"scaling {figures(wrong)} in {counted(len(wrong), 'module')}"
+            problems.append(Problem("scale", "the stated scale", where, f"scaling {scaling:.10g}"))
+    rank_found, dtypes = ranks(lora, expected), [tensor.entry.dtype.name for tensor in lora.tensors.values()]
+    if record.rank is not None and rank_found:
+        facts.append(f"rank {record.rank}")
+        if (most := _most_common(rank_found.values())) != record.rank:
+            problems.append(Problem("rank", "the rank", str(most), str(record.rank)))
+    if record.dtype is not None and dtypes:
+        facts.append(record.dtype)
+        if (common := Counter(dtypes).most_common(1)[0][0]) != record.dtype:
+            problems.append(Problem("dtype", "the dtype", common, record.dtype))
+    if not facts:
+        return Check(name, "skipped", "cogtools did not write this file, or says nothing of how")
+    seen = ", ".join(facts)
+    return judged(name, problems, f"{seen}, as the exporter wrote it", f"it says {seen}: the file was changed since")
+
+
+def recorded_scaling(record: ExportRecord) -> float | None:
+    """The scaling that a file should state by its record; None if that does not say."""
+    if record.alpha is None or record.rank is None or record.scale not in ("metadata", "fold", "none"):
+        return None
+    return 1.0 if record.scale == "fold" else record.alpha / record.rank

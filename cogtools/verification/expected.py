@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cogtools.errors import OptionError
@@ -10,6 +10,8 @@ from cogtools.layouts import cogvideox, diffusers
 from cogtools.layouts.cogvideox import MAX_LAYERS, MODELS, LoraKey, Transformer, recognise
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from cogtools.verification.written import WrittenLora
 
 
@@ -22,12 +24,21 @@ class Expected:
         known_by: what tells the number of layers; None if nothing does, and the file's own are taken.
         names: the tensors that it should have.
         partial: whether these are not all that a LoRA of that transformer could have.
+        is_certain: false where the file says by a regular expression which of these it should have.
     """
 
     transformer: Transformer
     known_by: str | None
     names: frozenset[LoraKey]
     partial: bool
+    is_certain: bool = True
+
+    def as_loaded(self, modules: Iterable[str]) -> Expected:
+        """The same, where PEFT has told which modules the file's expression means."""
+        meant = {module for path in modules if (module := diffusers.parse_module(path)) is not None}
+        every = cogvideox.lora_keys(range(self.transformer.layers))
+        names = frozenset(name for name in every if (name.layer, name.projection) in meant)
+        return replace(self, names=names, partial=len(names) < len(every), is_certain=True)
 
 
 def expect(lora: WrittenLora, *, model: str | None, layers: int | None) -> Expected:
@@ -39,7 +50,9 @@ def expect(lora: WrittenLora, *, model: str | None, layers: int | None) -> Expec
     transformer, known_by = _transformer(lora, model, layers)
     every = cogvideox.lora_keys(range(transformer.layers))
     meant = lora.stated.targeted(every)
-    return Expected(transformer, known_by, frozenset(meant), len(meant) < len(every))
+    config = lora.stated.config
+    is_certain = config is None or not config.has_expression
+    return Expected(transformer, known_by, frozenset(meant), len(meant) < len(every), is_certain)
 
 
 def _transformer(lora: WrittenLora, model: str | None, layers: int | None) -> tuple[Transformer, str | None]:

@@ -12,22 +12,24 @@ import logging
 import math
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from cogtools.errors import Problem
+from cogtools.layouts.cogvideox import MODELS
 from cogtools.layouts.diffusers import module_path
 from cogtools.layouts.naming import DIFFUSERS
-from cogtools.verification.checks import scalings
+from cogtools.verification.checks import figures, scalings
 from cogtools.verification.result import Check
 from cogtools.words import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from cogtools.layouts.cogvideox import Transformer
+    from cogtools.layouts.cogvideox import Model, Transformer
     from cogtools.verification.expected import Expected
+    from cogtools.verification.result import Status
     from cogtools.verification.written import WrittenLora
 
 LIBRARIES = ("diffusers", "peft", "transformers", "huggingface_hub", "accelerate")
@@ -55,8 +57,22 @@ Source: diffusers, scripts/convert_cogvideox_to_diffusers.py.
 """
 
 
-def check_load(lora: WrittenLora, expected: Expected) -> tuple[Check, dict[str, str]]:
-    """Load a file, and compare what the model then holds with it; also the versions of the libraries.
+class Loaded(NamedTuple):
+    """What came of loading a file.
+
+    Attributes:
+        check: the check.
+        libraries: the versions of the libraries.
+        modules: the scaling of every module that was adapted; {} unless the file was loaded rightly.
+    """
+
+    check: Check
+    libraries: dict[str, str]
+    modules: dict[str, float]
+
+
+def load_lora(lora: WrittenLora, expected: Expected) -> Loaded:
+    """Load a file, and compare what the model then holds with it.
 
     Every parameter of every adapter must be one of the file's tensors, with its dtype, shape and bytes, and every
     tensor of the file such a parameter; every module that should be adapted is, at the scaling that the file states.
@@ -71,25 +87,49 @@ def check_load(lora: WrittenLora, expected: Expected) -> tuple[Check, dict[str, 
 
     libraries = {"diffusers": diffusers.__version__, "peft": peft.__version__}
     names = " and ".join(f"{name} {version}" for name, version in libraries.items())
+
+    def found(status: Status, seen: str, problems: Sequence[Problem] = ()) -> Loaded:
+        modules = {} if status == "fail" else {module: scaling for module, (_, scaling) in adapters.items()}
+        return Loaded(Check("load", status, seen, tuple(problems)), libraries, modules)
+
+    adapters: dict[str, tuple[bool, float]] = {}
     reason = _cannot(lora, expected)
     if reason is not None:
-        return Check("load", "fail", reason), libraries
+        return found("fail", reason)
     with _everything_said() as said:
         try:
             transformer = weightless_transformer(expected.transformer, _dtype(lora))
             loaded = _load(lora, transformer)
         except Exception as error:  # noqa: BLE001 - whatever they raise is what a user of the file would see
             text = f"{type(error).__name__}: {_one_line(str(error))}"
-            return Check("load", "fail", f"{names} do not load it", (Problem("error", text),)), libraries
-    problems = [Problem("said", f"{library}: {_one_line(text)}") for library, text in said]
+            return found("fail", f"{names} do not load it", [Problem("error", text)])
     adapters, held = _adapters(lora, loaded)
-    problems += _wrong_modules(lora, expected, adapters)
-    problems += _wrong_tensors(lora, held)
-    if problems:
-        return Check("load", "fail", f"{names}: not loaded as the file says", tuple(problems)), libraries
-    scaling = ", ".join(f"{value:.10g}" for value in sorted({scaling for _, scaling in adapters.values()})[:5])
-    what = f"{counted(len(adapters), 'module')} took {counted(len(held), 'tensor')} at scaling {scaling}"
-    return Check("load", "pass", f"{names}: {what}, without a warning"), libraries
+    problems = [*_wrong_modules(lora, expected, adapters), *_wrong_tensors(lora, held)]
+    heard = [Problem("said", f"{library}: {_one_line(text)}") for library, text in said]
+    if problems or not all(text.startswith(_HARMLESS) for _, text in said):
+        return found("fail", f"{names}: not loaded as the file says", [*heard, *problems])
+    modules = f"{counted(len(adapters), 'module')} of {_which(expected.transformer)}"
+    scaling = figures(scaling for _, scaling in adapters.values())
+    what = f"{names}: {modules} took {counted(len(held), 'tensor')} at scaling {scaling}"
+    return found("warn" if heard else "pass", what + (", with a warning" if heard else ", without a warning"), heard)
+
+
+_HARMLESS = ("You have passed exclude_modules=",)
+"""How warnings begin that say nothing bad of a file: PEFT misses modules to exclude, as diffusers has told it which
+modules the file has."""
+
+
+def _configured_as(transformer: Transformer) -> Model:
+    """The model whose configuration the transformer is given: the first of those that it may be, or the smallest."""
+    return transformer.models[0] if transformer.models else MODELS[0]
+
+
+def _which(transformer: Transformer) -> str:
+    """The transformer that a file was loaded into."""
+    name = _configured_as(transformer).name
+    if not transformer.models:
+        return f"a {name} with {counted(transformer.layers, 'layer')} of hidden size {transformer.hidden}"
+    return name if len(transformer.models) == 1 else f"{name} (all of the 5B family have the same ones)"
 
 
 def _cannot(lora: WrittenLora, expected: Expected) -> str | None:
@@ -116,10 +156,11 @@ def weightless_transformer(transformer: Transformer, dtype: torch.dtype) -> Any:
     """A CogVideoXTransformer3DModel of real shapes whose base parameters all view one zero."""
     from diffusers import CogVideoXTransformer3DModel
 
-    slug = transformer.models[0].slug if transformer.models else "2b"
     with torch.device("meta"):
         model = CogVideoXTransformer3DModel(
-            num_layers=transformer.layers, num_attention_heads=transformer.hidden // HEAD_SIZE, **CONFIGS[slug]
+            num_layers=transformer.layers,
+            num_attention_heads=transformer.hidden // HEAD_SIZE,
+            **CONFIGS[_configured_as(transformer).slug],
         )
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -184,9 +225,11 @@ def _adapters(lora: WrittenLora, model: Any) -> tuple[dict[str, tuple[bool, floa
 
 def _wrong_modules(lora: WrittenLora, expected: Expected, adapters: dict[str, tuple[bool, float]]) -> list[Problem]:
     """Modules without a working adapter, or with another scaling than the file states."""
+    # Where the file says by an expression which modules it means, they are those that it has.
+    names = expected.names if expected.is_certain else lora.tensors
     problems = [
         Problem("module", module, "no adapter", "an adapter")
-        for module in sorted({module_path(name) for name in expected.names} - adapters.keys())
+        for module in sorted({module_path(name) for name in names} - adapters.keys())
     ]
     wanted = scalings(lora)
     for module, (works, scaling) in adapters.items():

@@ -6,7 +6,7 @@ Floating-point numbers are told to be finite by their bits: infinities and NaNs 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from cogtools.checkpoint.dtypes import DTYPES
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.errors import Problem
 from cogtools.verification.result import Check, judged
-from cogtools.words import counted, fold_names
+from cogtools.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,7 +100,7 @@ def value_checks(lora: WrittenLora, advance: Callable[[int], None]) -> list[Chec
     if not count:
         return [Check(name, "skipped", "no values") for name in ("finite", "untrained", "constant")]
     trained = sum(name.factor == "B" for name in lora.tensors)
-    untrained = [Problem("zero", text) for text in fold_names(scan.zero)]
+    untrained = lora.problems("zero", scan.zero)
     everything = "every lora_B is zero: this LoRA does nothing, as before training"
     some = f"{len(scan.zero)} of {trained} lora_B are zero: their modules do nothing"
     return [
@@ -131,7 +131,7 @@ def _scan(scan: _Scan, name: LoraKey, key: str, entry: TensorEntry, advance: Cal
             bad += len(wrong)
         if name.factor == "A" and is_constant:
             first_value = bits[0] if first_value is None else first_value
-            is_constant = bool((bits[:64] == first_value).all() and (bits == first_value).all())
+            is_constant = _are_all(first_value, bits[:64], sign) and _are_all(first_value, bits, sign)
         if name.factor == "B" and is_zero:
             is_zero = not (bits & (sign - 1)).any()
         position += len(bits)
@@ -143,3 +143,8 @@ def _scan(scan: _Scan, name: LoraKey, key: str, entry: TensorEntry, advance: Cal
     if name.factor == "A" and is_constant and first_value is not None:
         value = decode(first_value.tobytes(), entry.dtype.name)[0]
         scan.constant.append(Problem("constant", key, f"{value:.6g} throughout"))
+
+
+def _are_all(value: np.generic, bits: NDArray[Any], sign: int) -> bool:
+    """Whether all numbers of some bits are one value; 0 and -0 are."""
+    return bool((bits == value).all()) or not ((bits | value) & (sign - 1)).any()

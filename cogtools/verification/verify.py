@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogtools.errors import OptionError
-from cogtools.verification.checks import header_checks, ranks, scalings
+from cogtools.notices import choice_notices
+from cogtools.verification.checks import (
+    check_complete,
+    check_dtype,
+    check_names,
+    check_pairs,
+    check_rank,
+    check_readable,
+    check_record,
+    check_scale,
+    check_shapes,
+    check_target_modules,
+    ranks,
+    scalings,
+)
 from cogtools.verification.expected import expect
+from cogtools.verification.hints import with_hint
 from cogtools.verification.result import Check, VerifyReport, verdict_of
 from cogtools.verification.written import open_written
-from cogtools.words import counted
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+    from cogtools.verification.against import Source
+    from cogtools.verification.expected import Expected
+    from cogtools.verification.load import Loaded
+    from cogtools.verification.written import WrittenLora
 
 
 def verify_lora(
@@ -29,6 +49,7 @@ def verify_lora(
     layers: int | None = None,
     strict: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> VerifyReport:
     """Check that a LoRA file is complete, consistent, and states its scale; that it is its checkpoint's; that it loads.
 
@@ -42,6 +63,7 @@ def verify_lora(
         layers: the same for a model that is none of the published ones: how many layers it has.
         strict: take warnings for failures.
         progress: called with the bytes looked at so far and the bytes in all.
+        say: called with what goes on where that cannot be counted in bytes.
 
     Raises:
         CogtoolsError: if a file is missing or cannot be read. What is wrong with one that can is in the report.
@@ -51,30 +73,30 @@ def verify_lora(
             "--iteration and --ema say which weights of a checkpoint are meant, and there is none",
             hint="give the checkpoint with --against",
         )
-    with open_written(Path(out)) as lora:
+    with ExitStack() as opened:
+        lora = opened.enter_context(open_written(Path(out)))
         expected = expect(lora, model=model, layers=layers)
-        tensors = counted(len(lora.file.tensors), "tensor")
-        checks = [Check("readable", "pass", f"{tensors}, the safetensors library reads it too")]
-        checks += header_checks(lora, expected)
-        meter = _Meter(
-            progress, sum(tensor.entry.size_bytes for tensor in lora.tensors.values()) * (2 if against else 1)
-        )
-        from cogtools.verification.values import value_checks
-
-        # The values are looked at before the scale: a reader goes from what the file holds to what it states.
-        checks[7:7] = value_checks(lora, meter.advance)
-        compared: Path | None = None
+        source: Source | None = None
         if against is not None:
+            from cogtools.verification.against import open_source
+
+            # Before the long work: that a checkpoint is missing is told at once.
+            source = opened.enter_context(open_source(Path(against), iteration=iteration, ema=ema))
+        loaded = _load(lora, expected, say) if load else None
+        told = loaded.modules if loaded is not None else {}
+        if told and not expected.is_certain:
+            expected = expected.as_loaded(told)
+        found = scalings(lora) or told
+        meter = _Meter(progress, _bytes_to_look_at(lora) * (1 if source is None else 2))
+        checks = _checks(lora, expected, found, told, meter)
+        if source is not None:
             from cogtools.verification.against import against_checks
 
-            compared, more = against_checks(lora, Path(against), meter.advance, iteration=iteration, ema=ema)
-            checks += more
-        libraries: dict[str, str] = {}
-        if load:
-            from cogtools.verification.load import check_load
-
-            check, libraries = check_load(lora, expected)
-            checks.append(check)
+            checks += against_checks(lora, source, found, meter.advance)
+        if loaded is not None:
+            checks.append(loaded.check)
+        words = _as_words(against, iteration, ema=ema)
+        checks = [with_hint(check, lora, words) for check in checks]
         if strict:
             checks = [replace(check, status="fail") if check.status == "warn" else check for check in checks]
         return VerifyReport(
@@ -83,16 +105,65 @@ def verify_lora(
             model=expected.transformer.name,
             layers=lora.layers,
             tensors=len(lora.file.tensors),
-            rank=tuple(sorted({rank for _, rank in ranks(lora)})),
+            rank=tuple(sorted(set(ranks(lora, expected).values()))),
             dtype=tuple(sorted({tensor.entry.dtype.name for tensor in lora.tensors.values()})),
-            scaling=tuple(sorted(set(scalings(lora).values()))),
+            scaling=tuple(sorted(set(found.values()))),
             size_bytes=lora.file.size_bytes,
-            against=compared,
-            libraries=libraries,
+            against=None if source is None else source.checkpoint.path,
+            libraries={} if loaded is None else loaded.libraries,
             strict=strict,
             checks=tuple(checks),
+            notices=() if source is None else tuple(choice_notices(source.checkpoint)),
             verdict=verdict_of(checks),
         )
+
+
+def _load(lora: WrittenLora, expected: Expected, say: Callable[[str], None] | None) -> Loaded:
+    if say is not None:
+        say("loading it with diffusers and PEFT")
+    from cogtools.verification.load import load_lora
+
+    return load_lora(lora, expected)
+
+
+def _checks(
+    lora: WrittenLora, expected: Expected, found: Mapping[str, float], told: Mapping[str, float], meter: _Meter
+) -> list[Check]:
+    """What the file itself shows, from what it holds to what it states.
+
+    Args:
+        lora: the file.
+        expected: what it should hold.
+        found: the scaling of every module.
+        told: the same, of those that PEFT adapted when it loaded the file; {} if it did not.
+        meter: told what was read.
+    """
+    from cogtools.verification.values import value_checks
+
+    return [
+        check_readable(lora),
+        check_names(lora, expected),
+        check_complete(lora, expected),
+        check_pairs(lora),
+        check_shapes(lora, expected),
+        check_rank(lora, expected, told),
+        check_dtype(lora),
+        *value_checks(lora, meter.advance),
+        check_scale(lora, found, told),
+        check_target_modules(lora, expected, told),
+        check_record(lora, expected, found),
+    ]
+
+
+def _bytes_to_look_at(lora: WrittenLora) -> int:
+    return sum(tensor.entry.size_bytes for tensor in lora.tensors.values())
+
+
+def _as_words(against: str | os.PathLike[str] | None, iteration: int | None, *, ema: bool) -> list[object]:
+    """The checkpoint as words of a command."""
+    if against is None:
+        return ["CHECKPOINT"]
+    return [against, *(["--iteration", iteration] if iteration is not None else []), *(["--ema"] if ema else [])]
 
 
 class _Meter:

@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Self
 from cogtools.checkpoint import safetensors
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.storage import is_file, is_folder
-from cogtools.errors import CheckpointError
-from cogtools.layouts import diffusers, peft
-from cogtools.layouts.naming import DIFFUSERS, PEFT, Naming, near_miss
+from cogtools.errors import CheckpointError, Problem, command
+from cogtools.layouts import diffusers, peft, sat
+from cogtools.layouts.naming import DIFFUSERS, PEFT, Naming, NearMiss, near_miss
 from cogtools.record import ExportRecord, read_record
 from cogtools.stated import Stated, read_stated
+from cogtools.words import folded_names
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from cogtools.checkpoint.index import Checkpoint
     from cogtools.checkpoint.storage import TensorEntry
+    from cogtools.errors import ProblemKind
     from cogtools.layouts.cogvideox import LoraKey
 
 
@@ -40,7 +42,7 @@ class WrittenLora:
         file: the index of the file.
         naming: how its tensors should be named.
         tensors: those whose meaning is known, also where the name is not quite right.
-        misnamed: what is wrong with the name, by key, for those of them.
+        misnamed: what its name is instead, by key, for those of them.
         unknown: the keys that mean nothing.
         stated: what the file states of its scale and its modules.
         record: what the exporter says of how the file was made.
@@ -49,7 +51,7 @@ class WrittenLora:
     file: Checkpoint
     naming: Naming
     tensors: Mapping[LoraKey, WrittenTensor]
-    misnamed: Mapping[str, str]
+    misnamed: Mapping[str, NearMiss]
     unknown: tuple[str, ...]
     stated: Stated
     record: ExportRecord
@@ -68,6 +70,19 @@ class WrittenLora:
     def modules(self) -> dict[str, int]:
         """The modules that it has tensors of: their paths in the transformer, and their layers."""
         return {diffusers.module_path(name): name.layer for name in sorted(self.tensors)}
+
+    def key(self, name: LoraKey) -> str:
+        """The key of a tensor: the one that it has, or should have."""
+        return self.tensors[name].key if name in self.tensors else self.naming.key(name)
+
+    def problems(
+        self, kind: ProblemKind, names: Iterable[LoraKey], found: str | None = None, expected: str | None = None
+    ) -> list[Problem]:
+        """A problem that several tensors have alike, folded."""
+        return [
+            Problem(kind, text, found, expected, tuple(map(self.key, alike)))
+            for text, alike in folded_names(names).items()
+        ]
 
     def most_common_hidden(self) -> int | None:
         """The hidden size that most tensors have: columns of lora_A, rows of lora_B."""
@@ -120,7 +135,7 @@ def find_lora_file(out: Path) -> Path:
             "this is a folder of LoRAs: they are verified one by one",
             file=out,
             found=", ".join(inside[:5]) + (" …" if len(inside) > 5 else ""),
-            hint=f"cogtools verify {out / inside[0]}",
+            hint=command("verify", out / inside[0]),
         )
     raise CheckpointError(
         "there are several safetensors files in this folder" if found else "there is no LoRA file in this folder",
@@ -133,30 +148,49 @@ def find_lora_file(out: Path) -> Path:
 
 def _read(file: Checkpoint) -> WrittenLora:
     if file.format != safetensors.FORMAT:
-        raise CheckpointError(
-            "this is a checkpoint, not an exported LoRA",
-            file=file.path,
-            found=file.format,
-            expected="a safetensors file",
-            hint=f"cogtools export-lora {file.path} OUT_DIR, then cogtools verify OUT_DIR",
-        )
+        raise _no_safetensors(file)
     _refuse_what_upstream_refuses(file.path)
-    is_peft = file.path.name == peft.FILE_NAME or is_file(file.path.parent / peft.CONFIG_NAME)
-    naming = PEFT if is_peft and file.path.name != diffusers.FILE_NAME else DIFFUSERS
+    naming = _naming(file)
     tensors = {name: WrittenTensor(key, entry) for key, entry in file.tensors.items() if (name := naming.parse(key))}
-    misnamed: dict[str, str] = {}
+    misnamed: dict[str, NearMiss] = {}
     unknown: list[str] = []
     for key, entry in file.tensors.items():
         if naming.parse(key) is not None:
             continue
         meant = near_miss(key)
-        if meant is None or meant[0] in tensors:
+        if meant is None or meant.name in tensors:
             unknown.append(key)
         else:
-            name, misnamed[key] = meant
-            tensors[name] = WrittenTensor(key, entry)
+            misnamed[key] = meant
+            tensors[meant.name] = WrittenTensor(key, entry)
     stated = read_stated(file, naming)
     return WrittenLora(file, naming, tensors, misnamed, tuple(unknown), stated, read_record(file.metadata))
+
+
+def _naming(file: Checkpoint) -> Naming:
+    """Whose names the tensors should have: told by the file's name, else by what lies beside it and its own keys."""
+    for naming in (DIFFUSERS, PEFT):
+        if file.path.name == naming.file_name:
+            return naming
+    beside = is_file(file.path.parent / peft.CONFIG_NAME)
+    return PEFT if beside and not any(map(DIFFUSERS.parse, file.tensors)) else DIFFUSERS
+
+
+def _no_safetensors(file: Checkpoint) -> CheckpointError:
+    """The error for a file of another format: what it holds, and what to do with that."""
+    what, expected = "this is a checkpoint, not an exported LoRA", "a safetensors file"
+    found = [miss for key in file.tensors if (miss := near_miss(key)) is not None]
+    hint = command("inspect", file.path) + " shows what it holds"
+    if any(sat.parse_lora_key(key) for key in file.tensors):
+        hint = f"{command('export-lora', file.path, 'OUT_DIR')}, then {command('verify', 'OUT_DIR')}"
+    elif found:
+        what = f"this is a LoRA with {found[0].what} that torch.save wrote"
+        expected = "a safetensors file: to load this one, diffusers would unpickle it, which can run code"
+        hint = (
+            "save it as safetensors: safetensors.torch.save_file(torch.load("
+            f"{str(file.path)!r}, weights_only=True), {str(file.path.with_name(diffusers.FILE_NAME))!r})"
+        )
+    return CheckpointError(what, file=file.path, found=file.format, expected=expected, hint=hint)
 
 
 def _refuse_what_upstream_refuses(path: Path) -> None:

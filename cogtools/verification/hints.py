@@ -1,0 +1,65 @@
+"""What to do about a check that did not pass, where the check itself does not say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from cogtools.errors import command
+from cogtools.layouts.naming import DIFFUSERS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cogtools.verification.result import Check
+    from cogtools.verification.written import WrittenLora
+
+_MADE_AGAIN = frozenset(
+    {
+        "complete", "pairs", "shapes", "rank", "dtype", "constant", "scale", "target_modules", "record", "against",
+        "against-scale",
+    }
+)  # fmt: skip
+"""The checks that an export of the right checkpoint passes."""
+
+_OTHERS = {
+    "finite": "if the checkpoint has them too (--against tells), the training diverged: take an earlier iteration",
+    "untrained": "take a later iteration of the training",
+}
+
+_CASTS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def with_hint(check: Check, lora: WrittenLora, source: Sequence[object]) -> Check:
+    """The check, with a hint if there is something to do about it.
+
+    Args:
+        check: the check.
+        lora: the file.
+        source: the checkpoint that it was made of, as words of a command.
+    """
+    if check.status not in ("warn", "fail") or check.hint is not None:
+        return check
+    hint = _export_again(lora, source) if check.name in _MADE_AGAIN else _OTHERS.get(check.name)
+    return replace(check, hint=hint)
+
+
+def _export_again(lora: WrittenLora, source: Sequence[object]) -> str:
+    """How to make the file again, in the way that its record says it was made."""
+    if lora.naming is not DIFFUSERS:
+        return "save it again with PEFT's save_pretrained"
+    record = lora.record
+    options: list[object] = []
+    if record.alpha is not None and record.alpha_source == "--alpha":
+        options += ["--alpha", f"{record.alpha:.10g}"]
+    if record.scale == "fold":
+        options += ["--scale", "fold"]
+    if record.dtype in _CASTS and record.dtype != record.source_dtype:
+        options += ["--dtype", _CASTS[record.dtype]]
+    out = lora.path if lora.path.suffix == ".safetensors" else lora.path.parent
+    return command("export-lora", *source, out, *options, "--overwrite")
+
+
+def only_load_tells(lora: WrittenLora) -> str:
+    """How to find out what only PEFT can tell."""
+    return command("verify", lora.path, "--load")
