@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from cogtools.checkpoint.dtypes import DTYPES
 from cogtools.layouts.cogvideox import MAX_LAYERS
 from cogtools.numbers import is_positive
 
@@ -64,6 +65,10 @@ def read_record(metadata: Mapping[str, str]) -> ExportRecord:
         value = content.get(name)
         return value if isinstance(value, str) else None
 
+    def dtype(name: str) -> str | None:
+        value = text(name)
+        return value if value in DTYPES else None
+
     def count(name: str, most: int = 2**31) -> int | None:
         value = content.get(name)
         return value if type(value) is int and 0 < value <= most else None
@@ -80,8 +85,8 @@ def read_record(metadata: Mapping[str, str]) -> ExportRecord:
         alpha=alpha if is_positive(alpha) else None,
         alpha_source=text("alpha_source"),
         scale=text("scale"),
-        source_dtype=text("source_dtype"),
-        dtype=text("dtype"),
+        source_dtype=dtype("source_dtype"),
+        dtype=dtype("dtype"),
     )
 
 

@@ -74,7 +74,7 @@ class Stated:
         return [name for name in names if config and config.is_targeted(module_path(name), name.layer)] or names
 
     def scaling_of(self, module: str) -> float | None:
-        """What a module's lora_B @ lora_A is multiplied by when the file is loaded; None if that cannot be told."""
+        """What a module's lora_B @ lora_A is multiplied by when the file is loaded; None if that is not known."""
         return self.unstated_scaling if self.config is None else self.config.scaling_of(module)
 
 

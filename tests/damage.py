@@ -572,7 +572,7 @@ def doubtful(name: str, description: str, check: Check, diffusers: Outcome, *edi
 
 
 def needless(name: str, description: str, check: Check, diffusers: Outcome, *edits: Edit, load: Verdict) -> Damage:
-    """A file that is what the checkpoint holds, and states something that means nothing or that only PEFT can tell."""
+    """A file that is what the checkpoint holds, and states something that means nothing, or that is not evaluated."""
     return Damage(name, description, check, diffusers, by_file(*edits), "warn", "warn", load)
 
 
@@ -747,8 +747,6 @@ DAMAGES = (
           state(alpha_pattern=None)),
     needless("alpha-pattern-idle", "an alpha for a module that there is not", "scale", warns("peft"),
              state(alpha_pattern={"to_x": 4}), load="fail"),
-    needless("alpha-pattern-expression", "an alpha for what an expression means", "scale", QUIET,
-             state(alpha_pattern={r".*\.to_q": 1}), load="pass"),
     wrong("r-absent", "no `r`", "scale", raises("RuntimeError"), unstate("r")),
     Damage("rank-pattern-absent", "no `rank_pattern` (diffusers 0.34 to 0.38: `KeyError`)", "scale", QUIET,
            by_file(unstate("rank_pattern")), plain="warn", against="warn", load="warn"),
@@ -756,8 +754,6 @@ DAMAGES = (
           state(rank_pattern=None)),
     wrong("rank-pattern-float", "a rank that is no whole number", "scale", raises("TypeError"),
           state(rank_pattern={"to_q": 4.0})),
-    needless("rank-pattern-expression", "a rank for what an expression means", "rank", QUIET,
-             state(rank_pattern={r".*\.to_q": 4}), load="pass"),
     wrong("dora", "`use_dora`", "scale", NOTHING_FILLED, state(use_dora=True)),
     unloadable("pissa", "`init_lora_weights` that needs the base weights", raises("RuntimeError"),
                state(init_lora_weights="pissa")),
@@ -772,14 +768,22 @@ DAMAGES = (
              lambda file: state(target_modules=modules([*file.layers, 99]))(file), load="warn"),
     needless("targets-idle", "`target_modules` with an end that no module has", "target_modules", QUIET,
              state(target_modules=[*PROJECTIONS, "add_k_proj"]), load="warn"),
-    needless("targets-expression", "`target_modules` an expression", "target_modules", QUIET,
-             state(target_modules=ALL_BY_EXPRESSION), load="pass"),
     Damage("half-expression", "every other layer missing, `target_modules` an expression for all", "complete",
            warns("peft", taken=8), by_file(HALF, state(target_modules=ALL_BY_EXPRESSION)), "warn", "fail", "fail"),
     wrong("targets-of-sat", "`target_modules` with SAT's names", "target_modules", warns("peft"),
           state(target_modules=["query_key_value", "dense"])),
     wrong("targets-absent", "no `target_modules`", "target_modules", raises("KeyError"),
           unstate("target_modules")),
+)
+
+# Good files that say by an expression which modules they mean: a doubt, which only --load can lift.
+EXPRESSIONS = (
+    needless("alpha-pattern-expression", "an alpha for what an expression means", "scale", QUIET,
+             state(alpha_pattern={r".*\.to_q": 1}), load="pass"),
+    needless("rank-pattern-expression", "a rank for what an expression means", "rank", QUIET,
+             state(rank_pattern={r".*\.to_q": 4}), load="pass"),
+    needless("targets-expression", "`target_modules` an expression", "target_modules", QUIET,
+             state(target_modules=ALL_BY_EXPRESSION), load="pass"),
 )
 
 # Variants that nothing may complain of. --against fails where the checkpoint is not the variant's source, and

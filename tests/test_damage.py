@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tests.damage import (
     ADAPTER_KEY,
     DAMAGES,
+    EXPRESSIONS,
     GOOD,
     Damage,
     LoraFile,
@@ -51,7 +52,7 @@ def test_diffusers_alone_does_with_a_damaged_file_what_the_table_says(
     assert diffusers_alone(tmp_path / NAME) == damage.diffusers
 
 
-@pytest.mark.parametrize("variant", GOOD, ids=named)
+@pytest.mark.parametrize("variant", [*EXPRESSIONS, *GOOD], ids=named)
 def test_diffusers_loads_a_good_variant_without_a_word(variant: Damage, good: Path, tmp_path: Path) -> None:
     variant.apply(good, tmp_path / NAME)
 
@@ -88,7 +89,7 @@ def test_a_good_file_of_another_dtype_can_be_damaged_in_the_same_ways(dtype: str
 
 
 def test_ids_are_unique() -> None:
-    ids = [damage.id for damage in (*DAMAGES, *GOOD)]
+    ids = [damage.id for damage in (*DAMAGES, *EXPRESSIONS, *GOOD)]
 
     assert sorted(ids) == sorted(set(ids))
 
@@ -96,7 +97,7 @@ def test_ids_are_unique() -> None:
 def test_an_option_of_verify_makes_no_verdict_milder_but_load_tells_what_an_expression_means() -> None:
     milder = [
         damage.id
-        for damage in (*DAMAGES, *GOOD)
+        for damage in (*DAMAGES, *EXPRESSIONS, *GOOD)
         if SEVERITY.index(damage.plain) > min(SEVERITY.index(damage.against), SEVERITY.index(damage.load))
     ]
 

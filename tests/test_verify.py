@@ -21,6 +21,7 @@ from cogtools.words import fold_names
 from tests import factories
 from tests.damage import (
     DAMAGES,
+    EXPRESSIONS,
     GOOD,
     PREFIX,
     PROJECTIONS,
@@ -129,7 +130,7 @@ MODES: dict[str, Options] = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("damage", [*DAMAGES, *GOOD], ids=named)
+@pytest.mark.parametrize("damage", [*DAMAGES, *EXPRESSIONS, *GOOD], ids=named)
 def test_a_file_gets_the_verdict_of_the_table_by_the_check_it_names(
     damage: Damage, mode: str, good: Source, tmp_path: Path
 ) -> None:
@@ -421,7 +422,7 @@ def test_a_record_that_the_file_does_not_bear_out_is_told_with_both(good: Source
 
     assert wrong(report) == {"record": "fail"}
     assert check(report, "record").seen == (
-        "it says alpha 1 (scale: metadata), rank 4, float16: the file was changed since"
+        "exported with alpha 1 (scale: metadata), rank 4, float16; the file was changed since"
     )
     assert told(report, "record") == [
         "scale: the stated scale (found scaling 1 in 12 modules, expected scaling 0.25)",
@@ -636,7 +637,7 @@ def test_a_recorded_alpha_that_is_not_meant_is_not_believed(alpha: float, good: 
     report = verify_lora(variant(good, tmp_path, given), against=good.checkpoint)
 
     assert report_json("verify", "wrong", report)
-    assert check(report, "record").seen == "rank 4, float16, as the exporter wrote it"
+    assert check(report, "record").seen == "rank 4, float16, as exported"
 
 
 def test_json_has_no_number_that_json_does_not_know() -> None:
@@ -1058,7 +1059,7 @@ def test_modules_that_an_expression_names_are_a_doubt_until_they_are_loaded(
     assert wrong(plain) == dict.fromkeys(doubts, "warn")
     assert wrong(loaded) == {}
     assert check(loaded, "complete").seen.startswith(f"{tensors} of {tensors} tensors of ")
-    assert check(loaded, "target_modules").seen == f"an expression, which PEFT takes for {tensors // 2} modules"
+    assert check(loaded, "target_modules").seen == f"a regular expression that PEFT matches with {tensors // 2} modules"
 
 
 def test_modules_that_are_excluded_are_not_missing(tmp_path: Path) -> None:

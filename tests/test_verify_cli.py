@@ -79,7 +79,7 @@ pass     untrained       no lora_B is zero
 pass     constant        no lora_A is constant
 pass     scale           scaling 0.25: alpha 1 / rank 4
 pass     target_modules  12 names, full paths
-pass     record          alpha 1 (scale: metadata), rank 4, float16, as the exporter wrote it
+pass     record          alpha 1 (scale: metadata), rank 4, float16, as exported
 pass     against         24 tensors equal the checkpoint's bit for bit
 pass     against-scale   scaling 0.25: alpha 1 (SAT's default) / rank 4
 

@@ -106,15 +106,15 @@ class AdapterConfig:
         ]
 
     def rank_of(self, module: str) -> float | None:
-        """The rank that a module has; None if that cannot be told."""
+        """The rank that a module has; None if that is not known."""
         return _pattern_value(self.rank_pattern, module, self.rank)
 
     def alpha_of(self, module: str) -> float | None:
-        """The alpha that a module has; None if that cannot be told."""
+        """The alpha that a module has; None if that is not known."""
         return _pattern_value(self.alpha_pattern, module, self.alpha)
 
     def scaling_of(self, module: str) -> float | None:
-        """What a module's lora_B @ lora_A is multiplied by; None if that cannot be told."""
+        """What a module's lora_B @ lora_A is multiplied by; None if that is not known."""
         rank, alpha = self.rank_of(module), self.alpha_of(module)
         if rank is None or alpha is None:
             return None

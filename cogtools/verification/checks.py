@@ -105,6 +105,8 @@ def _bad_names(lora: WrittenLora, beyond: int) -> str:
 
 def _who_reads_them(lora: WrittenLora) -> str:
     """What can be done with a file whose names are another program's."""
+    if not lora.tensors:
+        return _look(lora)
     again = f"for {lora.naming.reader}: {command('export-lora', 'CHECKPOINT', 'OUT_DIR')}"
     readers = {miss.reader for miss in lora.misnamed.values()}
     if not lora.misnamed or len(lora.misnamed) < len(lora.tensors):
@@ -117,12 +119,15 @@ def _who_reads_them(lora: WrittenLora) -> str:
     return f"load it with {reader}; {again}"
 
 
+def _look(lora: WrittenLora) -> str:
+    return f"{command('inspect', lora.path)} shows what the file holds"
+
+
 def check_complete(lora: WrittenLora, expected: Expected) -> Check:
     """Every tensor is there that the transformer, or the file's own target_modules, asks for."""
     name = "complete"
     if not expected.names:
-        hint = f"{command('inspect', lora.path)} shows what the file holds"
-        return Check(name, "fail", "no LoRA tensor at all", hint=hint)
+        return Check(name, "fail", "no LoRA tensor at all", hint=_look(lora))
     there = len(expected.names & lora.tensors.keys())
     seen = f"{there} of {len(expected.names)} tensors of {expected.transformer.name}"
     if expected.known_by is not None:
@@ -131,7 +136,7 @@ def check_complete(lora: WrittenLora, expected: Expected) -> Check:
         seen += f"; target_modules states {'; '.join(fold_names(expected.names)[:3])}"
     problems = tuple(lora.problems("missing", expected.names - lora.tensors.keys()))
     if problems and not expected.is_certain:
-        seen += "; which of them it should have, it says by an expression"
+        seen += "; it names its modules by a regular expression, and which are meant, only --load tells"
         return Check(name, "warn", seen, problems, only_load_tells(lora))
     if problems:
         return Check(name, "fail", seen, problems)
@@ -196,7 +201,7 @@ def check_rank(lora: WrittenLora, expected: Expected, loaded: Mapping[str, float
     if config is not None and config.rank_pattern is None:
         if loaded:
             return Check("rank", "pass", f"{seen}, as PEFT reads rank_pattern")
-        seen += "; which modules rank_pattern means, it says by an expression"
+        seen += "; rank_pattern is a regular expression: which modules it means, only --load tells"
         return Check("rank", "warn", seen, hint=only_load_tells(lora))
     wrong = []
     for name, rank in found.items():
@@ -284,8 +289,8 @@ def check_target_modules(lora: WrittenLora, expected: Expected, loaded: Mapping[
         return Check(name, "fail", f"{name} is missing" if found is None else f"{name} is no list", (problem,))
     if config.has_expression:
         if loaded:
-            return Check(name, "pass", f"an expression, which PEFT takes for {counted(len(loaded), 'module')}")
-        seen = "an expression: which modules it means, only --load tells"
+            return Check(name, "pass", f"a regular expression that PEFT matches with {counted(len(loaded), 'module')}")
+        seen = "a regular expression: which modules it means, only --load tells"
         return Check(name, "warn", seen, hint=only_load_tells(lora))
     targets = config.targets or frozenset()
     missing = [module for module, layer in lora.modules.items() if not config.is_targeted(module, layer)]
@@ -299,7 +304,7 @@ def check_target_modules(lora: WrittenLora, expected: Expected, loaded: Mapping[
         return Check(name, "fail", seen, (*problems, *idle))
     kind = "full paths" if all(map(diffusers.parse_module, targets)) else "ends of paths"
     good = f"{counted(len(targets), 'name')}, {kind}"
-    return judged(name, idle, good, f"{good}; {len(idle)} of them not of the model, and ignored", status="warn")
+    return judged(name, idle, good, f"{good}; {len(idle)} without a module in the model", status="warn")
 
 
 def check_record(lora: WrittenLora, expected: Expected, found: Mapping[str, float]) -> Check:
@@ -324,9 +329,9 @@ def check_record(lora: WrittenLora, expected: Expected, found: Mapping[str, floa
         if (common := Counter(dtypes).most_common(1)[0][0]) != record.dtype:
             problems.append(Problem("dtype", "the dtype", common, record.dtype))
     if not facts:
-        return Check(name, "skipped", "cogtools did not write this file, or says nothing of how")
+        return Check(name, "skipped", "the file has no record of an export by cogtools")
     seen = ", ".join(facts)
-    return judged(name, problems, f"{seen}, as the exporter wrote it", f"it says {seen}: the file was changed since")
+    return judged(name, problems, f"{seen}, as exported", f"exported with {seen}; the file was changed since")
 
 
 def recorded_scaling(record: ExportRecord) -> float | None:
