@@ -334,10 +334,8 @@ def test_a_file_without_a_lora_is_for_inspect(tmp_path: Path) -> None:
 
     report = verify_lora(tmp_path)
 
-    assert (
-        check(report, "complete").hint
-        == f"cogtools inspect '{tmp_path}/vae file.safetensors' shows what the file holds"
-    )
+    hint = f"cogtools inspect '{tmp_path}/vae file.safetensors' shows what the file holds"
+    assert [check(report, name).hint for name in ("names", "complete")] == [hint, hint]
 
 
 def test_a_rank_is_that_of_tensors_whose_shape_fits(good: Source, tmp_path: Path) -> None:
@@ -585,6 +583,14 @@ def test_a_record_with_an_impossible_number_of_layers_is_not_believed(
     assert check(report, "complete").seen == (
         "24 of 24 tensors of CogVideoX of no published size: 3 layers, hidden size 128, as target_modules says"
     )
+
+
+def test_a_recorded_dtype_that_is_none_is_not_believed(good: Source, tmp_path: Path) -> None:
+    given = record(alpha=1, rank=4, scale="fold", source_dtype="x" * 1000, dtype="float16\x1b[2J")
+
+    report = verify_lora(variant(good, tmp_path, given, state(lora_alpha=4)), layers=3)
+
+    assert check(report, "record").seen == "alpha 1 (scale: fold), rank 4, as exported"
 
 
 @pytest.mark.parametrize("text", ["", "[", "[1]", "7", "[" * 100_000])
