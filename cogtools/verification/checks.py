@@ -1,7 +1,7 @@
 """The checks that need a file's header only: names, shapes, ranks, dtypes, and what it states of its scale.
 
-What only PEFT can tell of a file, it tells when it loads it. The checks that depend on that take what it told:
-the scaling of every module that it adapted, {} where it was not asked or did not load the file rightly.
+Some of what a file states, only PEFT can interpret. The checks of that take the modules that PEFT adapted when it
+loaded the file, and their scalings: {} where it was not asked, or did not load the file as the file says.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def ranks(lora: WrittenLora, expected: Expected) -> dict[LoraKey, int]:
     return found
 
 
-def check_rank(lora: WrittenLora, expected: Expected, loaded: Mapping[str, float]) -> Check:
+def check_rank(lora: WrittenLora, expected: Expected, by_peft: Mapping[str, float]) -> Check:
     """One rank throughout, or for every module the one that the file states for it."""
     found = ranks(lora, expected)
     if not found:
@@ -199,7 +199,7 @@ def check_rank(lora: WrittenLora, expected: Expected, loaded: Mapping[str, float
     config = lora.stated.config
     seen = ", ".join(map(str, sorted(set(found.values()))[:SHOWN_FIGURES]))
     if config is not None and config.rank_pattern is None:
-        if loaded:
+        if by_peft:
             return Check("rank", "pass", f"{seen}, as PEFT reads rank_pattern")
         seen += "; rank_pattern is a regular expression: which modules it means, only --load tells"
         return Check("rank", "warn", seen, hint=only_load_tells(lora))
@@ -244,7 +244,7 @@ def figures(values: Iterable[float]) -> str:
     return ", ".join(f"{value:.10g}" for value in sorted(set(values))[:SHOWN_FIGURES])
 
 
-def check_scale(lora: WrittenLora, found: Mapping[str, float], loaded: Mapping[str, float]) -> Check:
+def check_scale(lora: WrittenLora, found: Mapping[str, float], by_peft: Mapping[str, float]) -> Check:
     """The scale is stated, where and how the program that loads the file reads it."""
     name = "scale"
     stated = lora.stated
@@ -265,7 +265,7 @@ def check_scale(lora: WrittenLora, found: Mapping[str, float], loaded: Mapping[s
         *stated.doubts,
         *(Problem("unexpected", key, f"in {field}", "a module of the file") for field, key in idle),
     ]
-    if stated.unevaluated and not loaded:
+    if stated.unevaluated and not by_peft:
         return Check(name, "warn", seen, (*doubts, *stated.unevaluated), only_load_tells(lora))
     return judged(name, doubts, seen, seen, status="warn")
 
@@ -277,7 +277,7 @@ def _weight(record: ExportRecord) -> str | None:
     return f"load it at weight {record.alpha / record.rank:.10g}, as it was exported with --scale none"
 
 
-def check_target_modules(lora: WrittenLora, expected: Expected, loaded: Mapping[str, float]) -> Check:
+def check_target_modules(lora: WrittenLora, expected: Expected, by_peft: Mapping[str, float]) -> Check:
     """target_modules names the modules that the file has, and none that the model does not have."""
     name = "target_modules"
     config, stated = lora.stated.config, lora.stated.targets
@@ -288,8 +288,8 @@ def check_target_modules(lora: WrittenLora, expected: Expected, loaded: Mapping[
         problem = Problem("missing" if found is None else "wrong", name, found, "a list of the adapted modules")
         return Check(name, "fail", f"{name} is missing" if found is None else f"{name} is no list", (problem,))
     if config.has_expression:
-        if loaded:
-            return Check(name, "pass", f"a regular expression that PEFT matches with {counted(len(loaded), 'module')}")
+        if by_peft:
+            return Check(name, "pass", f"a regular expression that PEFT matches with {counted(len(by_peft), 'module')}")
         seen = "a regular expression: which modules it means, only --load tells"
         return Check(name, "warn", seen, hint=only_load_tells(lora))
     targets = config.targets or frozenset()

@@ -10,7 +10,7 @@ from cogtools.layouts import cogvideox, diffusers
 from cogtools.layouts.cogvideox import MAX_LAYERS, MODELS, LoraKey, Transformer, recognise
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection
 
     from cogtools.verification.written import WrittenLora
 
@@ -33,8 +33,10 @@ class Expected:
     partial: bool
     is_certain: bool = True
 
-    def as_loaded(self, modules: Iterable[str]) -> Expected:
-        """The same, where PEFT has told which modules the file's expression means."""
+    def as_loaded(self, modules: Collection[str]) -> Expected:
+        """The same, where the file says by an expression which modules it means and PEFT has loaded these."""
+        if self.is_certain or not modules:
+            return self
         meant = {module for path in modules if (module := diffusers.parse_module(path)) is not None}
         every = cogvideox.lora_keys(range(self.transformer.layers))
         names = frozenset(name for name in every if (name.layer, name.projection) in meant)

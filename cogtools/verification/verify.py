@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ from cogtools.verification.written import open_written
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
 
     from cogtools.verification.against import Source
     from cogtools.verification.expected import Expected
@@ -76,46 +77,51 @@ def verify_lora(
     with ExitStack() as opened:
         lora = opened.enter_context(open_written(Path(out)))
         expected = expect(lora, model=model, layers=layers)
-        source: Source | None = None
-        if against is not None:
-            from cogtools.verification.against import open_source
-
-            # Before the long work: that a checkpoint is missing is told at once.
-            source = opened.enter_context(open_source(Path(against), iteration=iteration, ema=ema))
+        # Before the long work: a missing checkpoint is an error at once.
+        source = None if against is None else opened.enter_context(_open_source(against, iteration, ema=ema))
         loaded = _load(lora, expected, say) if load else None
-        told = loaded.modules if loaded is not None else {}
-        if told and not expected.is_certain:
-            expected = expected.as_loaded(told)
-        found = scalings(lora) or told
+        case = _Case(lora, expected.as_loaded(loaded.modules) if loaded is not None else expected, source, loaded)
         meter = _Meter(progress, _bytes_to_look_at(lora) * (1 if source is None else 2))
-        checks = _checks(lora, expected, found, told, meter)
-        if source is not None:
-            from cogtools.verification.against import against_checks
-
-            checks += against_checks(lora, source, found, meter.advance)
-        if loaded is not None:
-            checks.append(loaded.check)
         words = _as_words(against, iteration, ema=ema)
-        checks = [with_hint(check, lora, words) for check in checks]
+        checks = [with_hint(check, lora, words) for check in _checks(case, meter.advance)]
         if strict:
             checks = [replace(check, status="fail") if check.status == "warn" else check for check in checks]
-        return VerifyReport(
-            path=lora.path,
-            naming=lora.naming.name,
-            model=expected.transformer.name,
-            layers=lora.layers,
-            tensors=len(lora.file.tensors),
-            rank=tuple(sorted(set(ranks(lora, expected).values()))),
-            dtype=tuple(sorted({tensor.entry.dtype.name for tensor in lora.tensors.values()})),
-            scaling=tuple(sorted(set(found.values()))),
-            size_bytes=lora.file.size_bytes,
-            against=None if source is None else source.checkpoint.path,
-            libraries={} if loaded is None else loaded.libraries,
-            strict=strict,
-            checks=tuple(checks),
-            notices=() if source is None else tuple(choice_notices(source.checkpoint)),
-            verdict=verdict_of(checks),
-        )
+        return _report(case, checks, strict=strict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """A file, and what it is held against.
+
+    Attributes:
+        lora: the file.
+        expected: what it should hold.
+        source: the checkpoint that it was made of.
+        loaded: what came of loading it.
+    """
+
+    lora: WrittenLora
+    expected: Expected
+    source: Source | None
+    loaded: Loaded | None
+
+    @property
+    def by_peft(self) -> Mapping[str, float]:
+        """The modules that PEFT adapted, and their scalings; {} if it was not asked, or did not load the file."""
+        return {} if self.loaded is None else self.loaded.modules
+
+    @property
+    def scalings(self) -> Mapping[str, float]:
+        """The scaling of every module: as the file states it, else as PEFT has it."""
+        return scalings(self.lora) or self.by_peft
+
+
+def _open_source(
+    against: str | os.PathLike[str], iteration: int | None, *, ema: bool
+) -> AbstractContextManager[Source]:
+    from cogtools.verification.against import open_source
+
+    return open_source(Path(against), iteration=iteration, ema=ema)
 
 
 def _load(lora: WrittenLora, expected: Expected, say: Callable[[str], None] | None) -> Loaded:
@@ -126,33 +132,50 @@ def _load(lora: WrittenLora, expected: Expected, say: Callable[[str], None] | No
     return load_lora(lora, expected)
 
 
-def _checks(
-    lora: WrittenLora, expected: Expected, found: Mapping[str, float], told: Mapping[str, float], meter: _Meter
-) -> list[Check]:
-    """What the file itself shows, from what it holds to what it states.
-
-    Args:
-        lora: the file.
-        expected: what it should hold.
-        found: the scaling of every module.
-        told: the same, of those that PEFT adapted when it loaded the file; {} if it did not.
-        meter: told what was read.
-    """
+def _checks(case: _Case, advance: Callable[[int], None]) -> list[Check]:
+    """All checks: from what the file holds to what it states, then against the checkpoint, then as it was loaded."""
     from cogtools.verification.values import value_checks
 
-    return [
+    lora, expected, found, by_peft = case.lora, case.expected, case.scalings, case.by_peft
+    checks = [
         check_readable(lora),
         check_names(lora, expected),
         check_complete(lora, expected),
         check_pairs(lora),
         check_shapes(lora, expected),
-        check_rank(lora, expected, told),
+        check_rank(lora, expected, by_peft),
         check_dtype(lora),
-        *value_checks(lora, meter.advance),
-        check_scale(lora, found, told),
-        check_target_modules(lora, expected, told),
+        *value_checks(lora, advance),
+        check_scale(lora, found, by_peft),
+        check_target_modules(lora, expected, by_peft),
         check_record(lora, expected, found),
     ]
+    if case.source is not None:
+        from cogtools.verification.against import against_checks
+
+        checks += against_checks(lora, case.source, found, advance)
+    return checks if case.loaded is None else [*checks, case.loaded.check]
+
+
+def _report(case: _Case, checks: list[Check], *, strict: bool) -> VerifyReport:
+    lora, source = case.lora, case.source
+    return VerifyReport(
+        path=lora.path,
+        naming=lora.naming.name,
+        model=case.expected.transformer.name,
+        layers=lora.layers,
+        tensors=len(lora.file.tensors),
+        rank=tuple(sorted(set(ranks(lora, case.expected).values()))),
+        dtype=tuple(sorted({tensor.entry.dtype.name for tensor in lora.tensors.values()})),
+        scaling=tuple(sorted(set(case.scalings.values()))),
+        size_bytes=lora.file.size_bytes,
+        against=None if source is None else source.checkpoint.path,
+        libraries={} if case.loaded is None else case.loaded.libraries,
+        strict=strict,
+        checks=tuple(checks),
+        notices=() if source is None else tuple(choice_notices(source.checkpoint)),
+        verdict=verdict_of(checks),
+    )
 
 
 def _bytes_to_look_at(lora: WrittenLora) -> int:
