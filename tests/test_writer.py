@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from cogtools.checkpoint.dtypes import DTYPES
 from cogtools.checkpoint.storage import FileRange, SourceFile
@@ -266,12 +267,27 @@ def test_a_source_that_shrinks_while_it_is_copied_is_an_error(tmp_path: Path, ta
     assert names(tmp_path) == ["source"]
 
 
-def test_files_are_complete_for_whoever_looks_while_they_are_replaced(tmp_path: Path) -> None:
-    tensor = torch.arange(1000.0)
-    content = save({"x": tensor})
-    target = tmp_path / "out.safetensors"
-    write(target, content)
-    until = time.monotonic() + 0.3
-    while time.monotonic() < until:
-        write(target, content, overwrite=True)
-        assert torch.equal(load_file(target)["x"], tensor)
+def test_files_are_complete_for_whoever_looks_while_they_are_replaced(target: Path) -> None:
+    contents = [bytes([value]) * (1 << 20) for value in (1, 2)]
+    write(target, contents[0])
+    looking, stop = threading.Event(), threading.Event()
+
+    def torn() -> list[str]:
+        """Read until told to stop; whatever is not one of the contents, whole."""
+        found = []
+        while not stop.is_set():
+            looking.set()
+            content = target.read_bytes()
+            if content not in contents:
+                found.append(f"{len(content)} bytes: {content.count(1)} of the one, {content.count(2)} of the other")
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(torn)
+        try:
+            looking.wait()
+            for number in range(60):
+                write(target, contents[number % 2], overwrite=True)
+        finally:
+            stop.set()
+    assert reader.result() == []
