@@ -32,8 +32,8 @@ def export(checkpoint: Path, out: Path) -> subprocess.Popen[bytes]:
 def kill_exports(folder: Path, rounds: int, seed: int) -> Counter[str]:
     """Kill that many exports; how often the target was "absent", "old" and "new" afterwards.
 
-    Raises:
-        AssertionError: if the target was anything else, or leftovers stay.
+    Asserts after each that the target is as it was before, or new and whole; and in the end, that one which is left
+    alone writes the whole and removes what the killed ones left.
     """
     chance = random.Random(seed)
     state = sat_state_dict(COGVIDEOX_2B, 16, base="none")

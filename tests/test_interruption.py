@@ -60,9 +60,8 @@ def test_an_interruption_is_told_in_json_too(run_folder: Path, tmp_path: Path) -
     assert (code, json.loads(out)["error"]["kind"], err) == (130, "interrupted", [])
 
 
-def test_exports_that_are_killed_at_random_leave_the_target_whole(tmp_path: Path) -> None:
-    found = kill_exports(tmp_path, rounds=20, seed=1)
-    assert found["absent"] + found["old"] + found["new"] == 20
+def test_exports_that_are_killed_at_random_leave_the_target_as_it_was_or_whole(tmp_path: Path) -> None:
+    kill_exports(tmp_path, rounds=20, seed=1)  # asserts it after each; which of the two it is depends on the machine
 
 
 def test_of_two_exports_to_one_place_one_wins(run_folder: Path, tmp_path: Path) -> None:
