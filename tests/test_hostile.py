@@ -28,6 +28,7 @@ from cogtools.layouts.cogvideox import lora_keys
 from cogtools.layouts.sat import sat_key
 from tests import hostile
 from tests.audit import no_side_effects
+from tests.command_line import surroundings
 from tests.fuzz_readers import open_path, read
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
     from tests.hostile import HostileFile, HostilePickle
 
-ROOT = Path(__file__).parents[1]
 linux_only = pytest.mark.skipif(
     sys.platform != "linux", reason="limits of memory, and its peak in kilobytes, are of Linux"
 )
@@ -200,11 +200,11 @@ def defused(bomb: Bomb) -> tuple[float, int, int, object]:
     return seconds, peak, bomb.size_bytes, found or events
 
 
-def defuse(folder: Path, share: int) -> None:
+def defuse(folder: str, share: int) -> None:
     """Open every other bomb in a fork of its own, within limits, and print what came of it, as JSON."""
-    import_all(folder)
+    import_all(Path(folder))
     taken = {}
-    for bomb in bombs(folder, share):
+    for bomb in bombs(Path(folder), share):
         ready, answer = os.pipe()
         if os.fork() == 0:
             try:
@@ -220,14 +220,13 @@ def defuse(folder: Path, share: int) -> None:
 
 @linux_only
 def test_a_bomb_is_read_in_bounded_time_and_memory(tmp_path: Path) -> None:
-    code = "import sys; from tests.test_hostile import *; defuse(Path(sys.argv[1]), int(sys.argv[2]))"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    code = "import sys; from tests.test_hostile import defuse; defuse(sys.argv[1], int(sys.argv[2]))"
 
     def child(share: int) -> str:
         folder = tmp_path / str(share)
         folder.mkdir()
         command = [sys.executable, "-c", code, str(folder), str(share)]
-        return subprocess.check_output(command, env=environment, text=True, timeout=150)
+        return subprocess.check_output(command, text=True, timeout=150, env=surroundings())
 
     with ThreadPoolExecutor() as pool:
         first, second = map(json.loads, pool.map(child, range(2)))

@@ -33,11 +33,11 @@ from safetensors import SafetensorError, safe_open
 
 from tests import hostile
 from tests.audit import FORBIDDEN, SideEffect, no_side_effects
+from tests.command_line import surroundings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ROOT = Path(__file__).parents[1]
 SMALL = [row for row in hostile.pickles() if isinstance(row.source, bytes)]  # all but the bombs
 posix_only = pytest.mark.skipif(os.name != "posix", reason="the payloads are shell commands, run in forks")
 
@@ -191,7 +191,7 @@ def _load(row: hostile.HostilePickle | hostile.HostileFile, folder: Path) -> obj
     return torch.load(row.write(folder), weights_only=False)
 
 
-def fire(scratch: Path, share: int) -> None:
+def fire(scratch: str, share: int) -> None:
     """Load every other row of those that are said to fire, and print what came of it, as JSON."""
     sys.path.insert(0, "")
     outcomes = {}
@@ -204,14 +204,14 @@ def fire(scratch: Path, share: int) -> None:
 
 def _python(code: str, *arguments: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run Python in a process of its own, which knows the tests."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    environment = surroundings(PYTHONWARNINGS="ignore")
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=60)
 
 
 @posix_only
 def test_what_is_said_to_fire_does(tmp_path: Path) -> None:
-    code = "from tests.test_hostile_corpus import *; fire(Path(sys.argv[1]), int(sys.argv[2]))"
+    code = "import sys; from tests.test_hostile_corpus import fire; fire(sys.argv[1], int(sys.argv[2]))"
     with ThreadPoolExecutor() as pool:
         shares = [pool.submit(_python, code, tmp_path, share) for share in range(2)]
     outcomes = json.loads(shares[0].result().stdout) | json.loads(shares[1].result().stdout)
