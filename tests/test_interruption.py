@@ -17,7 +17,7 @@ from tests.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
 from tests.interruption import kill_exports
 
 WAITING = """
-    import os, time
+    import os, signal, time
     from cogtools import writer
     from cogtools.__main__ import main
 
@@ -26,6 +26,7 @@ WAITING = """
         time.sleep(60)
 
     writer.AtomicFile.sync = wait
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that a shell runs in the background ignore it
     main()
 """
 
