@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ def surroundings(**environment: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), **environment}
 
 
-def run_program(*words: str | Path, cwd: Path | None = None, **environment: str) -> Result:
+def run_program(*words: str | Path, cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> Result:
     """Run the program in a process of its own."""
     return _run(program(*words), cwd, environment)
 
@@ -71,7 +71,7 @@ def imported_by(*words: str | Path) -> set[str]:
     return set(HEAVY) & set(json.loads(run_python(_IMPORTS, *words).err.splitlines()[-1]))
 
 
-def _run(command: list[str], cwd: Path | None = None, environment: dict[str, str] | None = None) -> Result:
+def _run(command: list[str], cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> Result:
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=cwd, env=surroundings(**(environment or {}))
     )

@@ -1,6 +1,7 @@
 """The command line: what it prints where, how it ends, and that it starts without what it does not need."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -347,7 +348,7 @@ def test_help_is_plain_text(words: list[str]) -> None:
 
 @pytest.mark.parametrize("command", ["export-lora", "inspect", "verify"])
 def test_the_examples_in_a_help_can_be_pasted(command: str) -> None:
-    lines = run_program(command, "--help", COLUMNS="80").out.splitlines()
+    lines = run_program(command, "--help", environment={"COLUMNS": "80"}).out.splitlines()
     first = lines.index("  Examples:") + 1
     examples = lines[first : lines.index("", first)]
     assert len(examples) >= 2
@@ -357,11 +358,23 @@ def test_the_examples_in_a_help_can_be_pasted(command: str) -> None:
         assert run_program(*words, "--help").code == 0
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_shells_can_complete_it(shell: str) -> None:
-    done = run_program("--show-completion", shell)
-    assert (done.code, done.err) == (0, "")
-    assert "COGTOOLS" in done.out
+@pytest.mark.parametrize(
+    ("shell", "typed"),
+    [
+        ("bash", {"COMP_WORDS": "cogtools ins", "COMP_CWORD": "1"}),
+        ("zsh", {"_TYPER_COMPLETE_ARGS": "cogtools ins"}),
+        ("fish", {"_TYPER_COMPLETE_ARGS": "cogtools ins", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}),
+    ],
+)
+def test_shells_can_complete_it(shell: str, typed: dict[str, str]) -> None:
+    # Otherwise Typer asks the system what shell this runs in; there may be none.
+    named = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    script = run_program("--show-completion", shell, environment=named)
+    assert (script.code, script.err) == (0, "")
+    assert f"_COGTOOLS_COMPLETE=complete_{shell}" in script.out
+    completed = run_program(environment={"_COGTOOLS_COMPLETE": f"complete_{shell}", **typed})
+    assert (completed.code, completed.err) == (0, "")
+    assert re.findall(r"export-lora|inspect|verify", completed.out) == ["inspect"]
 
 
 def test_a_pipe_that_is_closed_early_is_no_error(run_folder: Path, tmp_path: Path) -> None:
