@@ -1,6 +1,7 @@
 """What the tests share."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,12 @@ def cogtools_cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
         return Result(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def open_files() -> Callable[[], int]:
+    """Count the files that this process has open."""
+    folder = Path("/proc/self/fd")
+    if not folder.is_dir():
+        pytest.skip("counts open files in /proc")
+    return lambda: len(list(folder.iterdir()))

@@ -1,6 +1,7 @@
 """Many checkpoints at once: each into a folder of its own, whatever becomes of the others."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from cogtools.batch import plan_batch
 from cogtools.errors import OptionError
 from cogtools.layouts.diffusers import FILE_NAME
-from tests.command_line import CommandLine
+from tests.command_line import CommandLine, Result
 from tests.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
 
 
@@ -21,6 +22,11 @@ def run(folder: Path, *, seed: int = 0, iteration: int = 1000, ema: bool = False
 
 def written(out: Path) -> list[str]:
     return sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+
+
+def exports(result: Result) -> list[Any]:
+    """What --json says of each checkpoint, in the order of the checkpoints: they end in any order."""
+    return sorted(result.json["report"]["exports"], key=lambda item: str(item["checkpoint"]))
 
 
 @pytest.fixture
@@ -149,10 +155,16 @@ def test_json_is_one_object_for_all(cogtools_cli: CommandLine, runs: list[Path],
     assert (result.code, result.err) == (2, "")
     report = result.json["report"]
     assert (report["done"], report["skipped"], report["failed"]) == (3, 0, 1)
-    assert sorted(item["status"] for item in report["exports"]) == ["done", "done", "done", "failed"]
+    assert [(item["checkpoint"], item["status"]) for item in exports(result)] == [
+        *((f"{run}/1000/mp_rank_00_model_states.pt", "done") for run in runs),
+        (str(tmp_path / "nothing"), "failed"),
+    ]
 
 
 def test_a_dry_run_writes_nothing(cogtools_cli: CommandLine, runs: list[Path], tmp_path: Path) -> None:
-    result = cogtools_cli("export-lora", *runs, tmp_path / "out", "--dry-run")
+    result = cogtools_cli("export-lora", *runs, tmp_path / "out", "--dry-run", "--json")
+    assert [(item["output"], item["report"]["tensors"], item["report"]["written"]) for item in exports(result)] == [
+        (str(tmp_path / "out" / f"{name}-1000" / FILE_NAME), 24, False) for name in ("cat", "dog", "eel")
+    ]
     assert result.code == 0
     assert not (tmp_path / "out").exists()

@@ -593,7 +593,8 @@ def test_bad_input_is_told_in_text_and_json_and_ends_with_2(
 
 
 def test_no_checkpoint_at_all_is_a_usage_error(inspect: CommandLine) -> None:
-    assert inspect().code == 2
+    usage = "error: Missing argument 'CHECKPOINT...'\n  try:       cogtools inspect --help\n"
+    assert inspect() == (2, "", usage)
 
 
 def test_several_checkpoints_are_shown_one_after_the_other(inspect: CommandLine, tmp_path: Path) -> None:

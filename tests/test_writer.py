@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from cogtools import writer
 from cogtools.checkpoint.dtypes import DTYPES
 from cogtools.checkpoint.storage import FileRange, SourceFile
 from cogtools.errors import CheckpointError, OutputError
@@ -128,6 +130,33 @@ def test_a_file_in_the_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="the output cannot be written: "):
         write(tmp_path / "file" / "out.safetensors", b"new")
+
+
+def test_no_file_stays_open(target: Path, open_files: Callable[[], int]) -> None:
+    before = open_files()
+    write(target, b"new")
+    with AtomicFile(target, overwrite=True) as file:
+        file.write(b"half")
+    assert open_files() == before
+
+
+def test_a_file_that_another_run_took_for_a_leftover_is_made_anew(
+    target: Path, monkeypatch: pytest.MonkeyPatch, open_files: Callable[[], int]
+) -> None:
+    taken: list[Path] = []
+
+    def lock(fd: int, *, wait: bool) -> bool:
+        if not taken:
+            taken.extend(leftovers(target))
+            taken[0].unlink()
+        return writer_lock(fd, wait=wait)
+
+    writer_lock = writer._lock
+    monkeypatch.setattr(writer, "_lock", lock)
+    before = open_files()
+    write(target, b"new")
+    assert len(taken) == 1
+    assert (target.read_bytes(), names(target.parent), open_files()) == (b"new", [target.name], before)
 
 
 # Interruption
