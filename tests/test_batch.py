@@ -1,5 +1,6 @@
 """Many checkpoints at once: each into a folder of its own, whatever becomes of the others."""
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,29 @@ def test_each_gets_a_folder_of_its_own(cogtools_cli: CommandLine, runs: list[Pat
     values = [load_file(tmp_path / "out" / f"{name}-1000" / FILE_NAME)[key] for name in ("cat", "dog", "eel")]
     assert not torch.equal(values[0], values[1])
     assert not torch.equal(values[1], values[2])
+
+
+@pytest.mark.parametrize(("processors", "pools"), [(1, []), (2, [2]), (8, [3])])
+def test_as_many_are_exported_side_by_side_as_there_are_processors(
+    cogtools_cli: CommandLine,
+    runs: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    processors: int,
+    pools: list[int],
+) -> None:
+    made = []
+
+    def pool(processes: int, *rest: Any) -> Any:
+        made.append(processes)
+        return make_pool(processes, *rest)
+
+    make_pool = multiprocessing.Pool
+    monkeypatch.setattr(multiprocessing, "Pool", pool)
+    monkeypatch.setattr("os.cpu_count", lambda: processors)
+    result = cogtools_cli("export-lora", *runs, tmp_path / "out")
+    assert (result.code, written(tmp_path / "out")) == (0, [f"{run.name}-1000/{FILE_NAME}" for run in runs])
+    assert made == pools
 
 
 def test_one_that_fails_does_not_stop_the_others(cogtools_cli: CommandLine, runs: list[Path], tmp_path: Path) -> None:

@@ -254,6 +254,30 @@ def test_the_effective_scaling_is_that_of_rank_stabilised_lora_where_stated(good
     assert (report.scaling, check(report, "scale").seen) == ((0.5,), "scaling 0.5: alpha 1 / sqrt(rank) 4")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "found"),
+    [
+        ("r", 0, "0"),
+        ("r", "4", '"4"'),
+        ("r", True, "true"),
+        ("lora_alpha", -1, "-1"),
+        ("lora_alpha", None, "null"),
+        ("rank_pattern", {"to_q": 0}, '{"to_q": 0}'),
+        ("rank_pattern", [8], "[8]"),
+        ("alpha_pattern", {"to_q": "16"}, '{"to_q": "16"}'),
+        ("use_dora", True, "true"),
+        ("lora_bias", True, "true"),
+    ],
+)
+def test_a_stated_value_that_cannot_be_is_a_failure(
+    field: str, value: object, found: str, good: Source, tmp_path: Path
+) -> None:
+    report = verify_lora(variant(good, tmp_path, state(**{field: value})))
+
+    problems = [(problem.kind, problem.subject, problem.found) for problem in check(report, "scale").problems]
+    assert (check(report, "scale").status, problems) == ("fail", [("wrong", field, found)])
+
+
 def test_strict_takes_a_warning_for_a_failure(good: Source, tmp_path: Path) -> None:
     (damage,) = (damage for damage in DAMAGES if damage.id == "metadata-lost")
     damage.apply(good.file, tmp_path / FILE_NAME)
