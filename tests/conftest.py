@@ -1,9 +1,14 @@
 """What the tests share."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from cogtools import cli
+from tests.command_line import CommandLine, Result
+from tests.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +18,38 @@ def real() -> Path:
     if folder is None:
         pytest.skip("COGTOOLS_REAL_CHECKPOINTS does not name the folder of checkpoints that the real trainer wrote")
     return Path(folder)
+
+
+@pytest.fixture(params=["2b-fp16", "2b-fp32", "5b-bf16", "2b-bf16-legacy", "2b-bf16-numpy1", "2b-bf16-plain"])
+def real_run(real: Path, request: pytest.FixtureRequest) -> Path:
+    """Each save folder of the real trainer with a complete LoRA: 3 layers, rank 4, alpha 1."""
+    name: str = request.param
+    return real / name
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A trainer's save folder with a toy LoRA of rank 4."""
+    save_run(tmp_path / "run", sat_checkpoint(sat_state_dict(TOY_2B, 4)), rank=4)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def cogtools_cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    """Run a command line in this process."""
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+
+    def run(*words: str | Path) -> Result:
+        code = cli.run([str(word) for word in words])
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def open_files() -> Callable[[], int]:
+    """Count the files that this process has open."""
+    folder = Path("/proc/self/fd")
+    if not folder.is_dir():
+        pytest.skip("counts open files in /proc")
+    return lambda: len(list(folder.iterdir()))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -24,6 +25,23 @@ PREFIX = "transformer."
 ADAPTER_KEY = "lora_adapter_metadata"
 RECORD_KEY = "cogtools"
 DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+PLAIN_CHECKS = (
+    "readable",
+    "names",
+    "complete",
+    "pairs",
+    "shapes",
+    "rank",
+    "dtype",
+    "finite",
+    "untrained",
+    "constant",
+    "scale",
+    "target_modules",
+    "record",
+)
+"""The checks of ``verify`` that need neither the checkpoint nor diffusers, in its order."""
+TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 Floats = NDArray[np.float32]
 
@@ -167,6 +185,18 @@ def good_lora(*, layers: int = 3, hidden: int = 128, rank: int = 4, alpha: float
         "dtype": DTYPE_NAMES[dtype],
     }
     return LoraFile(tensors, {"format": "pt", ADAPTER_KEY: json.dumps(stated), RECORD_KEY: json.dumps(record)})
+
+
+def save_as_checkpoint(file: LoraFile, path: Path) -> Path:
+    """Save a LoRA file's tensors as the checkpoint that it could have been exported from."""
+    renamed = LoraFile(dict(file.tensors), file.metadata)
+    sat_names(renamed)
+    state_dict = {
+        name: torch.frombuffer(bytearray(entry.data), dtype=TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+        for name, entry in renamed.tensors.items()
+    }
+    torch.save({"module": state_dict}, path)
+    return path
 
 
 # --- how to damage --------------------------------------------------------------------------------

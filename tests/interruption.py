@@ -17,23 +17,23 @@ from pathlib import Path
 
 import torch
 
+from cogtools.layouts.diffusers import FILE_NAME
 from cogtools.writer import leftovers
+from tests.command_line import program
 from tests.factories import COGVIDEOX_2B, sat_checkpoint, sat_state_dict, save_run
 
-NAME = "pytorch_lora_weights.safetensors"
 OLD = b"what was there before"
 
 
 def export(checkpoint: Path, out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "cogtools", "export-lora", str(checkpoint), str(out), "--overwrite", "--quiet"]
-    return subprocess.Popen(command)
+    return subprocess.Popen(program("export-lora", checkpoint, out, "--overwrite", "--quiet"))
 
 
 def kill_exports(folder: Path, rounds: int, seed: int) -> Counter[str]:
     """Kill that many exports; how often the target was "absent", "old" and "new" afterwards.
 
-    Raises:
-        AssertionError: if the target was anything else, or leftovers stay.
+    Asserts after each that the target is as it was before, or new and whole; and in the end, that one which is left
+    alone writes the whole and removes what the killed ones left.
     """
     chance = random.Random(seed)
     state = sat_state_dict(COGVIDEOX_2B, 16, base="none")
@@ -42,7 +42,7 @@ def kill_exports(folder: Path, rounds: int, seed: int) -> Counter[str]:
     start = time.monotonic()
     assert export(checkpoint, out).wait() == 0
     whole_seconds = time.monotonic() - start
-    target = out / NAME
+    target = out / FILE_NAME
     new = target.read_bytes()
     found: Counter[str] = Counter()
     for _ in range(rounds):

@@ -7,11 +7,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from cogtools.layouts.diffusers import FILE_NAME
 from tests.damage import (
     ADAPTER_KEY,
     DAMAGES,
     EXPRESSIONS,
     GOOD,
+    TORCH_DTYPES,
     Damage,
     LoraFile,
     Outcome,
@@ -26,9 +28,7 @@ from tests.damage import (
 )
 from tests.diffusers_alone import diffusers_alone
 
-NAME = "pytorch_lora_weights.safetensors"
 SEVERITY = ("pass", "warn", "fail", "error")
-TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def named(damage: Damage) -> str:
@@ -37,7 +37,7 @@ def named(damage: Damage) -> str:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("good") / NAME
+    path = tmp_path_factory.mktemp("good") / FILE_NAME
     write(path, good_lora())
     return path
 
@@ -46,29 +46,29 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_diffusers_alone_does_with_a_damaged_file_what_the_table_says(
     damage: Damage, good: Path, tmp_path: Path
 ) -> None:
-    damage.apply(good, tmp_path / NAME)
+    damage.apply(good, tmp_path / FILE_NAME)
 
-    assert (tmp_path / NAME).read_bytes() != good.read_bytes()
-    assert diffusers_alone(tmp_path / NAME) == damage.diffusers
+    assert (tmp_path / FILE_NAME).read_bytes() != good.read_bytes()
+    assert diffusers_alone(tmp_path / FILE_NAME) == damage.diffusers
 
 
 @pytest.mark.parametrize("variant", [*EXPRESSIONS, *GOOD], ids=named)
 def test_diffusers_loads_a_good_variant_without_a_word(variant: Damage, good: Path, tmp_path: Path) -> None:
-    variant.apply(good, tmp_path / NAME)
+    variant.apply(good, tmp_path / FILE_NAME)
 
     assert variant.diffusers.says == "silent"
-    assert diffusers_alone(tmp_path / NAME) == variant.diffusers
+    assert diffusers_alone(tmp_path / FILE_NAME) == variant.diffusers
 
 
 def test_a_log_level_does_not_hide_what_diffusers_says(good: Path, tmp_path: Path) -> None:
     (damage,) = (damage for damage in DAMAGES if damage.id == "prefix-lost")
-    damage.apply(good, tmp_path / NAME)
+    damage.apply(good, tmp_path / FILE_NAME)
     logger = logging.getLogger("diffusers")
     level = logger.level
 
     try:
         logger.setLevel(logging.CRITICAL)
-        assert diffusers_alone(tmp_path / NAME) == damage.diffusers
+        assert diffusers_alone(tmp_path / FILE_NAME) == damage.diffusers
         assert logger.level == logging.CRITICAL
     finally:
         logger.setLevel(level)
@@ -76,7 +76,7 @@ def test_a_log_level_does_not_hide_what_diffusers_says(good: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 def test_a_good_file_of_another_dtype_can_be_damaged_in_the_same_ways(dtype: str, tmp_path: Path) -> None:
-    good = tmp_path / NAME
+    good = tmp_path / FILE_NAME
     write(good, good_lora(layers=2, hidden=64, rank=8, alpha=2, dtype=dtype))
 
     unchanged = []
@@ -131,24 +131,24 @@ def test_what_diffusers_refuses_or_warns_of_does_not_pass_with_load() -> None:
     ids=named,
 )
 def test_a_file_that_is_called_unreadable_is_refused_by_safetensors(damage: Damage, good: Path, tmp_path: Path) -> None:
-    damage.apply(good, tmp_path / NAME)
+    damage.apply(good, tmp_path / FILE_NAME)
 
     with pytest.raises(SafetensorError):
-        load_file(tmp_path / NAME)
+        load_file(tmp_path / FILE_NAME)
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
 def test_a_file_is_written_as_safetensors_reads_it(dtype: str, tmp_path: Path) -> None:
     file = good_lora(dtype=dtype)
-    write(tmp_path / NAME, file)
+    write(tmp_path / FILE_NAME, file)
 
-    tensors = load_file(tmp_path / NAME)
-    with safe_open(tmp_path / NAME, "pt") as opened:
+    tensors = load_file(tmp_path / FILE_NAME)
+    with safe_open(tmp_path / FILE_NAME, "pt") as opened:
         assert opened.metadata() == file.metadata
     assert {name: tensor.dtype for name, tensor in tensors.items()} == dict.fromkeys(file.tensors, TORCH_DTYPES[dtype])
     for name, entry in file.tensors.items():
         np.testing.assert_array_equal(tensors[name].float().numpy(), decode(entry))
-    assert read(tmp_path / NAME) == file
+    assert read(tmp_path / FILE_NAME) == file
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])

@@ -9,12 +9,12 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
 from cogtools.convert import export_lora
+from cogtools.layouts.diffusers import FILE_NAME
 from cogtools.options import Scale
 from tests.base_weights import diffusers_base
 from tests.damage import Outcome
 from tests.diffusers_alone import diffusers_alone, toy_transformer
 from tests.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
-from tests.test_convert import COMPLETE, NAME
 
 
 def loaded(folder: Path, base: dict[str, torch.Tensor] | None = None) -> Any:
@@ -24,14 +24,13 @@ def loaded(folder: Path, base: dict[str, torch.Tensor] | None = None) -> Any:
     if base is not None:
         transformer.load_state_dict(base)
     pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=None)
-    pipeline.load_lora_weights(str(folder), weight_name=NAME, adapter_name="lora")
+    pipeline.load_lora_weights(str(folder), weight_name=FILE_NAME, adapter_name="lora")
     return transformer
 
 
-@pytest.mark.parametrize("name", COMPLETE)
-def test_diffusers_takes_every_tensor_of_a_real_checkpoint_in_silence(real: Path, tmp_path: Path, name: str) -> None:
-    export_lora(real / name, tmp_path)
-    assert diffusers_alone(tmp_path / NAME) == Outcome("silent", "", 12, 0, (0.25,))
+def test_diffusers_takes_every_tensor_of_a_real_checkpoint_in_silence(real_run: Path, tmp_path: Path) -> None:
+    export_lora(real_run, tmp_path)
+    assert diffusers_alone(tmp_path / FILE_NAME) == Outcome("silent", "", 12, 0, (0.25,))
 
 
 @pytest.mark.parametrize(
@@ -42,13 +41,13 @@ def test_diffusers_runs_an_export_at_the_scaling_it_states(
 ) -> None:
     run = save_run(tmp_path / "run", sat_checkpoint(sat_state_dict(TOY_2B, 4)), rank=4, alpha=alpha)
     export_lora(run, tmp_path / "out", scale=scale)
-    assert diffusers_alone(tmp_path / "out" / NAME) == Outcome("silent", "", 12, 0, (scaling,))
+    assert diffusers_alone(tmp_path / "out" / FILE_NAME) == Outcome("silent", "", 12, 0, (scaling,))
 
 
 def test_diffusers_takes_a_lora_of_some_layers_in_silence(tmp_path: Path) -> None:
     checkpoint = sat_checkpoint(sat_state_dict(TOY_2B, 4, layers=[0, 2]))
     export_lora(save_run(tmp_path / "run", checkpoint, rank=4, layer_range=[0, 2]), tmp_path / "out")
-    assert diffusers_alone(tmp_path / "out" / NAME) == Outcome("silent", "", 8, 0, (0.25,))
+    assert diffusers_alone(tmp_path / "out" / FILE_NAME) == Outcome("silent", "", 8, 0, (0.25,))
 
 
 @pytest.mark.parametrize("module", ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"])
@@ -56,7 +55,7 @@ def test_a_layer_computes_what_the_lora_means(tmp_path: Path, module: str) -> No
     run = save_run(tmp_path / "run", sat_checkpoint(sat_state_dict(TOY_2B, 4, torch.float32)), rank=4, alpha=3)
     export_lora(run, tmp_path)
     layer = loaded(tmp_path).get_submodule(f"transformer_blocks.1.{module}")
-    lora = load_file(tmp_path / NAME)
+    lora = load_file(tmp_path / FILE_NAME)
     a, b = (lora[f"transformer.transformer_blocks.1.{module}.lora_{factor}.weight"] for factor in "AB")
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

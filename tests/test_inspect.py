@@ -4,10 +4,11 @@ import json
 import math
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cogtools import cli
 from cogtools.dangers import danger_of
 from cogtools.errors import CogtoolsError
 from cogtools.inspection.analysis import Selection, inspect_checkpoint, kind_of, matches, natural
@@ -35,6 +35,7 @@ from cogtools.inspection.report import (
 from cogtools.inspection.sections import SECTIONS, section_of
 from cogtools.layouts.diffusers import adapter_metadata
 from cogtools.verification.verify import verify_lora
+from tests.command_line import CommandLine, program, run_program, run_python
 from tests.factories import (
     COGVIDEOX_2B,
     SAVERS,
@@ -45,34 +46,12 @@ from tests.factories import (
     save_run,
     zoo,
 )
-from tests.test_cli import process, validate
-
-
-class Result:
-    """How a command ended, and what it printed."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def report(self) -> Any:
-        """The report of the one checkpoint, from JSON that keeps to its schema."""
-        found = json.loads(self.out)
-        validate(found)
-        (checkpoint,) = found["report"]["checkpoints"]
-        return checkpoint
 
 
 @pytest.fixture
-def inspect(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+def inspect(cogtools_cli: CommandLine) -> CommandLine:
     """Run `cogtools inspect` in this process."""
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-
-    def run(*words: str | Path) -> Result:
-        code = cli.run(["inspect", *map(str, words)])
-        return Result(code, *capsys.readouterr())
-
-    return run
+    return partial(cogtools_cli, "inspect")
 
 
 @pytest.fixture
@@ -440,7 +419,7 @@ def test_inspect_and_verify_read_what_a_file_states_alike(
     ],
 )
 def test_a_scale_that_is_not_stated_is_told_for_what_it_does(
-    inspect: Callable[..., Result], tmp_path: Path, metadata: dict[str, str], told: str
+    inspect: CommandLine, tmp_path: Path, metadata: dict[str, str], told: str
 ) -> None:
     save_file(diffusers_lora(range(30)), tmp_path / "a.safetensors", metadata=metadata)
     assert f"  {told}\n" in inspect(tmp_path / "a.safetensors").out
@@ -458,7 +437,7 @@ def test_a_peft_folder_states_its_alpha_in_a_file_of_its_own(tmp_path: Path) -> 
 
 
 def test_a_peft_folder_without_its_configuration_is_told_that_peft_loads_nothing(
-    inspect: Callable[..., Result], tmp_path: Path
+    inspect: CommandLine, tmp_path: Path
 ) -> None:
     tensors = {
         f"base_model.model.{key.removeprefix('transformer.')}": x for key, x in diffusers_lora(range(30)).items()
@@ -500,7 +479,7 @@ def test_a_name_is_judged_by_module_and_name(module: str, name: str, danger: str
     assert danger_of(module, name) == danger
 
 
-def test_a_pickle_that_would_run_code_is_looked_at_and_named(inspect: Callable[..., Result], tmp_path: Path) -> None:
+def test_a_pickle_that_would_run_code_is_looked_at_and_named(inspect: CommandLine, tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.system, (f"touch {tmp_path / 'ran'}",)
@@ -546,13 +525,13 @@ def small_checkpoint() -> dict[str, object]:
     return {"module": state, "iteration": 7, "note": "hi", "nothing": None, "torch_rng_state": rng}
 
 
-def test_text_and_json_are_two_renderings_of_one_report(inspect: Callable[..., Result], tmp_path: Path) -> None:
+def test_text_and_json_are_two_renderings_of_one_report(inspect: CommandLine, tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     torch.save(small_checkpoint(), path)
     text = inspect(path)
     assert (text.code, text.err) == (0, "")
     assert text.out == GOLDEN.format(path=path, size=f"{path.stat().st_size / 1000:.1f} kB")
-    report = inspect(path, "--json").report
+    (report,) = inspect(path, "--json").json["report"]["checkpoints"]
     assert [(tensor["key"], tensor["section"], tensor["dtype"], tensor["shape"], tensor["size_bytes"])
             for tensor in report["tensors"]] == [
         ("transformer.layers.2.mlp.weight", "transformer", "float32", [2, 3], 24),
@@ -574,14 +553,14 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
-def test_json_keeps_to_its_schema(inspect: Callable[..., Result], toy: Path, options: list[str]) -> None:
+def test_json_keeps_to_its_schema(inspect: CommandLine, toy: Path, options: list[str]) -> None:
     result = inspect(toy, "--json", *options)
     assert (result.code, result.err) == (0, "")
-    assert result.report["state_dict_tensors"] == 212
+    assert [found["state_dict_tensors"] for found in result.json["report"]["checkpoints"]] == [212]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
-def test_text_ends_well_with_every_option(inspect: Callable[..., Result], toy: Path, options: list[str]) -> None:
+def test_text_ends_well_with_every_option(inspect: CommandLine, toy: Path, options: list[str]) -> None:
     result = inspect(toy, *options)
     assert (result.code, result.err) == (0, "")
     assert result.out.startswith(f"{toy}\n  format     torch.save (zip)")
@@ -602,7 +581,7 @@ def test_text_ends_well_with_every_option(inspect: Callable[..., Result], toy: P
     ],
 )
 def test_bad_input_is_told_in_text_and_json_and_ends_with_2(
-    inspect: Callable[..., Result], tmp_path: Path, content: bytes | None, options: list[str], what: str
+    inspect: CommandLine, tmp_path: Path, content: bytes | None, options: list[str], what: str
 ) -> None:
     if content is not None:
         (tmp_path / "a.pt").write_bytes(content)
@@ -610,19 +589,18 @@ def test_bad_input_is_told_in_text_and_json_and_ends_with_2(
     assert (text.code, text.out, text.err.splitlines()[0]) == (2, "", f"error: {what}")
     found = inspect(tmp_path / "a.pt", "--json", *options)
     assert (found.code, found.err) == (2, "")
-    validate(json.loads(found.out))
-    assert json.loads(found.out)["error"]["what"] == what
+    assert found.json["error"]["what"] == what
 
 
-def test_no_checkpoint_at_all_is_a_usage_error(inspect: Callable[..., Result]) -> None:
-    assert inspect().code == 2
+def test_no_checkpoint_at_all_is_a_usage_error(inspect: CommandLine) -> None:
+    usage = "error: Missing argument 'CHECKPOINT...'\n  try:       cogtools inspect --help\n"
+    assert inspect() == (2, "", usage)
 
 
-def test_several_checkpoints_are_shown_one_after_the_other(inspect: Callable[..., Result], tmp_path: Path) -> None:
+def test_several_checkpoints_are_shown_one_after_the_other(inspect: CommandLine, tmp_path: Path) -> None:
     for name in ("a", "b"):
         torch.save({"module": {name: torch.ones(1)}}, tmp_path / name)
-    found = json.loads(inspect(tmp_path / "a", tmp_path / "b", "--json").out)
-    validate(found)
+    found = inspect(tmp_path / "a", tmp_path / "b", "--json").json
     keys = [[tensor["key"] for tensor in one["tensors"]] for one in found["report"]["checkpoints"]]
     assert keys == [["a"], ["b"]]
     text = inspect(tmp_path / "a", tmp_path / "b").out
@@ -697,16 +675,6 @@ def test_selections_that_make_no_sense_are_refused(toy: Path) -> None:
 # What it takes
 
 
-def test_it_starts_and_looks_without_torch_numpy_and_rich(toy: Path) -> None:
-    code = (
-        "import sys; from cogtools.cli import run; "
-        f"code = run(['inspect', {str(toy)!r}, '--tree']); "
-        "print(code, sorted({'torch', 'numpy', 'diffusers', 'rich', 'yaml', 'matplotlib'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "0 []"
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="counts reads in /proc/self/io")
 def test_no_weights_are_read_to_look(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
@@ -719,13 +687,12 @@ def test_no_weights_are_read_to_look(tmp_path: Path) -> None:
         f"inspect_checkpoint({str(path)!r})\n"
         "print(read_bytes() - before)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 2_000_000
+    assert int(run_python(code).out) < 2_000_000
 
 
 def test_a_reader_that_closes_the_pipe_is_no_error(tmp_path: Path) -> None:
     torch.save({"module": {f"layers.{layer}.weight": torch.ones(1) for layer in range(5000)}}, tmp_path / "a.pt")
-    command = f"{sys.executable} -m cogtools inspect {tmp_path / 'a.pt'} | head -1"
+    command = f"{shlex.join(program('inspect', tmp_path / 'a.pt'))} | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'a.pt'}\n", "")
 
@@ -736,8 +703,8 @@ def test_whatever_a_file_says_nothing_in_it_acts_on_the_terminal(tmp_path: Path)
     values = {"iteration": evil, "ds_version": "\x1b]0;evil\x07", evil: pickle.PickleBuffer}
     torch.save({"module": state, **values}, tmp_path / "a.pt")
     for options in ([], ["--tree"], ["--stats"], ["--keys", "evil"]):
-        done = process("inspect", tmp_path / "a.pt", *options)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert not set(done.stdout) - {"\n"} & {chr(code) for code in range(32)}
-        assert "\u202e" not in done.stdout
-        assert len(done.stdout) < 1_000_000
+        done = run_program("inspect", tmp_path / "a.pt", *options)
+        assert (done.code, done.err) == (0, "")
+        assert not set(done.out) - {"\n"} & {chr(code) for code in range(32)}
+        assert "\u202e" not in done.out
+        assert len(done.out) < 1_000_000

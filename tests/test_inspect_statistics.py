@@ -1,6 +1,5 @@
 """Statistics, the strength of updates, and how they are shown: numbers equal torch's, pictures can be opened."""
 
-import json
 import math
 import os
 import pty
@@ -16,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogtools import cli
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.errors import CogtoolsError
 from cogtools.inspection import statistics
@@ -26,8 +24,8 @@ from cogtools.inspection.report import Statistics
 from cogtools.inspection.updates import update_strength
 from cogtools.render.folding import fold, open_lines
 from cogtools.render.inspect import shortened
+from tests.command_line import CommandLine, program, surroundings
 from tests.factories import COGVIDEOX_2B, SAVERS, TOY_2B, fill_lora, sat_checkpoint, sat_state_dict, zoo
-from tests.test_cli import validate
 
 
 def by_torch(tensor: torch.Tensor) -> Statistics:
@@ -110,12 +108,11 @@ def test_large_integers_are_exact(tmp_path: Path) -> None:
     assert (found.min, found.max) == (-(2**62) - 3, 2**62 + 1)
 
 
-def test_numbers_beyond_json_are_told_as_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_beyond_json_are_told_as_none(cogtools_cli: CommandLine, tmp_path: Path) -> None:
     torch.save({"a": torch.tensor([1e300, 1e300], dtype=torch.float64)}, tmp_path / "a.pt")
-    assert cli.run(["inspect", str(tmp_path / "a.pt"), "--stats", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(word))
-    validate(found)
-    assert found["report"]["checkpoints"][0]["tensors"][0]["statistics"]["norm"] is None
+    result = cogtools_cli("inspect", tmp_path / "a.pt", "--stats", "--json")
+    assert result.code == 0
+    assert result.json["report"]["checkpoints"][0]["tensors"][0]["statistics"]["norm"] is None
 
 
 def test_what_has_no_statistics_says_why(tmp_path: Path) -> None:
@@ -268,10 +265,9 @@ def on_terminal(columns: int, *words: str | Path, **environment: str) -> str:
     """What the program prints on a terminal of this width."""
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (50, columns))
-    clean = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
-    program = [sys.executable, "-m", "cogtools", *map(str, words)]
+    unset = {name: value for name, value in surroundings().items() if name not in ("COLUMNS", "NO_COLOR")}
     child = subprocess.Popen(
-        program, stdout=slave, stderr=slave, env={**clean, "TERM": "xterm-256color", **environment}
+        program(*words), stdout=slave, stderr=slave, env={**unset, "TERM": "xterm-256color", **environment}
     )
     os.close(slave)
     parts = []

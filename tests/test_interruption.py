@@ -11,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cogtools.layouts.diffusers import FILE_NAME
+from tests.command_line import program
 from tests.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
-from tests.interruption import NAME, kill_exports
+from tests.interruption import kill_exports
 
 WAITING = """
-    import os, time
+    import os, signal, time
     from cogtools import writer
     from cogtools.__main__ import main
 
@@ -24,14 +26,9 @@ WAITING = """
         time.sleep(60)
 
     writer.AtomicFile.sync = wait
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that a shell runs in the background ignore it
     main()
 """
-
-
-@pytest.fixture
-def run_folder(tmp_path: Path) -> Path:
-    save_run(tmp_path / "run", sat_checkpoint(sat_state_dict(TOY_2B, 4)), rank=4)
-    return tmp_path / "run"
 
 
 def end_while_syncing(number: signal.Signals, *words: str | Path) -> tuple[int, str, list[str]]:
@@ -60,24 +57,23 @@ def test_an_interruption_is_told_in_json_too(run_folder: Path, tmp_path: Path) -
     assert (code, json.loads(out)["error"]["kind"], err) == (130, "interrupted", [])
 
 
-def test_exports_that_are_killed_at_random_leave_the_target_whole(tmp_path: Path) -> None:
-    found = kill_exports(tmp_path, rounds=20, seed=1)
-    assert found["absent"] + found["old"] + found["new"] == 20
+def test_exports_that_are_killed_at_random_leave_the_target_as_it_was_or_whole(tmp_path: Path) -> None:
+    kill_exports(tmp_path, rounds=20, seed=1)  # asserts it after each; which of the two it is depends on the machine
 
 
 def test_of_two_exports_to_one_place_one_wins(run_folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cogtools", "export-lora", str(run_folder), str(tmp_path / "out"), "--quiet"]
+    command = program("export-lora", run_folder, tmp_path / "out", "--quiet")
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     ends = sorted((process.wait(), process.communicate()[1].partition("\n")[0]) for process in both)
     assert ends == [(0, ""), (2, "error: the output exists already")]
-    assert len(load_file(tmp_path / "out" / NAME)) == 24
+    assert len(load_file(tmp_path / "out" / FILE_NAME)) == 24
 
 
 def test_of_two_exports_that_may_overwrite_both_end_well(run_folder: Path, tmp_path: Path) -> None:
-    words = ["export-lora", str(run_folder), str(tmp_path / "out"), "--quiet", "--overwrite"]
-    both = [subprocess.Popen([sys.executable, "-m", "cogtools", *words]) for _ in range(2)]
+    command = program("export-lora", run_folder, tmp_path / "out", "--quiet", "--overwrite")
+    both = [subprocess.Popen(command) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [NAME]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [FILE_NAME]
 
 
 def test_a_batch_that_is_interrupted_leaves_nothing_half_written(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -14,9 +13,9 @@ import cogtools
 from benchmarks import full_size
 from cogtools import writer
 from cogtools.checkpoint import storage
+from cogtools.layouts.diffusers import FILE_NAME
+from tests.command_line import program, run_program, surroundings
 from tests.factories import TOY_2B, sat_state_dict
-
-NAME = "pytorch_lora_weights.safetensors"
 
 ODD_NAMES = {
     "spaces": b"my LoRA run",
@@ -43,26 +42,21 @@ def saved(folder: Path, state: dict[str, torch.Tensor]) -> Path:
     return folder / "a.pt"
 
 
-def program(*words: str | Path) -> list[str]:
-    return [sys.executable, "-m", "cogtools", *map(str, words)]
-
-
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_odd_names_are_names_like_others(tmp_path: Path, state: dict[str, torch.Tensor], name: str) -> None:
     folder = tmp_path / os.fsdecode(ODD_NAMES[name])
     command = program("export-lora", "--", saved(folder, state), folder / "out")
-    done = subprocess.run(command, capture_output=True, check=False)
+    done = subprocess.run(command, capture_output=True, check=False, env=surroundings())
     assert (done.returncode, b"\x1b" in done.stdout + done.stderr) == (0, False)
-    assert len(load((folder / "out" / NAME).read_bytes())) == 24
+    assert len(load((folder / "out" / FILE_NAME).read_bytes())) == 24
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_an_error_about_an_odd_name_is_told_in_whole_lines(tmp_path: Path, name: str) -> None:
     folder = tmp_path / os.fsdecode(ODD_NAMES[name])
-    command = program("export-lora", "--", folder, tmp_path / "out")
-    done = subprocess.run(command, capture_output=True, check=False, text=True, errors="strict")
-    assert (done.returncode, done.stdout) == (2, "")
-    lines = done.stderr.splitlines()
+    done = run_program("export-lora", "--", folder, tmp_path / "out")
+    assert (done.code, done.out) == (2, "")
+    lines = done.err.splitlines()
     assert (len(lines), lines[0]) == (2, "error: there is no such file")
 
 
@@ -84,15 +78,8 @@ def test_a_name_too_long_for_the_system_is_an_error_like_others(
     tmp_path: Path, state: dict[str, torch.Tensor], words: list[str]
 ) -> None:
     saved(tmp_path, state)
-    done = subprocess.run(
-        program(*words),
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(cogtools.__file__).parent.parent)},
-    )
-    assert (done.returncode, "Traceback" in done.stderr, "File name too long" in done.stderr) == (2, False, True)
+    done = run_program(*words, cwd=tmp_path)
+    assert (done.code, "Traceback" in done.err, "File name too long" in done.err) == (2, False, True)
 
 
 def test_a_terminal_that_knows_ascii_only_is_no_hindrance(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
@@ -101,7 +88,7 @@ def test_a_terminal_that_knows_ascii_only_is_no_hindrance(tmp_path: Path, state:
         program("export-lora", path, tmp_path / "猫" / "out"),
         capture_output=True,
         check=False,
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        env=surroundings(PYTHONIOENCODING="ascii"),
     )
     assert done.returncode == 0
     assert rb"\u732b" in done.stdout
@@ -117,6 +104,7 @@ def test_a_source_that_may_only_be_read_is_enough(tmp_path: Path, state: dict[st
         path.parent.chmod(0o755)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_pipe_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(cogtools.CogtoolsError) as caught:
@@ -126,7 +114,7 @@ def test_a_pipe_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
 
 def test_standard_input_is_refused_too(tmp_path: Path) -> None:
     command = program("export-lora", "/dev/stdin", tmp_path / "out")
-    done = subprocess.run(command, input=b"PK\x03\x04", capture_output=True, check=False)
+    done = subprocess.run(command, input=b"PK\x03\x04", capture_output=True, check=False, env=surroundings())
     assert (done.returncode, done.stderr.splitlines()[0]) == (2, b"error: this is not a regular file")
 
 
@@ -144,7 +132,7 @@ def test_a_checkpoint_over_4_gib_is_read_like_others(tmp_path: Path) -> None:
     assert path.stat().st_size > 1 << 32
     cogtools.export_lora(path, tmp_path)
     wanted = torch.load(path, mmap=True, weights_only=False, map_location="cpu")["module"]
-    found = load_file(tmp_path / NAME)
+    found = load_file(tmp_path / FILE_NAME)
     assert len(found) == 240
     key = "model.diffusion_model.transformer.layers.29.attention.dense.matrix_B.0"
     assert torch.equal(found["transformer.transformer_blocks.29.attn1.to_out.0.lora_B.weight"], wanted[key])
@@ -161,7 +149,7 @@ def test_a_system_without_positioned_reads_reads_the_same(
     monkeypatch.delattr(os, "pread")
     monkeypatch.delattr(os, "copy_file_range")
     cogtools.export_lora(path, tmp_path / "b")
-    assert (tmp_path / "a" / NAME).read_bytes() == (tmp_path / "b" / NAME).read_bytes()
+    assert (tmp_path / "a" / FILE_NAME).read_bytes() == (tmp_path / "b" / FILE_NAME).read_bytes()
 
 
 def test_without_positioned_reads_threads_do_not_disturb_each_other(
@@ -192,14 +180,14 @@ def test_a_system_without_file_locks_writes_the_same(
     monkeypatch.delattr(os, "posix_fallocate")
     monkeypatch.delattr(os, "statvfs")
     cogtools.export_lora(path, tmp_path / "b")
-    assert (tmp_path / "a" / NAME).read_bytes() == (tmp_path / "b" / NAME).read_bytes()
+    assert (tmp_path / "a" / FILE_NAME).read_bytes() == (tmp_path / "b" / FILE_NAME).read_bytes()
 
 
 def test_a_file_system_that_cannot_lock_leaves_leftovers_alone(
     tmp_path: Path, state: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = saved(tmp_path / "run", state)
-    leftover = tmp_path / f".{NAME}.1-00000000.cogtools-tmp"
+    leftover = tmp_path / f".{FILE_NAME}.1-00000000.cogtools-tmp"
     leftover.write_bytes(b"half")
 
     def cannot(*_: object) -> None:

@@ -17,6 +17,7 @@ from tests.factories import (
     MODELS,
     TOY_2B,
     SatModel,
+    is_lora,
     sat_checkpoint,
     sat_state_dict,
     save_run,
@@ -151,6 +152,11 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         Problem("missing", f"{LAYERS}0.{QKV}matrix_A.0"),
         Problem("unexpected", f"{LAYERS}7.{QKV}matrix_A.0", expected="layers 0-2"),
     ]
+
+
+def test_a_lora_of_whole_numbers_is_an_error(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.pt", {key: tensor.int() for key, tensor in toy().items() if is_lora(key)})
+    assert [(problem.kind, problem.found) for problem in problems(path)] == [("dtype", "int32")] * 24
 
 
 def test_a_module_of_another_rank_is_an_error(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The README shows what the commands really print, and names every command and option."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -12,9 +11,10 @@ import pytest
 import typer
 
 from cogtools import cli
+from tests.command_line import ROOT, surroundings
 from tests.demo import make_sample
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 ELIDED = "…"
 
 
@@ -59,7 +59,7 @@ def test_the_readme_shows_what_a_command_prints(folder: Path, example: Example) 
         text=True,
         check=False,
         cwd=folder,
-        env={**os.environ, "COLUMNS": "120", "PYTHONPATH": str(Path(__file__).parent.parent)},
+        env=surroundings(COLUMNS="120"),
     )
     pattern = ".*".join(re.escape(part) for part in re.split(rf"^{ELIDED}$", example.shown, flags=re.MULTILINE))
     assert re.fullmatch(pattern, done.stdout.rstrip("\n"), re.DOTALL), done.stdout

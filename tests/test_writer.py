@@ -6,13 +6,16 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
+from cogtools import writer
 from cogtools.checkpoint.dtypes import DTYPES
 from cogtools.checkpoint.storage import FileRange, SourceFile
 from cogtools.errors import CheckpointError, OutputError
@@ -127,6 +130,33 @@ def test_a_file_in_the_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="the output cannot be written: "):
         write(tmp_path / "file" / "out.safetensors", b"new")
+
+
+def test_no_file_stays_open(target: Path, open_files: Callable[[], int]) -> None:
+    before = open_files()
+    write(target, b"new")
+    with AtomicFile(target, overwrite=True) as file:
+        file.write(b"half")
+    assert open_files() == before
+
+
+def test_a_file_that_another_run_took_for_a_leftover_is_made_anew(
+    target: Path, monkeypatch: pytest.MonkeyPatch, open_files: Callable[[], int]
+) -> None:
+    taken: list[Path] = []
+
+    def lock(fd: int, *, wait: bool) -> bool:
+        if not taken:
+            taken.extend(leftovers(target))
+            taken[0].unlink()
+        return writer_lock(fd, wait=wait)
+
+    writer_lock = writer._lock
+    monkeypatch.setattr(writer, "_lock", lock)
+    before = open_files()
+    write(target, b"new")
+    assert len(taken) == 1
+    assert (target.read_bytes(), names(target.parent), open_files()) == (b"new", [target.name], before)
 
 
 # Interruption
@@ -266,12 +296,27 @@ def test_a_source_that_shrinks_while_it_is_copied_is_an_error(tmp_path: Path, ta
     assert names(tmp_path) == ["source"]
 
 
-def test_files_are_complete_for_whoever_looks_while_they_are_replaced(tmp_path: Path) -> None:
-    tensor = torch.arange(1000.0)
-    content = save({"x": tensor})
-    target = tmp_path / "out.safetensors"
-    write(target, content)
-    until = time.monotonic() + 0.3
-    while time.monotonic() < until:
-        write(target, content, overwrite=True)
-        assert torch.equal(load_file(target)["x"], tensor)
+def test_files_are_complete_for_whoever_looks_while_they_are_replaced(target: Path) -> None:
+    contents = [bytes([value]) * (1 << 20) for value in (1, 2)]
+    write(target, contents[0])
+    looking, stop = threading.Event(), threading.Event()
+
+    def torn() -> list[str]:
+        """Read until told to stop; whatever is not one of the contents, whole."""
+        found = []
+        while not stop.is_set():
+            looking.set()
+            content = target.read_bytes()
+            if content not in contents:
+                found.append(f"{len(content)} bytes: {content.count(1)} of the one, {content.count(2)} of the other")
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(torn)
+        try:
+            looking.wait()
+            for number in range(60):
+                write(target, contents[number % 2], overwrite=True)
+        finally:
+            stop.set()
+    assert reader.result() == []
