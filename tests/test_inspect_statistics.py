@@ -205,6 +205,24 @@ def test_a_module_that_lacks_a_factor_or_is_not_finite_has_no_update(tmp_path: P
     assert {(update.layer, update.projection) for update in lora.updates} == every - {(0, "out"), (1, "v")}
 
 
+def test_numpy_gets_one_thread_before_it_is_imported_unless_told_otherwise(tmp_path: Path) -> None:
+    torch.save({"module": lora_state()}, tmp_path / "a.pt")
+    code = (
+        "import os, sys; from cogtools.cli import run\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'numpy': print('threads', os.environ.get('OPENBLAS_NUM_THREADS'))\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        f"run(['inspect', {str(tmp_path / 'a.pt')!r}, '--stats', '--limit', '0'])"
+    )
+    for given, threads in (({}, "1"), ({"OPENBLAS_NUM_THREADS": "3"}, "3")):
+        clean = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**clean, **given}
+        )
+        assert [line for line in done.stdout.splitlines() if line.startswith("threads")] == [f"threads {threads}"]
+
+
 # Pictures
 
 
