@@ -44,10 +44,23 @@ def fold_names(names: Iterable[LoraKey]) -> list[str]:
     alike: dict[frozenset[tuple[str, str]], list[int]] = {}
     for layer in sorted(parts):
         alike.setdefault(frozenset(parts[layer]), []).append(layer)
-    return [
-        f"layer{'s' if len(layers) > 1 else ''} {fold_numbers(layers)}: {_fold_parts(meant)}"
-        for meant, layers in alike.items()
-    ]
+    return [f"{_layers(layers)}: {_fold_parts(meant)}" for meant, layers in alike.items()]
+
+
+def fold_modules(modules: Iterable[tuple[int, str]]) -> str:
+    """Modules by layer and projection in few words, as `fold_names` does: "layers 3-5: v; layer 7: q, out"."""
+    projections: dict[int, set[str]] = {}
+    for layer, projection in modules:
+        projections.setdefault(layer, set()).add(projection)
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for layer in sorted(projections):
+        meant = tuple(name for name in PROJECTIONS if name in projections[layer])
+        alike.setdefault(meant, []).append(layer)
+    return "; ".join(f"{_layers(layers)}: {', '.join(meant)}" for meant, layers in alike.items())
+
+
+def _layers(layers: Sequence[int]) -> str:
+    return f"layer{'s' if len(layers) > 1 else ''} {fold_numbers(layers)}"
 
 
 def _fold_parts(meant: frozenset[tuple[str, str]]) -> str:

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogtools.inspection.analysis import Selection, inspect_checkpoint
+from cogtools.inspection.analysis import inspect_checkpoint
 from cogtools.inspection.report import InspectReport
+from cogtools.inspection.selection import Selection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ def inspect_checkpoints(
         CogtoolsError: if one of them cannot be read, or the picture cannot be drawn.
     """
     selection = selection or Selection()
+    selection.check()
     if selection.statistics or plot is not None:
         _use_one_thread()
     if plot is not None:

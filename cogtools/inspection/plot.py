@@ -129,7 +129,7 @@ def _draw_lines(axis: Any, reports: Sequence[CheckpointReport]) -> None:
 def _grid(report: CheckpointReport) -> list[list[float]]:
     """The norms, a row for each layer and a column for each projection; NaN where there is no update."""
     updates: tuple[UpdateReport, ...] = report.lora.updates or () if report.lora is not None else ()
-    norms = {(update.layer, update.projection): update.norm for update in updates}
+    norms = {(update.layer, update.projection): update.norm for update in updates if update.norm is not None}
     return [[norms.get((layer, name), math.nan) for name in PROJECTIONS] for layer in _layers(report)]
 
 
