@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ from cogtools.errors import CogtoolsError
 from cogtools.inspection import statistics
 from cogtools.inspection.analysis import inspect_checkpoint
 from cogtools.inspection.command import inspect_checkpoints
-from cogtools.inspection.report import Statistics, UpdateReport
+from cogtools.inspection.plot import titles
+from cogtools.inspection.report import CheckpointReport, Statistics, UpdateReport
 from cogtools.inspection.selection import Selection
 from cogtools.inspection.updates import update_strength
 from cogtools.render.folding import fold, open_lines
@@ -351,17 +353,57 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     torch.save({"module": {"weight": torch.ones(2)}}, tmp_path / "none.pt")
     torch.save({"module": lora_state()}, tmp_path / "a.pt")
+    broken = {key: torch.full_like(tensor, math.nan) for key, tensor in lora_state().items()}
+    torch.save({"module": broken}, tmp_path / "nan.pt")
+    save_file({"diffusion_model.blocks.0.q.lora_A.weight": torch.ones(4, 8)}, tmp_path / "other.safetensors")
 
-    def refusal(*paths: Path, plot: str) -> str:
+    def refusal(*paths: Path, plot: str) -> tuple[str, str | None]:
         with pytest.raises(CogtoolsError) as raised:
             inspect_checkpoints(paths, plot=tmp_path / plot)
-        return raised.value.what
+        return raised.value.what, raised.value.found
 
     a = tmp_path / "a.pt"
-    assert refusal(tmp_path / "none.pt", plot="a.png") == "there is no LoRA in this checkpoint to draw"
-    assert refusal(a, a, a, plot="a.png") == "--plot draws one checkpoint, or two against each other"
-    assert refusal(a, plot="a.jpeg") == "--plot draws a picture"
-    assert refusal(a, plot="no/such/folder/a.png") == "the picture cannot be written: No such file or directory"
+    assert refusal(tmp_path / "none.pt", plot="a.png") == ("there is no LoRA in this checkpoint to draw", None)
+    assert refusal(tmp_path / "other.safetensors", plot="a.png")[0] == (
+        "the updates of a LoRA in this layout are not computed"
+    )
+    assert refusal(tmp_path / "nan.pt", plot="a.png") == (
+        "no update of this LoRA can be computed",
+        "12 modules with NaN or infinity",
+    )
+    assert refusal(a, a, a, plot="a.png")[0] == "--plot draws one checkpoint, or two against each other"
+    assert refusal(a, plot="a.jpeg")[0] == "--plot draws a picture"
+    (tmp_path / "folder.png").mkdir()
+    missing = tmp_path / "missing.pt"  # nothing is read before the picture's place is found good
+    no_folder = "the picture cannot be written: there is no such folder"
+    assert refusal(missing, plot="no/such/folder/a.png")[0] == no_folder
+    assert refusal(missing, plot="folder.png")[0] == "the picture cannot be written: there is a folder of that name"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.pt", "folder.png", "nan.pt", "none.pt", "other.safetensors",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["run/1000/a.pt"], ["a.pt"]),
+        (["run/1000/a.pt", "run/2000/a.pt"], ["1000", "2000"]),
+        (["one/1000/a.pt", "other/1000/a.pt"], ["one", "other"]),
+        (["one/1000/a.pt", "other/2000/b.pt"], ["one/1000/a.pt", "other/2000/b.pt"]),
+        (["run/a.pt", "run/a.pt"], ["a.pt (1)", "a.pt (2)"]),
+        (["a.pt", "run/a.pt"], ["a.pt", "run"]),
+    ],
+)
+def test_titles_are_what_tells_two_paths_apart(
+    toy_report: CheckpointReport, paths: list[str], expected: list[str]
+) -> None:
+    assert titles([replace(toy_report, checkpoint=Path(path)) for path in paths]) == expected
+
+
+@pytest.fixture
+def toy_report(tmp_path: Path) -> CheckpointReport:
+    torch.save({"module": lora_state()}, tmp_path / "a.pt")
+    return inspect_checkpoint(tmp_path / "a.pt")
 
 
 def test_without_matplotlib_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
