@@ -237,6 +237,8 @@ def test_what_is_not_computed_is_said_with_layers_folded(cogtools_cli: CommandLi
     torch.save({"module": state}, tmp_path / "a.pt")
     told = "\nnot computed: 3 modules with NaN or infinity (layers 0-1: v; layer 2: q)\n"
     assert told in cogtools_cli("inspect", tmp_path / "a.pt", "--stats", "--limit", "0").out
+    narrow = on_terminal(60, "inspect", tmp_path / "a.pt", "--stats", "--limit", "0", NO_COLOR="1")
+    assert "\nnot computed: 3 modules with NaN or infinity (layers 0-1: v;\nlayer 2: q)\n" in narrow
 
 
 @pytest.mark.parametrize("exponent", [-200, 140, 150])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-import textwrap
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.errors import SHOWN_PROBLEMS
-from cogtools.render.style import CYAN, DIM, GREEN, MIN_KEY_WIDTH, RED, YELLOW
+from cogtools.render.style import CYAN, DIM, GREEN, RED, YELLOW
 from cogtools.render.text import number, printable, size
 from cogtools.words import ALPHA_SOURCES, counted, fold_numbers
 
@@ -40,9 +38,6 @@ SECTION_WIDTH = 68
 NOTEWORTHY_SHARE = 0.01
 """Storages have some bytes that no tensor views, where a trainer aligns them. From this share on it is worth a line."""
 
-_NUMBER_AND_UNIT = re.compile(r"(?<=\d) (?=(?:bytes|[kMGT]B)\b)")
-_NO_BREAK = "\N{NO-BREAK SPACE}"
-
 
 class Field(NamedTuple):
     """A line of the header; it goes on with lines that have no label."""
@@ -56,19 +51,10 @@ def header_lines(report: CheckpointReport, style: Style) -> Iterator[str]:
     """The header as lines of text."""
     for field in _fields(report):
         label = field.label
-        for line in _wrapped(printable(field.value), style):
+        for line in style.wrapped(printable(field.value), indent=13):
             value = style.paint(line, field.colour) if field.colour else line
             yield f"  {style.paint(f'{label:<10}', CYAN)} {value}".rstrip()
             label = ""
-
-
-def _wrapped(value: str, style: Style) -> list[str]:
-    """A value in lines that fit the terminal; a number and its unit stay together."""
-    if style.width is None:
-        return [value]
-    joined = _NUMBER_AND_UNIT.sub(_NO_BREAK, value)
-    lines = textwrap.wrap(joined, max(style.width - 13, MIN_KEY_WIDTH), break_on_hyphens=False)
-    return [line.replace(_NO_BREAK, " ") for line in lines] or [""]
 
 
 def _fields(report: CheckpointReport) -> Iterator[Field]:

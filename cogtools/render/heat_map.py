@@ -49,7 +49,7 @@ def heat_map_lines(lora: LoraReport, updates: Sequence[UpdateReport], style: Sty
         return
     computed = [update for update in updates if update.not_computed is None]
     if computed:
-        yield f"norm of {_scaled_by(computed)}, and effective rank (at most {max(lora.ranks)})"
+        yield from style.wrapped(f"norm of {_scaled_by(computed)}, and effective rank (at most {max(lora.ranks)})")
         yield from _rows(computed, style)
     reasons: dict[str, list[UpdateReport]] = defaultdict(list)
     for update in updates:
@@ -57,7 +57,8 @@ def heat_map_lines(lora: LoraReport, updates: Sequence[UpdateReport], style: Sty
             reasons[update.not_computed].append(update)
     for reason, members in reasons.items():
         where = fold_modules((update.layer, update.projection) for update in members)
-        yield style.paint(f"not computed: {counted(len(members), 'module')} with {reason} ({where})", YELLOW)
+        for line in style.wrapped(f"not computed: {counted(len(members), 'module')} with {reason} ({where})"):
+            yield style.paint(line, YELLOW)
 
 
 def _scaled_by(updates: Sequence[UpdateReport]) -> str:

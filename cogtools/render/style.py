@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
+import textwrap
 from typing import NamedTuple, Self
 
 from cogtools.render.text import has_colour, is_terminal
@@ -12,6 +14,9 @@ BOLD, DIM, RED, GREEN, YELLOW, CYAN = "1", "2", "1;31", "32", "33", "36"
 
 MIN_KEY_WIDTH = 20
 """Keys get so many columns, however narrow the terminal is."""
+
+_NUMBER_AND_UNIT = re.compile(r"(?<=\d) (?=(?:bytes|[kMGT]B)\b)")
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 class Style(NamedTuple):
@@ -34,6 +39,14 @@ class Style(NamedTuple):
             return cls()
         columns, rows = shutil.get_terminal_size()
         return cls(columns, rows, has_colour(sys.stdout))
+
+    def wrapped(self, text: str, *, indent: int = 0) -> list[str]:
+        """A text in lines that fit the terminal, after an indentation; a number and its unit stay together."""
+        if self.width is None:
+            return [text]
+        joined = _NUMBER_AND_UNIT.sub(_NO_BREAK, text)
+        lines = textwrap.wrap(joined, max(self.width - indent, MIN_KEY_WIDTH), break_on_hyphens=False)
+        return [line.replace(_NO_BREAK, " ") for line in lines] or [""]
 
     def paint(self, text: str, code: str) -> str:
         """The text in a colour, by its number in ECMA-48's SGR."""
