@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from cogtools.checkpoint.opening import open_checkpoint
     from cogtools.convert import ExportReport, export_lora
     from cogtools.errors import CogtoolsError
-    from cogtools.inspection.analysis import Selection, inspect_checkpoint
+    from cogtools.inspection.analysis import inspect_checkpoint
     from cogtools.inspection.report import CheckpointReport
+    from cogtools.inspection.selection import Selection
     from cogtools.verification.result import VerifyReport
     from cogtools.verification.verify import verify_lora
 
@@ -26,7 +27,7 @@ _HOME = {
     "CogtoolsError": "cogtools.errors",
     "ExportReport": "cogtools.convert",
     "VerifyReport": "cogtools.verification.result",
-    "Selection": "cogtools.inspection.analysis",
+    "Selection": "cogtools.inspection.selection",
     "export_lora": "cogtools.convert",
     "inspect_checkpoint": "cogtools.inspection.analysis",
     "open_checkpoint": "cogtools.checkpoint.opening",

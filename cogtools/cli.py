@@ -219,8 +219,8 @@ def inspect_command(
       cogtools inspect mp_rank_00_model_states.pt --keys layers.0. --offsets
       cogtools inspect lora-disney/500 lora-disney/1000 --lora --plot moved.png
     """
-    from cogtools.inspection.analysis import Selection
     from cogtools.inspection.command import inspect_checkpoints
+    from cogtools.inspection.selection import Selection
     from cogtools.render.progress import Progress
 
     selection = Selection(
@@ -231,6 +231,7 @@ def inspect_command(
         limit=limit,
         offsets=offsets,
         statistics=stats,
+        tree=tree,
     )
     with Progress("reading", hidden=json) as progress:
         report = inspect_checkpoints(

@@ -50,11 +50,25 @@ def folded_names(names: Iterable[LoraKey]) -> dict[str, list[LoraKey]]:
     for layer in sorted(by_layer):
         alike.setdefault(frozenset((name.projection, name.factor) for name in by_layer[layer]), []).append(layer)
     return {
-        f"layer{'s' if len(layers) > 1 else ''} {fold_numbers(layers)}: {_fold_parts(meant)}": sorted(
-            name for layer in layers for name in by_layer[layer]
-        )
+        f"{_layers(layers)}: {_fold_parts(meant)}": sorted(name for layer in layers for name in by_layer[layer])
         for meant, layers in alike.items()
     }
+
+
+def fold_modules(modules: Iterable[tuple[int, str]]) -> str:
+    """Modules by layer and projection in few words, as `fold_names` does: "layers 3-5: v; layer 7: q, out"."""
+    projections: dict[int, set[str]] = {}
+    for layer, projection in modules:
+        projections.setdefault(layer, set()).add(projection)
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for layer in sorted(projections):
+        meant = tuple(name for name in PROJECTIONS if name in projections[layer])
+        alike.setdefault(meant, []).append(layer)
+    return "; ".join(f"{_layers(layers)}: {', '.join(meant)}" for meant, layers in alike.items())
+
+
+def _layers(layers: Sequence[int]) -> str:
+    return f"layer{'s' if len(layers) > 1 else ''} {fold_numbers(layers)}"
 
 
 def _fold_parts(meant: frozenset[tuple[str, str]]) -> str:

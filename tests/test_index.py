@@ -82,6 +82,10 @@ def test_what_is_no_dict_has_no_state_dict(value: object, tmp_path: Path) -> Non
         ({"module": None, "model": {"a": torch.arange(2)}}, ("model",), ["a"]),
         ({"model": {"module": {"state_dict": {"a": torch.arange(2)}}}}, ("model", "module", "state_dict"), ["a"]),
         ({"module": torch.arange(2), "b": torch.arange(2)}, (), ["module", "b"]),
+        ({"model": {"arch": "x"}, "state_dict": {"a": torch.arange(2)}}, ("state_dict",), ["a"]),
+        ({"model": {"arch": "x"}, "a": torch.arange(2)}, (), ["a"]),
+        ({"model": {"model": {"arch": "x"}, "module": {"a": torch.arange(2)}}}, ("model", "module"), ["a"]),
+        ({"module": {"a": torch.arange(2)}, "rng": torch.arange(2)}, ("module",), ["a"]),
     ],
 )
 def test_wrappers_are_dicts_with_something_in_them(
@@ -98,6 +102,48 @@ def test_a_wrapper_that_holds_itself_has_no_state_dict(tmp_path: Path) -> None:
     checkpoint = opened(cycle, tmp_path)
 
     assert (checkpoint.wrapper, checkpoint.tensors, checkpoint.beside) == ((), {}, {})
+
+
+@pytest.mark.parametrize(
+    ("value", "keys", "beside"),
+    [
+        ({"params": {"a.b": torch.arange(2)}}, [], {"params.a.b": ("params", "a.b")}),
+        ({"net": {"module": {"a": torch.arange(2)}}}, [], {"net.module.a": ("net.module", "a")}),
+        ({"optimizer": {"state": {0: {"step": torch.arange(2)}}}, "epoch": 3}, [],
+         {"optimizer.state.0.step": ("optimizer.state.0", "step")}),
+        ({"a": torch.arange(2), "optimizer": [torch.arange(2)]}, ["a"], {"optimizer.0": ("optimizer", "0")}),
+        ({"module": {"a": torch.arange(2), "ema": {"a": torch.arange(2)}}, "b": torch.arange(2)}, ["a"],
+         {"module.ema.a": ("module.ema", "a"), "b": ("", "b")}),
+        ([torch.arange(2)], [], {"0": ("", "0")}),
+        (torch.arange(2), [], {"<tensor>": ("", "<tensor>")}),
+    ],
+)  # fmt: skip
+def test_every_tensor_is_listed_once_wherever_it_lies(
+    value: object, keys: list[str], beside: dict[str, tuple[str, str]], tmp_path: Path
+) -> None:
+    checkpoint = opened(value, tmp_path)
+
+    assert list(checkpoint.tensors) == keys
+    assert list(checkpoint.beside) == list(beside)
+    assert checkpoint.places == beside
+
+
+def test_values_beside_every_wrapper_are_kept_the_innermost_of_equal_names(tmp_path: Path) -> None:
+    inner = {"module": {"a": torch.arange(2)}, "mp_world_size": 2, "iteration": 5}
+    checkpoint = opened({"state_dict": inner, "iteration": 7, "args": {"x": 1}}, tmp_path)
+
+    assert checkpoint.wrapper == ("state_dict", "module")
+    assert checkpoint.values == {"iteration": 5, "args": {"x": 1}, "mp_world_size": 2}
+
+
+def test_tensors_whose_names_are_spelled_alike_are_all_listed(tmp_path: Path) -> None:
+    state = {"1": torch.arange(2), 1: torch.arange(3), ("a",): torch.arange(4), ("b",): torch.arange(5)}
+    checkpoint = opened({"module": state, "x.y": {"z": torch.arange(6)}, "x": {"y.z": torch.arange(7)}}, tmp_path)
+
+    assert {key: entry.shape for key, entry in checkpoint.tensors.items()} == {
+        "1": (2,), "1 (2)": (3,), "<tuple>": (4,), "<tuple> (2)": (5,),
+    }  # fmt: skip
+    assert {key: entry.shape for key, entry in checkpoint.beside.items()} == {"x.y.z": (6,), "x.y.z (2)": (7,)}
 
 
 # How tensors are written
@@ -249,5 +295,7 @@ def test_a_tensor_mentioned_in_two_places_is_listed_at_each(tmp_path: Path) -> N
     tensor = torch.arange(2)
     shared = [tensor]
 
-    checkpoint = opened({"module": {"a": 1}, "x": tensor, "y": tensor, "z": shared, "again": shared}, tmp_path)
+    checkpoint = opened(
+        {"module": {"a": torch.ones(1)}, "x": tensor, "y": tensor, "z": shared, "again": shared}, tmp_path
+    )
     assert list(checkpoint.beside) == ["x", "y", "z.0"]

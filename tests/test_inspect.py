@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.dangers import danger_of
-from cogtools.errors import CogtoolsError
-from cogtools.inspection.analysis import Selection, inspect_checkpoint, kind_of, matches, natural
+from cogtools.errors import CogtoolsError, ExportError
+from cogtools.inspection.analysis import inspect_checkpoint
+from cogtools.inspection.contents import kind_of
 from cogtools.inspection.report import (
     CheckpointReport,
     DTypeReport,
@@ -32,8 +35,10 @@ from cogtools.inspection.report import (
     SecondCopy,
     SectionReport,
 )
-from cogtools.inspection.sections import SECTIONS, section_of
+from cogtools.inspection.sections import SECTIONS, section_beside, section_of
+from cogtools.inspection.selection import Selection, matches, natural
 from cogtools.layouts.diffusers import adapter_metadata
+from cogtools.planning import plan_lora_export
 from cogtools.verification.verify import verify_lora
 from tests.command_line import CommandLine, program, run_program, run_python
 from tests.factories import (
@@ -174,6 +179,7 @@ def test_the_report_of_a_training_says_what_is_in_it(toy: Path) -> None:
         beside_tensors=len(shapes) - tensors["lora"] - 1 + 2,
         parameters=sum(parameters.values()),
         stored_bytes=2 * sum(parameters.values()) + rng_bytes,
+        unviewed_bytes=0,
         dtypes=(DTypeReport("float16", len(shapes), sum(parameters.values()), 2 * sum(parameters.values())),),
         sections=(
             *(
@@ -204,6 +210,7 @@ def test_the_report_of_a_training_says_what_is_in_it(toy: Path) -> None:
         model=ModelReport("CogVideoX of no published size: 3 layers, hidden size 128", (), 3, 128),
         lora=LoraReport(
             layout="SAT",
+            names=None,
             tensors=24,
             size_bytes=24576,
             layers=layers,
@@ -215,7 +222,7 @@ def test_the_report_of_a_training_says_what_is_in_it(toy: Path) -> None:
             alpha=1,
             alpha_source="default",
             misstated=(),
-            scaling=0.25,
+            scalings=(0.25,),
             export=ExportOutlook(
                 possible=True,
                 tensors=24,
@@ -270,7 +277,7 @@ def test_what_is_stored_twice_is_told_by_storages_and_their_crc32s(tmp_path: Pat
     torch.save(checkpoint, tmp_path / "a.pt")
     size_bytes = sum(tensor.nbytes for tensor in copies.values())
     report = inspect_checkpoint(tmp_path / "a.pt")
-    expected = SecondCopy(len(copies), size_bytes, checked=True) if values == "equal" else None
+    expected = SecondCopy(len(copies), size_bytes, checked=len(copies)) if values == "equal" else None
     assert report.second_copy == expected
     (frozen,) = (section for section in report.sections if section.section == "frozen_param_fragments")
     assert frozen.stored_bytes == size_bytes
@@ -281,7 +288,7 @@ def test_without_crc32s_a_second_copy_is_told_by_its_keys(tmp_path: Path) -> Non
     SAVERS["without-crc32"](checkpoint, tmp_path / "a.pt")
     copies = checkpoint["frozen_param_fragments"]
     assert inspect_checkpoint(tmp_path / "a.pt").second_copy == SecondCopy(
-        len(copies), sum(tensor.nbytes for tensor in copies.values()), checked=False
+        len(copies), sum(tensor.nbytes for tensor in copies.values()), checked=0
     )
 
 
@@ -301,11 +308,113 @@ def test_without_crc32s_a_second_copy_is_told_by_its_keys(tmp_path: Path) -> Non
         ("optimizer.state.0.exp_avg", "optimizer"),
         ("cuda_rng_state", "random_states"),
         ("something.weight", "other"),
+        ("lora_unet__transformer_blocks_0_attn1_to_q.lora_down.weight", "lora"),
+        ("lora_unet__transformer_blocks_0_attn1_to_q.alpha", "lora"),
+        ("diffusion_model.blocks.0.q.alpha", "lora"),
+        ("first_stage_model.decoder.act.alpha", "vae"),
     ],
 )
 def test_a_key_belongs_to_one_section(key: str, section: str) -> None:
     assert section_of(key) == section
     assert section in SECTIONS
+
+
+MATRIX_A = "model.diffusion_model.transformer.layers.0.attention.dense.matrix_A.0"
+
+
+@pytest.mark.parametrize(
+    ("container", "key", "section"),
+    [
+        ("params", MATRIX_A, "lora"),
+        ("net.module", "model.diffusion_model.time_embed.0.bias", "transformer"),
+        ("ema", "conditioner.embedders.0.transformer.shared.weight", "text_encoder"),
+        ("text_encoder", "encoder.layers.0.mlp.fc1.weight", "text_encoder"),
+        ("params_ema", "first_stage_model.encoder.conv_in.conv.weight", "vae"),
+        ("frozen_param_fragments", MATRIX_A, "frozen_param_fragments"),
+        ("state_dict.frozen_param_fragments", MATRIX_A, "frozen_param_fragments"),
+        ("optimizer_state_dict.state." + MATRIX_A, "exp_avg", "optimizer"),
+        ("state_dict", "torch_rng_state", "random_states"),
+        ("lora", "first_stage_model.encoder.conv_in.conv.weight", "vae"),
+        ("layers.0.lora_A", "weight", "lora"),
+        ("", "x", "other"),
+        ("a." * 100_000 + "b", "x", "other"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_a_tensor_beside_the_state_dict_belongs_where_its_container_or_its_key_says(
+    container: str, key: str, section: str
+) -> None:
+    assert section_beside(container, key) == section
+
+
+@pytest.mark.parametrize(
+    ("wrap", "sections"),
+    [
+        (lambda state: {"params": state}, {"lora": 24, "transformer": 71, "text_encoder": 13, "vae": 104}),
+        (lambda state: {"lora": state}, {"lora": 24, "transformer": 71, "text_encoder": 13, "vae": 104}),
+        (
+            lambda state: {**state, "optimizer": {"state": {0: {"exp_avg": torch.ones(9)}}}, "epoch": 3},
+            {"lora": 24, "transformer": 71, "text_encoder": 13, "vae": 104, "optimizer": 1},
+        ),
+    ],
+    ids=["params", "lora", "optimizer within"],
+)
+def test_no_tensor_is_hidden_by_a_name_that_is_not_known(
+    tmp_path: Path, wrap: Callable[[dict[str, torch.Tensor]], dict[str, object]], sections: dict[str, int]
+) -> None:
+    torch.save(wrap(sat_state_dict(TOY_2B, 4)), tmp_path / "a.pt")
+    report = inspect_checkpoint(tmp_path / "a.pt")
+    assert {section.section: section.tensors for section in report.sections} == sections
+    assert len(report.tensors) == sum(sections.values())
+
+
+def test_a_lora_that_is_not_in_the_state_dict_is_said_to_be_out_of_export_loras_sight(
+    inspect: CommandLine, tmp_path: Path
+) -> None:
+    torch.save({"params": sat_state_dict(TOY_2B, 4)}, tmp_path / "a.pt")
+    out = inspect(tmp_path / "a.pt").out
+    assert "\n  tensors    212, none in a state dict, 1,255,491 parameters, float16\n" in out
+    assert "\n  LoRA       24 tensors of one, but not in the state dict (see --lora)\n" in out
+
+
+def test_one_part_of_a_tensor_parallel_training_is_refused_under_two_wrappers_too(tmp_path: Path) -> None:
+    inner = {"module": sat_state_dict(TOY_2B, 4, base="telling"), "mp_world_size": 2}
+    torch.save({"state_dict": inner}, tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint, pytest.raises(ExportError) as raised:
+        plan_lora_export(checkpoint)
+    assert raised.value.found == "mp_world_size 2 in the checkpoint"
+
+
+@pytest.mark.parametrize("path", ["ema", "nested.model"])
+def test_copies_are_found_at_any_depth_and_counted_by_storages(tmp_path: Path, path: str) -> None:
+    state = sat_state_dict(TOY_2B, 4)
+    # The trainer's LoRA tensors share a storage, which clones of them do not: their CRC-32s cannot be compared.
+    clones: object = {key: tensor.clone() for key, tensor in state.items()}
+    size_bytes = sum(tensor.nbytes for tensor in state.values())
+    for name in reversed(path.split(".")):
+        clones = {name: clones}
+    assert isinstance(clones, dict)
+    torch.save({"module": state, **clones}, tmp_path / "a.pt")
+    report = inspect_checkpoint(tmp_path / "a.pt")
+    tied = state["conditioner.embedders.0.transformer.shared.weight"].nbytes
+    assert report.second_copy == SecondCopy(len(state), size_bytes, checked=len(state) - 24)
+    assert report.stored_bytes == 2 * size_bytes - tied
+
+
+def test_bytes_that_no_tensor_views_are_counted(inspect: CommandLine, tmp_path: Path) -> None:
+    large = torch.zeros(1_000_000)
+    views = {"a": large[:10], "b": large[5:20], "c": large[100:110].flip(0), "transposed": torch.ones(3, 4).T}
+    torch.save({"module": views}, tmp_path / "a.pt")
+    report = inspect_checkpoint(tmp_path / "a.pt")
+    assert (report.stored_bytes, report.unviewed_bytes) == (4_000_000 + 40 + 48, 4_000_000 - 80)
+    assert "unused     4.0 MB of 4.0 MB are in no tensor" in inspect(tmp_path / "a.pt").out
+
+
+def test_a_file_that_is_one_tensor_is_shown(inspect: CommandLine, tmp_path: Path) -> None:
+    torch.save(torch.ones(3), tmp_path / "a.pt")
+    out = inspect(tmp_path / "a.pt").out
+    assert "\n  tensors    1, not in a state dict, 3 parameters, float32\n" in out
+    assert out.endswith("\n<tensor>  float32  (3,)      12  other\n")
 
 
 # LoRAs
@@ -314,7 +423,7 @@ def test_a_key_belongs_to_one_section(key: str, section: str) -> None:
 def lora_facts(report: CheckpointReport) -> tuple[Any, ...]:
     lora = report.lora
     assert lora is not None
-    return lora.layout, lora.complete, lora.missing, lora.ranks, lora.alpha, lora.alpha_source, lora.scaling
+    return lora.layout, lora.complete, lora.missing, lora.ranks, lora.alpha, lora.alpha_source, lora.scalings
 
 
 def test_what_a_lora_lacks_is_folded(tmp_path: Path) -> None:
@@ -332,7 +441,7 @@ def test_what_a_lora_lacks_is_folded(tmp_path: Path) -> None:
         (4,),
         1,
         "default",
-        0.25,
+        (0.25,),
     )
     assert report.lora is not None
     outlook = report.lora.export
@@ -358,7 +467,7 @@ def test_a_lora_in_diffusers_layout_is_held_against_its_model(tmp_path: Path) ->
     save_file(diffusers_lora(range(28)), path)
     report = inspect_checkpoint(path)
     missing = ("layers 28-29: all tensors",)
-    assert lora_facts(report) == ("diffusers", False, missing, (4,), None, None, 1.0)
+    assert lora_facts(report) == ("diffusers", False, missing, (4,), None, None, (1.0,))
     assert report.model == ModelReport("CogVideoX-2B", ("2b",), 30, 1920)
 
 
@@ -368,7 +477,7 @@ def test_a_lora_in_diffusers_layout_is_complete_if_it_has_the_layers_that_it_sta
     metadata = {"lora_adapter_metadata": adapter_metadata(4, 2, filter(lambda name: "lora_B" not in name, modules))}
     save_file(diffusers_lora(range(28)), path, metadata=metadata)
     report = inspect_checkpoint(path)
-    assert lora_facts(report) == ("diffusers", True, (), (4,), 2, "lora_adapter_metadata", 0.5)
+    assert lora_facts(report) == ("diffusers", True, (), (4,), 2, "lora_adapter_metadata", (0.5,))
 
 
 @pytest.mark.parametrize(
@@ -377,7 +486,7 @@ def test_a_lora_in_diffusers_layout_is_complete_if_it_has_the_layers_that_it_sta
 def test_metadata_that_states_no_alpha_is_no_error(tmp_path: Path, metadata: str) -> None:
     save_file(diffusers_lora(range(30)), tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": metadata})
     report = inspect_checkpoint(tmp_path / "a.safetensors")
-    assert lora_facts(report) == ("diffusers", True, (), (4,), None, None, None)
+    assert lora_facts(report) == ("diffusers", True, (), (4,), None, None, ())
 
 
 @pytest.mark.parametrize(
@@ -404,7 +513,7 @@ def test_inspect_and_verify_read_what_a_file_states_alike(
     proven = verify_lora(tmp_path)
     complete = next(check.status == "pass" for check in proven.checks if check.name == "complete")
     assert seen is not None
-    assert (seen.complete, seen.scaling) == (complete, scalings[0] if len(scalings) == 1 else None)
+    assert (seen.complete, seen.scalings) == (complete, scalings)
     assert proven.scaling == scalings
 
 
@@ -414,7 +523,7 @@ def test_inspect_and_verify_read_what_a_file_states_alike(
         ({}, "alpha      not stated: diffusers takes alpha = rank, a scaling of 1"),
         (
             {"lora_adapter_metadata": '{"transformer.r": 4}'},
-            "alpha      not to be used: missing: lora_alpha (found diffusers and PEFT then take 8, expected the value)",
+            "alpha      cannot be used: missing: lora_alpha (found diffusers and PEFT then take 8, expected the value)",
         ),
     ],
 )
@@ -433,7 +542,7 @@ def test_a_peft_folder_states_its_alpha_in_a_file_of_its_own(tmp_path: Path) -> 
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}')
     report = inspect_checkpoint(tmp_path)
-    assert lora_facts(report) == ("PEFT", True, (), (4,), 8, "adapter_config.json", 2)
+    assert lora_facts(report) == ("PEFT", True, (), (4,), 8, "adapter_config.json", (2,))
 
 
 def test_a_peft_folder_without_its_configuration_is_told_that_peft_loads_nothing(
@@ -448,12 +557,58 @@ def test_a_peft_folder_without_its_configuration_is_told_that_peft_loads_nothing
 
 
 def test_a_lora_in_a_layout_that_is_not_known_is_told_by_its_keys(tmp_path: Path) -> None:
-    key = "diffusion_model.blocks.0.q.lora_A.weight"
+    key = "network.layers.0.lora_A.weight"
     save_file({key: torch.ones(4, 8)}, tmp_path / "a.safetensors")
     report = inspect_checkpoint(tmp_path / "a.safetensors")
-    assert lora_facts(report) == ("unknown", None, (), (), None, None, None)
+    assert lora_facts(report) == ("unknown", None, (), (), None, None, ())
     assert report.lora is not None
     assert report.lora.unplaced == (key,)
+
+
+@pytest.mark.parametrize(
+    ("rename", "names"),
+    [
+        (lambda key: key.replace("transformer.", "diffusion_model.", 1), "names with ComfyUI's prefix"),
+        (
+            lambda key: key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"),
+            "lora_down and lora_up for lora_A and lora_B",
+        ),
+    ],
+    ids=["ComfyUI's prefix", "down and up"],
+)
+def test_a_lora_with_other_names_is_recognised(
+    inspect: CommandLine, tmp_path: Path, rename: Callable[[str], str], names: str
+) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = {rename(key): value for key, value in diffusers_lora(range(29)).items()}
+    alphas = {f"{key.partition('.lora_')[0]}.alpha": torch.tensor(1.0) for key in tensors}
+    save_file(tensors | alphas, path)
+    lora = inspect_checkpoint(path).lora
+    assert lora is not None
+    assert (lora.layout, lora.names, lora.ranks, lora.dtypes) == ("other", names, (4,), ("float32",))
+    assert (lora.complete, lora.missing, lora.unplaced) == (False, ("layer 29: all tensors",), ())
+    assert (lora.tensors, lora.scalings) == (29 * 8 + 29 * 4, ())
+    out = inspect(path, "--stats", "--limit", "0").out
+    assert f"\n  LoRA       not complete: 29 layers (0-28), rank 4, float32, 348 tensors, 7.1 MB ({names})\n" in out
+    assert "\n  exports to nothing: export-lora reads LoRAs of the SAT trainer\n" in out
+    assert "\nThe updates of a LoRA in this layout are not computed.\n" in out
+
+
+def test_a_lora_that_is_in_diffusers_layout_already_exports_to_nothing(inspect: CommandLine, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(diffusers_lora(range(30)), path)
+    assert (
+        "\n  exports to nothing: it is in diffusers' layout already\n"
+        f"             try: cogtools verify {path}\n" in inspect(path).out
+    )
+
+
+def test_the_advice_to_inspect_is_not_given_by_inspect(inspect: CommandLine, tmp_path: Path) -> None:
+    state = sat_state_dict(COGVIDEOX_2B, 4, base="telling")
+    torch.save({key: value for key, value in state.items() if ".layers.3." not in key}, tmp_path / "a.pt")
+    out = inspect(tmp_path / "a.pt").out
+    assert "  try: if it was trained on some layers only: --allow-partial\n" in out
+    assert "cogtools inspect" not in out
 
 
 # Names that can run code
@@ -507,11 +662,11 @@ GOLDEN = """\
   other                          1               3   24 bytes  30.0%
   random_states                  1               8    8 bytes  10.0%
 
-key                               dtype    shape      bytes  section
-transformer.layers.2.mlp.weight   float32  (2, 3)  24 bytes  transformer
-transformer.layers.10.mlp.weight  float32  (2, 3)  24 bytes  transformer
-steps                             int64    (3,)    24 bytes  other
-torch_rng_state                   uint8    (8,)     8 bytes  random_states
+key                               dtype    shape  bytes  section
+transformer.layers.2.mlp.weight   float32  (2,3)     24  transformer
+transformer.layers.10.mlp.weight  float32  (2,3)     24  transformer
+steps                             int64    (3,)      24  other
+torch_rng_state                   uint8    (8,)       8  random_states
 """
 
 
@@ -546,8 +701,11 @@ def test_text_and_json_are_two_renderings_of_one_report(inspect: CommandLine, tm
     ]
 
 
+NOT_WITH_TREE = "does not go with --tree, which folds all the tensors of equal layers into one line"
+
 OPTIONS = [
-    [], ["--tree"], ["--lora"], ["--offsets"], ["--sort", "size"], ["--sort", "offset"], ["--limit", "3"], ["--stats"],
+    [], ["--tree"], ["--tree", "--stats"],
+    ["--lora"], ["--offsets"], ["--sort", "size"], ["--sort", "offset"], ["--limit", "3"], ["--stats"],
     ["--keys", "*layers.1.*"], ["--section", "vae", "--stats", "--offsets"], ["--keys", "nothing like this"],
 ]  # fmt: skip
 
@@ -578,6 +736,9 @@ def test_text_ends_well_with_every_option(inspect: CommandLine, toy: Path, optio
         (b"", ["--limit", "-1"], "--limit is a number of tensors"),
         (b"", ["--limit", "x"], "Invalid value for '--limit': 'x' is not a valid int"),
         (b"", ["--plot", "a.gif"], "--plot draws a picture"),
+        (b"", ["--tree", "--limit", "5"], f"--limit {NOT_WITH_TREE}"),
+        (b"", ["--tree", "--offsets"], f"--offsets {NOT_WITH_TREE}"),
+        (b"", ["--tree", "--sort", "size"], f"--sort {NOT_WITH_TREE}"),
     ],
 )
 def test_bad_input_is_told_in_text_and_json_and_ends_with_2(
@@ -620,7 +781,7 @@ def test_a_save_folder_lists_its_iterations(tmp_path: Path) -> None:
         IterationReport("1000", ema=False, latest=True, inspected=False),
         IterationReport("1000-ema", ema=True, latest=False, inspected=True),
     )
-    assert lora_facts(report) == ("SAT", True, (), (4,), 2, "training_config.yaml", 0.5)
+    assert lora_facts(report) == ("SAT", True, (), (4,), 2, "training_config.yaml", (0.5,))
 
 
 def test_sharded_weights_list_their_files(tmp_path: Path) -> None:
@@ -635,6 +796,32 @@ def test_sharded_weights_list_their_files(tmp_path: Path) -> None:
     )
     assert [(tensor.key, tensor.file) for tensor in report.tensors] == [
         (key, tmp_path / name) for key, name in weight_map.items()
+    ]
+
+
+def test_of_many_iterations_the_first_the_last_and_the_marked_ones_are_named(
+    inspect: CommandLine, tmp_path: Path
+) -> None:
+    for number in range(100, 2100, 100):
+        (tmp_path / str(number)).mkdir()
+        torch.save({"module": {"a": torch.ones(1)}}, tmp_path / str(number) / "mp_rank_00_model_states.pt")
+    (tmp_path / "latest").write_text("2000")
+    out = inspect(tmp_path, "--iteration", "1000").out
+    assert "\n  iterations 100, 200, 300 … 1000 (this one) … 1800, 1900, 2000 (latest); 20 in all\n" in out
+    for number in range(700, 2100, 100):
+        (tmp_path / str(number) / "mp_rank_00_model_states.pt").unlink()
+    assert "\n  iterations 100, 200 (this one), 300, 400, 500, 600\n" in inspect(tmp_path, "--iteration", "200").out
+
+
+def test_the_files_of_a_pipeline_are_named_with_their_component(inspect: CommandLine, tmp_path: Path) -> None:
+    for component in ("transformer", "vae"):
+        (tmp_path / component).mkdir()
+        save_file({"a": torch.ones(3)}, tmp_path / component / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "model_index.json").write_text('{"transformer": [], "vae": []}')
+    lines = inspect(tmp_path).out.splitlines()
+    assert [line.split(":")[0].strip() for line in lines[2:4]] == [
+        "transformer/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
     ]
 
 
@@ -665,6 +852,23 @@ def test_a_selection_lists_what_fits_and_says_how_many_there_are(tmp_path: Path)
     assert listed(Selection(keys=("layers.1?.*", "rs.3."))) == (["3", "10", "11"], 3)
     assert listed(Selection(lora=True)) == ([], 0)
     assert listed(Selection(section="vae")) == ([], 0)
+
+
+def test_nothing_that_matches_is_said_in_plain_words(inspect: CommandLine, toy: Path) -> None:
+    assert inspect(toy, "--keys", "nothing like this").out.endswith("\n\nno tensor matches\n")
+
+
+def test_into_a_pipe_every_column_is_one_word_and_bytes_are_exact(inspect: CommandLine, toy: Path) -> None:
+    table = inspect(toy, "--offsets").out.partition("\nkey ")[2].splitlines()
+    assert table[0].split() == ["dtype", "shape", "bytes", "offset", "section"]
+    listed = inspect_checkpoint(toy, Selection(offsets=True)).tensors
+    assert [line.split() for line in table[1:]] == [
+        [
+            tensor.key, tensor.dtype, str(tensor.shape).replace(" ", ""),
+            str(tensor.size_bytes), str(tensor.offset_bytes), tensor.section,
+        ]
+        for tensor in listed
+    ]  # fmt: skip
 
 
 def test_selections_that_make_no_sense_are_refused(toy: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from cogtools.checkpoint.storage import SourceFile, TensorEntry
 from cogtools.checkpoint.unpickler import Global, Pickle, Record
@@ -23,8 +23,26 @@ MAX_WRAPPERS = 8
 MAX_DEPTH = 32
 """How deep tensors beside the state dict are looked for. In real checkpoints they lie 3 deep."""
 
+BARE_TENSOR = "<tensor>"
+"""The path of a tensor that is all that a file holds."""
+
 MAX_NAME = 1000
 """How many characters of a key stand in the path to a tensor beside the state dict."""
+
+
+class Place(NamedTuple):
+    """Where beside the state dict a tensor lies.
+
+    Attributes:
+        container: the names that lead to the dict or list that it is in, joined with dots; "" for the top level.
+        key: its key there.
+    """
+
+    container: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.container}.{self.key}" if self.container else self.key
 
 
 @dataclass(slots=True)
@@ -37,8 +55,9 @@ class Checkpoint:
         files: its files, held open until `close`.
         tensors: the state dict.
         wrapper: the keys under which the state dict lies; () if it is the top level.
-        beside: the tensors outside the state dict, by the path that leads to them.
-        values: the other entries of the top level: plain data, tensors and `Record`s.
+        beside: the tensors outside the state dict, or in dicts and lists in it, by the path that leads to them.
+        places: each such path, taken apart.
+        values: what lies beside the state dict and beside its wrappers: plain data, tensors and `Record`s.
         not_tensors: the entries of the state dict that are no tensors.
         foreign: names in the pickle that are not ordinary, and how often they occur. None was imported or called.
         metadata: the text entries of a safetensors header.
@@ -52,6 +71,7 @@ class Checkpoint:
     tensors: dict[str, TensorEntry]
     wrapper: tuple[str, ...] = ()
     beside: dict[str, TensorEntry] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
     values: dict[str, object] = field(default_factory=dict)
     not_tensors: dict[str, object] = field(default_factory=dict)
     foreign: dict[Global, int] = field(default_factory=dict)
@@ -79,65 +99,124 @@ class Checkpoint:
 def index_pickle(pickle: Pickle, file: SourceFile, file_format: str) -> Checkpoint:
     """Find the state dict in what a pickle holds, and what lies beside it."""
     wrapper, state_dict = find_state_dict(pickle.value)
-    tensors: dict[str, TensorEntry] = {}
-    not_tensors: dict[str, object] = {}
-    for key, value in state_dict.items():
-        if isinstance(value, TensorEntry):
-            tensors[_name(key)] = value
-        else:
-            not_tensors[_name(key)] = value
-    top = pickle.value if wrapper and isinstance(pickle.value, dict) else {}
-    return Checkpoint(
+    checkpoint = Checkpoint(
         path=file.path,
         format=file_format,
         files=[file],
-        tensors=tensors,
+        tensors={},
         wrapper=wrapper,
-        beside=dict(walk_tensors(pickle.value, leave_out=state_dict)),
-        values={_name(key): value for key, value in top.items() if key != wrapper[0]},
-        not_tensors=not_tensors,
+        values=_values_beside(pickle.value, wrapper),
         foreign=pickle.foreign,
     )
+    unused = _UnusedNames()
+    for key, value in state_dict.items():
+        name = unused(_name(key))
+        if isinstance(value, TensorEntry):
+            checkpoint.tensors[name] = value
+        else:
+            checkpoint.not_tensors[name] = value
+    unused = _UnusedNames()
+    for place, entry in walk_tensors(pickle.value, state_dict):
+        path = unused(str(place))
+        checkpoint.beside[path] = entry
+        checkpoint.places[path] = place
+    return checkpoint
 
 
 def find_state_dict(root: object) -> tuple[tuple[str, ...], dict[object, object]]:
-    """The keys that lead to the state dict, and the state dict: {} if nothing looks like one."""
-    wrapper: list[str] = []
-    current = root
-    while isinstance(current, dict) and len(wrapper) < MAX_WRAPPERS:
-        inside = next((name for name in WRAPPERS if isinstance(current.get(name), dict) and current[name]), None)
+    """The keys that lead to the state dict, and the state dict: {} if nothing looks like one.
+
+    It is the innermost dict that has tensors; where none has, the innermost one that has anything.
+    """
+    wrapper = _way_to_tensors(root, set(), 0)
+    if wrapper is None:
+        wrapper = _way_inward(root)
+    if wrapper is None:
+        return (), {}
+    state_dict: Any = root
+    for name in wrapper:
+        state_dict = state_dict[name]
+    return wrapper, state_dict
+
+
+def _way_to_tensors(value: object, visited: set[int], depth: int) -> tuple[str, ...] | None:
+    """The wrappers that lead from here to a dict of tensors; None if none do."""
+    if not isinstance(value, dict) or depth == MAX_WRAPPERS or id(value) in visited:
+        return None
+    visited.add(id(value))
+    for name in WRAPPERS:
+        rest = _way_to_tensors(value.get(name), visited, depth + 1)
+        if rest is not None:
+            return (name, *rest)
+    return () if any(isinstance(item, TensorEntry) for item in value.values()) else None
+
+
+def _way_inward(value: object) -> tuple[str, ...] | None:
+    """The wrappers that lead from here through dicts with anything in them; None if they do not end."""
+    way: list[str] = []
+    while isinstance(value, dict) and len(way) < MAX_WRAPPERS:
+        inside = next((name for name in WRAPPERS if isinstance(value.get(name), dict) and value[name]), None)
         if inside is None:
-            return tuple(wrapper), current
-        wrapper.append(inside)
-        current = current[inside]
-    return (), {}
+            return tuple(way)
+        way.append(inside)
+        value = value[inside]
+    return None
 
 
-def walk_tensors(root: object, leave_out: object = None) -> Iterator[tuple[str, TensorEntry]]:
-    """Every tensor in nested containers and records, with the path that leads to it.
+def _values_beside(root: object, wrapper: tuple[str, ...]) -> dict[str, object]:
+    """What lies beside the wrappers and beside the state dict; of equal names, what is nearest to the state dict."""
+    values: dict[str, object] = {}
+    level: Any = root
+    for name in wrapper:
+        values |= {_name(key): value for key, value in level.items() if key != name}
+        level = level[name]
+    return values
+
+
+def walk_tensors(root: object, state_dict: object = None) -> Iterator[tuple[Place, TensorEntry]]:
+    """Every tensor in nested containers and records, except those that are entries of the state dict.
 
     A container that occurs more than once, or holds itself, is visited once; one deeper than `MAX_DEPTH` is not.
     """
-    visited = {id(leave_out)}
-    pending: list[tuple[int, str, object]] = [(0, "", root)]
+    visited: set[int] = set()
+    # Plain tuples: a small file can hold a million containers, and each waits here.
+    pending: list[tuple[int, str, str, object]] = [(0, "", "", root)]
     while pending:
-        depth, path, value = pending.pop()
+        depth, container, key, value = pending.pop()
+        place = Place(container, key)
         if isinstance(value, TensorEntry):
-            yield path, value
+            yield place if depth else Place("", BARE_TENSOR), value
             continue
         if not isinstance(value, (dict, list, tuple, Record)) or isinstance(value, Global) or id(value) in visited:
             continue
         if depth == MAX_DEPTH:
             continue
         visited.add(id(value))
-        prefix = f"{path}." if path else ""
+        path = str(place)
         inside = [
-            (depth + 1, f"{prefix}{_name(key)[:MAX_NAME]}", item)
-            for key, item in _items(value)
+            (depth + 1, path, _name(name)[:MAX_NAME], item)
+            for name, item in _items(value)
             if isinstance(item, _MAY_HOLD_TENSORS) and item
+            if not (value is state_dict and isinstance(item, TensorEntry))
         ]
         # Last in, first out: reversed, so that tensors come in the order of the file.
         pending += reversed(inside)
+
+
+class _UnusedNames:
+    """Tells equal names apart, so that none of two things is lost: 1 and "1", or two keys that are tuples."""
+
+    def __init__(self) -> None:
+        self._times: dict[str, int] = {}
+
+    def __call__(self, name: str) -> str:
+        """The name, with a number if it was there before."""
+        unused = name
+        while unused in self._times:
+            self._times[name] += 1
+            unused = f"{name} ({self._times[name]})"
+        self._times[unused] = 1
+        return unused
 
 
 def _name(key: object) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogtools.inspection.analysis import Selection, inspect_checkpoint
+from cogtools.inspection.analysis import inspect_checkpoint
 from cogtools.inspection.report import InspectReport
+from cogtools.inspection.selection import Selection
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Sequence
+
+_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+"""By these NumPy's linear algebra is told how many threads to use: when it is imported, never later."""
 
 
 def inspect_checkpoints(
@@ -36,6 +40,9 @@ def inspect_checkpoints(
         CogtoolsError: if one of them cannot be read, or the picture cannot be drawn.
     """
     selection = selection or Selection()
+    selection.check()
+    if selection.statistics or plot is not None:
+        _use_one_thread()
     if plot is not None:
         from cogtools.inspection.plot import refuse_unplottable
 
@@ -57,3 +64,13 @@ def inspect_checkpoints(
 
     plot_updates(reports, Path(plot))
     return InspectReport(reports, Path(plot))
+
+
+def _use_one_thread() -> None:
+    """Keep NumPy from starting threads, unless the user has said how many.
+
+    The matrices are small: its threads spend most of their time waiting for each other, ten times as long as the
+    work takes if another program is running.
+    """
+    for name in _THREADS:
+        os.environ.setdefault(name, "1")

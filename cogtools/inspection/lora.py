@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from cogtools.errors import CogtoolsError
 from cogtools.inspection.report import ExportOutlook, LoraReport
+from cogtools.inspection.sections import is_lora_key
 from cogtools.layouts import diffusers, peft, sat
 from cogtools.layouts.cogvideox import LoraKey, lora_keys, rank_of
-from cogtools.layouts.naming import DIFFUSERS, PEFT
+from cogtools.layouts.naming import DIFFUSERS, PEFT, near_miss
 from cogtools.planning import DEFAULT_ALPHA, LoraPlan, plan_lora_export
 from cogtools.refusals import whole_tensor
 from cogtools.stated import Stated, read_stated
@@ -32,38 +34,80 @@ _LAYOUTS: dict[str, Callable[[str], LoraKey | None]] = {
 
 _NAMINGS = {naming.name: naming for naming in (DIFFUSERS, PEFT)}
 
+OTHER, UNKNOWN = "other", "unknown"
+"""Layouts whose keys are recognised but whose scale is not read, and all the rest."""
+
+Module: TypeAlias = tuple[int, str]
+"""A module that a LoRA adapts: its layer and its projection."""
+
 
 @dataclass(frozen=True, slots=True)
 class Lora:
     """The tensors of a LoRA.
 
     Attributes:
-        layout: whose key names it has: "SAT", "diffusers", "PEFT", or "unknown".
+        layout: whose key names it has: "SAT", "diffusers", "PEFT", "other" or "unknown".
+        names: what sets the names of an "other" layout apart.
         tensors: by what they are.
         unplaced: its keys that the layout has no place for, or that are no tensors.
+        stated: what a file in diffusers' or PEFT's layout states of its scale.
     """
 
     layout: str
+    names: str | None = None
     tensors: dict[LoraKey, TensorEntry] = field(default_factory=dict)
     unplaced: tuple[str, ...] = ()
+    stated: Stated | None = None
+
+    def scalings(self, alpha: float | None) -> dict[Module, float | None]:
+        """What the update of each module is multiplied by; None where that is not known.
+
+        Args:
+            alpha: the training's, for a LoRA in SAT's layout, which does not state its scale.
+        """
+        found: dict[Module, float | None] = {}
+        for name, entry in self.tensors.items():
+            module = name.layer, name.projection
+            if self.stated is not None:
+                found[module] = self.stated.scaling_of(diffusers.module_path(name))
+            elif self.layout == "SAT" and name.factor == "A" and alpha is not None and entry.shape and entry.shape[0]:
+                found[module] = alpha / entry.shape[0]
+        return found
 
 
 def find_lora(checkpoint: Checkpoint) -> Lora | None:
     """The LoRA in a checkpoint's state dict; None if there is none."""
-    keys = sat.lora_keys_in([*checkpoint.tensors, *checkpoint.not_tensors])
+    odd = [key for key, value in checkpoint.not_tensors.items() if not isinstance(value, (dict, list, tuple))]
+    keys = [key for key in [*checkpoint.tensors, *odd] if is_lora_key(key)]
     if not keys:
         return None
-    layout = next((layout for layout, parse in _LAYOUTS.items() if any(map(parse, keys))), "unknown")
-    parse = _LAYOUTS.get(layout, _parse_nothing)
+    layout, names, parse = _layout_of(keys)
     tensors: dict[LoraKey, TensorEntry] = {}
     unplaced = []
     for key in keys:
         name = parse(key)
-        if name is None or name in tensors or key not in checkpoint.tensors:
-            unplaced.append(key)
-        else:
+        if name is not None and name not in tensors and key in checkpoint.tensors:
             tensors[name] = whole_tensor(checkpoint.tensors[key])
-    return Lora(layout, tensors, tuple(unplaced))
+        elif layout != OTHER or not key.endswith(".alpha"):
+            unplaced.append(key)
+    stated = read_stated(checkpoint, _NAMINGS[layout]) if layout in _NAMINGS else None
+    return Lora(layout, names, tensors, tuple(unplaced), stated)
+
+
+def _layout_of(keys: list[str]) -> tuple[str, str | None, Callable[[str], LoraKey | None]]:
+    """The layout that keys are in, what sets its names apart, and what reads them."""
+    for layout, parse in _LAYOUTS.items():
+        if any(map(parse, keys)):
+            return layout, None, parse
+    misses = Counter(miss.what for miss in map(near_miss, keys) if miss is not None)
+    if misses:
+        return OTHER, misses.most_common(1)[0][0], _parse_near_miss
+    return UNKNOWN, None, _parse_nothing
+
+
+def _parse_near_miss(key: str) -> LoraKey | None:
+    miss = near_miss(key)
+    return None if miss is None else miss.name
 
 
 def _parse_nothing(_key: str) -> LoraKey | None:
@@ -72,27 +116,30 @@ def _parse_nothing(_key: str) -> LoraKey | None:
 
 def describe_lora(checkpoint: Checkpoint, lora: Lora, model: Transformer | None) -> LoraReport:
     """What can be said of a LoRA."""
-    plan, outlook = _export_outlook(checkpoint) if lora.layout == "SAT" else (None, None)
-    stated = read_stated(checkpoint, _NAMINGS[lora.layout]) if lora.layout in _NAMINGS else None
+    plan, outlook = _export_outlook(checkpoint)
     ranks = sorted({rank_of(name.factor, entry.shape) for name, entry in lora.tensors.items() if len(entry.shape) == 2})
-    alpha, alpha_source = _alpha(checkpoint, lora, plan, stated)
-    expected = _expected(lora, model, plan, stated)
+    alpha, alpha_source = _alpha(checkpoint, lora, plan)
+    expected = _expected(lora, model, plan)
     missing = tuple(fold_names(name for name in expected if name not in lora.tensors))
-    everything = [checkpoint.tensors[key] for key in sat.lora_keys_in(checkpoint.tensors)]
+    everything = [entry for key, entry in checkpoint.tensors.items() if is_lora_key(key)]
+    factors = [entry for key, entry in checkpoint.tensors.items() if sat.is_lora_key(key)]
     return LoraReport(
         layout=lora.layout,
+        names=lora.names,
         tensors=len(everything),
         size_bytes=sum(entry.size_bytes for entry in everything),
         layers=tuple(sorted({name.layer for name in lora.tensors})),
         ranks=tuple(ranks),
-        dtypes=tuple(sorted({entry.dtype.name for entry in everything})),
-        complete=None if lora.layout == "unknown" else not (missing or lora.unplaced) and _is_one_rank(ranks, stated),
+        dtypes=tuple(sorted({entry.dtype.name for entry in factors})),
+        complete=None
+        if lora.layout == UNKNOWN
+        else not (missing or lora.unplaced) and _is_one_rank(ranks, lora.stated),
         missing=missing,
         unplaced=lora.unplaced,
         alpha=alpha,
         alpha_source=alpha_source,
-        misstated=stated.problems if stated is not None else (),
-        scaling=_scaling(lora, ranks, alpha, stated),
+        misstated=lora.stated.problems if lora.stated is not None else (),
+        scalings=tuple(sorted({scaling for scaling in lora.scalings(alpha).values() if scaling is not None})),
         export=outlook,
     )
 
@@ -102,34 +149,39 @@ def _export_outlook(checkpoint: Checkpoint) -> tuple[LoraPlan | None, ExportOutl
         plan = plan_lora_export(checkpoint)
     except CogtoolsError as error:
         return None, ExportOutlook(
-            possible=False, reason=error.what, found=error.found, hint=error.hint, problems=error.problems
+            possible=False, reason=error.what, found=error.found, hint=_elsewhere(error.hint), problems=error.problems
         )
     size_bytes = sum(tensor.source.entry.size_bytes for tensor in plan.tensors)
     return plan, ExportOutlook(possible=True, tensors=len(plan.tensors), size_bytes=size_bytes, notices=plan.notices)
 
 
-def _expected(lora: Lora, model: Transformer | None, plan: LoraPlan | None, stated: Stated | None) -> list[LoraKey]:
+def _elsewhere(hint: str | None) -> str | None:
+    """What an error advises besides to inspect the checkpoint, which is what is being done."""
+    advice = [part for part in (hint or "").split("; ") if part and "cogtools inspect" not in part]
+    return "; ".join(advice) or None
+
+
+def _expected(lora: Lora, model: Transformer | None, plan: LoraPlan | None) -> list[LoraKey]:
     """The tensors that a LoRA should have: those that it says, else all of the model, else all of its own layers."""
-    if lora.layout == "unknown":
+    if lora.layout == UNKNOWN:
         return []
     if plan is not None:
         return lora_keys(plan.layers)
     layers = range(model.layers) if model is not None else tuple(sorted({name.layer for name in lora.tensors}))
     every = lora_keys(layers)
-    return stated.targeted(every) if stated is not None else every
+    return lora.stated.targeted(every) if lora.stated is not None else every
 
 
-def _alpha(
-    checkpoint: Checkpoint, lora: Lora, plan: LoraPlan | None, stated: Stated | None
-) -> tuple[float | None, str | None]:
+def _alpha(checkpoint: Checkpoint, lora: Lora, plan: LoraPlan | None) -> tuple[float | None, str | None]:
     """A LoRA's alpha, and where it is stated."""
     if plan is not None:
         return plan.alpha
     if lora.layout == "SAT":
         return _trainers_alpha(checkpoint)
-    if stated is None or stated.config is None or stated.config.alpha is None:
+    config = lora.stated.config if lora.stated is not None else None
+    if config is None or config.alpha is None:
         return None, None
-    return stated.config.alpha, peft.CONFIG_NAME if lora.layout == PEFT.name else diffusers.ADAPTER_METADATA_KEY
+    return config.alpha, peft.CONFIG_NAME if lora.layout == PEFT.name else diffusers.ADAPTER_METADATA_KEY
 
 
 def _trainers_alpha(checkpoint: Checkpoint) -> tuple[float | None, str | None]:
@@ -146,15 +198,6 @@ def _trainers_alpha(checkpoint: Checkpoint) -> tuple[float | None, str | None]:
 def _is_one_rank(ranks: list[int], stated: Stated | None) -> bool:
     """Whether a LoRA has one rank, or says itself that it has several."""
     return len(ranks) == 1 or bool(stated is not None and stated.config is not None and stated.config.rank_pattern)
-
-
-def _scaling(lora: Lora, ranks: list[int], alpha: float | None, stated: Stated | None) -> float | None:
-    """What every module's update is multiplied by; None if that is not known, or not one number."""
-    if stated is None:
-        return alpha / ranks[0] if alpha is not None and len(ranks) == 1 and ranks[0] else None
-    modules = {diffusers.module_path(name) for name in lora.tensors}
-    scalings = {stated.scaling_of(module) for module in modules}
-    return scalings.pop() if len(scalings) == 1 else None
 
 
 def hidden_size_of(lora: Lora) -> int | None:

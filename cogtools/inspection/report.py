@@ -53,6 +53,7 @@ class TensorReport:
         storage: the number of the storage that it views; equal numbers share their bytes.
         storage_offset: elements from the start of the storage to its first one.
         in_state_dict: false for a tensor beside the state dict.
+        container: the first part of the key of a tensor beside the state dict: what leads to the dict it is in.
         file: the file that it lies in; None if not asked for.
         offset_bytes: where in that file its first element lies; None if not asked for.
         statistics: None if not asked for.
@@ -67,6 +68,7 @@ class TensorReport:
     storage: int
     storage_offset: int
     in_state_dict: bool
+    container: str
     file: Path | None = None
     offset_bytes: int | None = None
     statistics: Statistics | None = None
@@ -93,7 +95,7 @@ class SectionReport:
 
 @dataclass(frozen=True, slots=True)
 class DTypeReport:
-    """The tensors of one dtype in the state dict, same views of one storage counted once in all but `tensors`."""
+    """The tensors of one dtype, same views of one storage counted once in all but `tensors`."""
 
     dtype: str
     tensors: int
@@ -108,12 +110,12 @@ class SecondCopy:
     Attributes:
         tensors: how many.
         size_bytes: of their storages.
-        checked: whether the CRC-32s that the file records say so too; false if it records none.
+        checked: how many of them have the same CRC-32 as the first; the others have the same key, dtype and shape.
     """
 
     tensors: int
     size_bytes: int
-    checked: bool
+    checked: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,15 +159,21 @@ class UpdateReport:
     Attributes:
         layer: of the module.
         projection: "q", "k", "v" or "out".
-        norm: the Frobenius norm of scaling * lora_B @ lora_A.
+        scaling: what lora_B @ lora_A is multiplied by; None if that is not known.
+        norm: the Frobenius norm of scaling * lora_B @ lora_A, of lora_B @ lora_A without a scaling; None if it is not
+            computed.
         effective_rank: exp of the entropy of its singular values, normalised to sum 1: between 1 and rank; 0 if all
-            are 0.
+            are 0; None if it is not computed.
+        not_computed: what the module has that kept them from being computed, such as "NaN or infinity"; None if both
+            are there.
     """
 
     layer: int
     projection: str
-    norm: float
-    effective_rank: float
+    scaling: float | None = None
+    norm: float | None = None
+    effective_rank: float | None = None
+    not_computed: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +186,7 @@ class ExportOutlook:
         size_bytes: of these tensors.
         notices: what it would say.
         reason: why it would not.
-        found: what it would not like.
+        found: what it finds instead of what it needs.
         hint: what it would advise.
         problems: what is wrong with single keys.
     """
@@ -198,26 +206,28 @@ class LoraReport:
     """The LoRA in a checkpoint.
 
     Attributes:
-        layout: "SAT", "diffusers", "PEFT", or "unknown".
+        layout: "SAT", "diffusers", "PEFT", "other" for names that are recognised, or "unknown".
+        names: what sets the names of an "other" layout apart: "names with ComfyUI's prefix".
         tensors: how many tensors it has.
         size_bytes: of these.
         layers: the layers that it adapts.
-        ranks: the ranks that occur: one, if it is as it should be.
+        ranks: the ranks that occur; a LoRA of the SAT trainer has one.
         dtypes: the dtypes that occur.
-        complete: whether every layer has all it should; None if that cannot be told.
+        complete: whether every layer has all its tensors; None if the layout is not known.
         missing: what is missing, folded: "layers 3-5: to_v lora_B".
         unplaced: keys of a LoRA that the layout has no place for.
         alpha: None if it is stated nowhere and the layout has no default.
         alpha_source: where alpha comes from: "training_config.yaml", "default", "lora_adapter_metadata",
             "adapter_config.json"; None without alpha.
         misstated: what is wrong with what a file in diffusers' or PEFT's layout states of its scale.
-        scaling: what its updates are multiplied by: alpha / rank, or 1 where diffusers finds nothing stated; None if
-            that is not known.
-        export: what `export-lora` would make of it; None if it is in another layout than SAT's.
+        scalings: what its updates are multiplied by, each once: alpha / rank, or 1 where diffusers finds nothing
+            stated; () if that is not known.
+        export: what `export-lora` would make of it.
         updates: per module; None if not asked for.
     """
 
     layout: str
+    names: str | None
     tensors: int
     size_bytes: int
     layers: tuple[int, ...]
@@ -229,8 +239,8 @@ class LoraReport:
     alpha: float | None
     alpha_source: str | None
     misstated: tuple[Problem, ...]
-    scaling: float | None
-    export: ExportOutlook | None
+    scalings: tuple[float, ...]
+    export: ExportOutlook
     updates: tuple[UpdateReport, ...] | None = None
 
 
@@ -281,17 +291,18 @@ class CheckpointReport:
         wrapper: the keys under which the state dict lies, joined with dots; "" if it is the top level.
         state_dict_tensors: tensors in the state dict.
         beside_tensors: tensors beside it.
-        parameters: elements in the state dict, tied ones once.
+        parameters: elements in the state dict, or of all tensors if it has none; tied ones once.
         stored_bytes: the storages of all tensors.
-        dtypes: the state dict by dtype, the largest first.
+        unviewed_bytes: the bytes of these that are in no tensor.
+        dtypes: the same tensors by dtype, the largest first.
         sections: what it consists of, in the order of the table of sections.
         second_copy: what is stored twice; None if nothing is.
         trainer: what the trainer wrote beside the weights: iteration, versions, world sizes.
-        entries: the other entries of the top level.
+        entries: the other entries beside the state dict and its wrappers.
         not_tensors: the entries of the state dict that are no tensors.
         globals: names in the pickle besides tensors and plain data, the dangerous first.
         metadata: the text entries of a safetensors header.
-        model: None if it is none that is known.
+        model: None if it is not known.
         lora: None if there is none.
         tensors: those that were asked for, in the order that was asked for.
         selected: how many were asked for; more than `tensors` has if there was a limit.
@@ -307,6 +318,7 @@ class CheckpointReport:
     beside_tensors: int
     parameters: int
     stored_bytes: int
+    unviewed_bytes: int
     dtypes: tuple[DTypeReport, ...]
     sections: tuple[SectionReport, ...]
     second_copy: SecondCopy | None

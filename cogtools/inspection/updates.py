@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from cogtools.checkpoint.storage import TensorEntry
+    from cogtools.inspection.lora import Module
 
 MAX_RANK = 4096
 """Of a larger one the Gram matrices would be large themselves."""
@@ -29,17 +30,24 @@ MAX_RANK = 4096
 MAX_FACTOR_BYTES = 1 << 28
 """The longest factor that is read into memory. At rank 256 and hidden size 3072 one has 1.6 MB."""
 
+NOT_FINITE = "NaN or infinity"
+TOO_LARGE = "an update too large for double precision"
+
+
+class NotComputedError(Exception):
+    """The strength of an update cannot be computed; the message says what the module has that is in the way."""
+
 
 def lora_updates(
     tensors: Mapping[LoraKey, TensorEntry],
-    scaling: float,
+    scalings: Mapping[Module, float | None],
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[UpdateReport, ...]:
-    """The strength of every update of which both factors are there, and fit together.
+    """The strength of the update of every module, or why it is not computed.
 
     Args:
         tensors: the factors: lora_A (rank, in), lora_B (out, rank).
-        scaling: alpha / rank.
+        scalings: what each module's lora_B @ lora_A is multiplied by.
         progress: called with the bytes read so far and the bytes in all.
 
     Raises:
@@ -50,33 +58,55 @@ def lora_updates(
     for layer in sorted({name.layer for name in tensors}):
         for projection in PROJECTIONS:
             a, b = (tensors.get(LoraKey(layer, projection, factor)) for factor in "AB")
-            if a is None or b is None or not _fit(a, b):
+            if a is None and b is None:
                 continue
-            norm, effective_rank = update_strength(_load(a), _load(b))
-            if math.isfinite(norm):
-                updates.append(UpdateReport(layer, projection, scaling * norm, effective_rank))
-            done += a.size_bytes + b.size_bytes
+            updates.append(_update(layer, projection, a, b, scalings.get((layer, projection))))
+            done += sum(entry.size_bytes for entry in (a, b) if entry is not None)
             if progress is not None:
                 progress(done, in_all)
     return tuple(updates)
 
 
-def update_strength(a: Array, b: Array) -> tuple[float, float]:
-    """The Frobenius norm of b @ a, and its effective rank (Roy and Vetterli, 2007).
+def _update(
+    layer: int, projection: str, a: TensorEntry | None, b: TensorEntry | None, scaling: float | None
+) -> UpdateReport:
+    try:
+        a, b = _checked(a, b)
+        norm, effective_rank = update_strength(_load(a), _load(b), 1.0 if scaling is None else scaling)
+    except NotComputedError as error:
+        return UpdateReport(layer, projection, scaling, not_computed=str(error))
+    return UpdateReport(layer, projection, scaling, norm, effective_rank)
+
+
+def update_strength(a: Array, b: Array, scaling: float = 1.0) -> tuple[float, float]:
+    """The Frobenius norm of scaling * b @ a, and its effective rank (Roy and Vetterli, 2007).
+
+    The factors are divided by their largest values first: squares of very large or small ones leave the range of
+    double precision.
 
     Args:
         a: lora_A, (rank, in), float64.
         b: lora_B, (out, rank), float64.
+        scaling: what the product is multiplied by.
 
-    Returns:
-        NaN for both if one of the numbers is not finite.
+    Raises:
+        NotComputedError: if a number is not finite, or the computation fails.
     """
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return math.nan, math.nan
+    largest_a, largest_b = float(np.abs(a).max()), float(np.abs(b).max())
+    if not (math.isfinite(largest_a) and math.isfinite(largest_b)):
+        raise NotComputedError(NOT_FINITE)
+    if largest_a == 0 or largest_b == 0:
+        return 0.0, 0.0
+    a, b = a / largest_a, b / largest_b
     gram_a, gram_b = a @ a.T, b.T @ b
-    norm = math.sqrt(max(float(np.sum(gram_a * gram_b)), 0.0))
-    root = _root(gram_b)
-    squares = np.linalg.eigvalsh(root.T @ gram_a @ root)
+    norm = math.sqrt(max(float(np.sum(gram_a * gram_b)), 0.0)) * scaling * largest_a * largest_b
+    if not math.isfinite(norm):
+        raise NotComputedError(TOO_LARGE)
+    try:
+        root = _root(gram_b)
+        squares = np.linalg.eigvalsh(root.T @ gram_a @ root)
+    except np.linalg.LinAlgError as error:
+        raise NotComputedError("singular values that do not converge") from error
     singular = np.sqrt(np.maximum(squares, 0.0))
     total = float(singular.sum())
     if total == 0:
@@ -95,14 +125,20 @@ def _root(gram: Array) -> Array:
         return root
 
 
-def _fit(a: TensorEntry, b: TensorEntry) -> bool:
-    return (
-        all(
-            len(entry.shape) == 2 and entry.numel and can_decode(entry.dtype) and entry.size_bytes <= MAX_FACTOR_BYTES
-            for entry in (a, b)
-        )
-        and a.shape[0] == b.shape[1] <= MAX_RANK
-    )
+def _checked(a: TensorEntry | None, b: TensorEntry | None) -> tuple[TensorEntry, TensorEntry]:
+    """The two factors, if they are those of one update that can be computed."""
+    if a is None or b is None:
+        raise NotComputedError("one factor only")
+    for entry in (a, b):
+        if len(entry.shape) != 2 or not entry.numel:
+            raise NotComputedError("factors that are no matrices")
+        if not can_decode(entry.dtype):
+            raise NotComputedError(f"factors of dtype {entry.dtype.name}")
+    if a.shape[0] != b.shape[1]:
+        raise NotComputedError("factors of different ranks")
+    if a.shape[0] > MAX_RANK or max(a.size_bytes, b.size_bytes) > MAX_FACTOR_BYTES:
+        raise NotComputedError("factors too large to compute with")
+    return a, b
 
 
 def _load(entry: TensorEntry) -> Array:

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
-from cogtools.words import fold_numbers
+from cogtools.words import counted, fold_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from cogtools.inspection.report import TensorReport
-
-MAX_LINES = 44
-"""How long a tree may become by opening its parts: a screen, with the table of sections above it."""
 
 MAX_DEPTH = 32
 """How deep keys are taken apart; what is left of a deeper one stays together."""
@@ -58,28 +56,45 @@ class _Node:
     has_lora: bool = False
 
 
-def open_lines(roots: Iterable[TreeLine]) -> Iterator[tuple[TreeLine, bool]]:
-    """The lines of a tree that there is room for, and of each whether it is open: true where nothing is below it."""
+def open_lines(roots: Iterable[TreeLine], room: int | None = None) -> Iterator[tuple[TreeLine, bool]]:
+    """The lines of a tree that there is room for, and of each whether it is open: true where nothing is below it.
+
+    Args:
+        roots: the lines at its top, which are always there.
+        room: how long the tree may become by opening its parts; None opens all.
+    """
     roots = list(roots)
-    opened: set[int] = set()
-    count = len(roots)
-    waiting = [line for line in roots if line.below]
-    while waiting:
-        waiting.sort(key=lambda line: (not line.has_lora, line.depth, -line.size_bytes))
-        line = waiting.pop(0)
-        if count + len(line.below) <= MAX_LINES:
-            count += len(line.below)
-            opened.add(id(line))
-            waiting += [child for child in line.below if child.below]
+    opened = None if room is None else _choose(roots, room)
 
     def walk(lines: Iterable[TreeLine]) -> Iterator[tuple[TreeLine, bool]]:
         for line in lines:
-            is_open = id(line) in opened
-            yield line, is_open or not line.below
+            is_open = opened is None or not line.below or id(line) in opened
+            yield line, is_open
             if is_open:
                 yield from walk(line.below)
 
     return walk(roots)
+
+
+def _choose(roots: list[TreeLine], room: int) -> set[int]:
+    """The lines that are opened, by their ids."""
+    opened: set[int] = set()
+    count = len(roots)
+    waiting: list[tuple[bool, int, int, int, TreeLine]] = []
+
+    def wait(lines: Iterable[TreeLine]) -> None:
+        for line in lines:
+            if line.below:
+                heappush(waiting, (not line.has_lora, line.depth, -line.size_bytes, id(line), line))
+
+    wait(roots)
+    while waiting:
+        *_, line = heappop(waiting)
+        if count + len(line.below) <= room:
+            count += len(line.below)
+            opened.add(id(line))
+            wait(line.below)
+    return opened
 
 
 def fold(tensors: Iterable[TensorReport]) -> list[TreeLine]:
@@ -92,16 +107,16 @@ def fold(tensors: Iterable[TensorReport]) -> list[TreeLine]:
     again: dict[str, list[TensorReport]] = defaultdict(list)
     others = []
     for tensor in beside:
-        place, _, key = tensor.key.partition(".")
-        if key in keys:
-            again[place].append(tensor)
+        key = tensor.key.removeprefix(f"{tensor.container}.")
+        if tensor.container and key in keys:
+            again[tensor.container].append(tensor)
         else:
             others.append(tensor)
     root = _grow([*state_dict, *others])
     lines = list(_below(root, _signatures(root), 0, 1))
     for place, copies in again.items():
         size_bytes = sum(tensor.size_bytes for tensor in copies)
-        lines.append(TreeLine(0, place, 1, f"{len(copies):,} tensors, keys as above", size_bytes))
+        lines.append(TreeLine(0, place, 1, f"{counted(len(copies), 'tensor')}, keys as above", size_bytes))
     return lines
 
 
@@ -167,7 +182,7 @@ def _branch(label: str, folded: int, node: _Node, signatures: dict[int, int], de
         shapes = ", ".join(str(leaf.shape) for leaf in leaves)
         return TreeLine(depth, label, folded, f"{leaves[0].dtype} {shapes}", size_bytes)
     below = tuple(_below(node, signatures, depth + 1, times))
-    return TreeLine(depth, label, folded, f"{node.tensors * times:,} tensors", size_bytes, node.has_lora, below)
+    return TreeLine(depth, label, folded, counted(node.tensors * times, "tensor"), size_bytes, node.has_lora, below)
 
 
 def _counted(names: list[str], node: _Node) -> int:
