@@ -47,13 +47,8 @@ def test_the_readme_shows_commands() -> None:
 
 @pytest.mark.parametrize("example", examples(), ids=lambda example: example.command)
 def test_the_readme_shows_what_a_command_prints(folder: Path, example: Example) -> None:
-    program, *words = [
-        name
-        for word in shlex.split(example.command)
-        for name in ([f"{path.relative_to(folder)}/" for path in folder.glob(word)] if "*" in word else [word])
-    ]
     done = subprocess.run(
-        [sys.executable, "-m", program, *words],
+        ["sh", "-c", f"{shlex.quote(sys.executable)} -m {example.command}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
