@@ -190,7 +190,7 @@ def inspect_command(
     ],
     keys: Annotated[
         list[str] | None,
-        typer.Option("--keys", metavar="GLOB", help="List keys that match, or contain the text."),
+        typer.Option("--keys", metavar="GLOB", help="List keys that match as a whole, or contain the text."),
     ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="List only the LoRA.")] = False,
     section: Annotated[
