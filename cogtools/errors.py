@@ -6,6 +6,7 @@ into an object. Any other exception is a bug in cogtools and keeps its traceback
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -121,6 +122,11 @@ class CogtoolsError(Exception):
 
     def __str__(self) -> str:
         return "\n".join([self.what, *(f"  {label + ':':<10} {text}" for label, text in self.fields())])
+
+
+def command(*words: object) -> str:
+    """A command line of cogtools to paste, for hints: paths with spaces are quoted."""
+    return shlex.join(["cogtools", *map(str, words)])
 
 
 class CheckpointError(CogtoolsError):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.storage import TensorEntry
 from cogtools.checkpoint.unpickler import Global, Record
+from cogtools.checkpoint.zero3 import whole_tensor
 from cogtools.dangers import danger_of
 from cogtools.errors import OptionError
 from cogtools.inspection.lora import Lora, describe_lora, find_lora, hidden_size_of
@@ -32,7 +33,6 @@ from cogtools.inspection.sections import SECTIONS, section_of
 from cogtools.layouts import diffusers, sat
 from cogtools.numbers import is_number
 from cogtools.options import Sort
-from cogtools.refusals import whole_tensor
 
 if TYPE_CHECKING:
     import os

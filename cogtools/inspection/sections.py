@@ -51,8 +51,7 @@ SECTIONS = ("lora", "transformer", "text_encoder", "vae", OTHER, "frozen_param_f
 
 def section_of(key: str) -> str:
     """The section that a key belongs to."""
-    while key.startswith("module."):
-        key = key.removeprefix("module.")
+    key = sat.unwrapped_key(key)
     for section, fits in RULES:
         if key.startswith(fits) if isinstance(fits, tuple) else fits(key):
             return section
