@@ -160,6 +160,12 @@ class OptionError(CogtoolsError):
     kind = "usage"
 
 
+class KilledError(CogtoolsError):
+    """The process that did the work was killed by the system or from outside."""
+
+    kind = "killed"
+
+
 class InterruptedByUserError(CogtoolsError):
     """Ctrl-C or a signal has ended the work; nothing was left half-written."""
 

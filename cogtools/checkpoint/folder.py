@@ -32,9 +32,11 @@ if TYPE_CHECKING:
 LATEST = "latest"
 EMA_SUFFIX = "-ema"
 
+TRAINER_FILES = ("mp_rank_00_model_states.pt", "z3_rank_00_model_states.pt")
+"""The names under which the trainer saves weights."""
+
 WEIGHTS_FILES = (
-    "mp_rank_00_model_states.pt",
-    "z3_rank_00_model_states.pt",
+    *TRAINER_FILES,
     "diffusion_pytorch_model.safetensors",
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
