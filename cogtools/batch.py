@@ -235,7 +235,7 @@ def _killed(job: Job, death: Death) -> BatchItem:
         "the process that exported it was killed, perhaps because memory ran out",
         file=job.file,
         found=death.cause,
-        hint=f"on its own it has more memory: {command('export-lora', job.file, job.output)}",
+        hint="free some memory, or export this one on its own",
     )
     return _failed(job, error)
 
@@ -251,14 +251,13 @@ def export_one(job: Job, options: ExportOptions, writing: WriteOptions) -> Batch
     except CogtoolsError as error:
         return _failed(job, error)
     except Exception as error:  # noqa: BLE001 - a bug, or no memory: that ends this job, and not the others
-        alone = command("export-lora", job.file, job.output)
         return _failed(
             job,
             CogtoolsError(
                 "there was not enough memory" if isinstance(error, MemoryError) else "it failed unexpectedly",
                 file=job.file,
                 found=f"{type(error).__name__}: {error}",
-                hint=f"to see more, export it on its own: {alone}",
+                hint="export this one on its own to see more",
             ),
         )
     return BatchItem(job.given, job.output, "done", report=report)
