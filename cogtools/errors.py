@@ -6,7 +6,6 @@ into an object. Any other exception is a bug in cogtools and keeps its traceback
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -126,6 +125,8 @@ class CogtoolsError(Exception):
 
 def command(*words: object) -> str:
     """A command line of cogtools to paste, for hints: paths with spaces are quoted."""
+    import shlex  # here, for it is wanted only when something went wrong
+
     return shlex.join(["cogtools", *map(str, words)])
 
 

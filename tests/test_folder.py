@@ -1,7 +1,7 @@
 """Trainers' folders, sharded weights, models and pipelines: which files are meant, and what is said if none is."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -221,6 +221,20 @@ def test_several_trainings_in_a_folder_are_listed(tmp_path: Path) -> None:
         "this folder holds several trainings\n  file:      GIVEN\n  found:     anime, disney\n"
         "  try:       give one of them"
     )
+
+
+def test_a_folder_that_may_not_be_read_is_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_of(tmp_path / "disney", "1000", latest="1000")
+    (tmp_path / "lost+found").mkdir()
+    whole = Path.iterdir
+
+    def iterdir(self: Path) -> Iterator[Path]:
+        if self.name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return whole(self)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert taken(tmp_path) == "1000"
 
 
 def test_a_checkpoint_beside_trainings_is_not_taken_silently(tmp_path: Path) -> None:

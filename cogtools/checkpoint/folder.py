@@ -122,8 +122,7 @@ def find_file(folder: Path, *, iteration: int | None = None, ema: bool = False) 
     iterations = iterations_in(folder)
     if iterations:
         return _weights_in(_choose(folder, iterations, iteration, ema=ema).folder)
-    found = _find_weights(folder)
-    runs = [child for child in _folders(folder) if iterations_in(child)]
+    found, runs = _find_weights(folder), _runs_in(folder)
     if found is not None and runs:
         raise _several(folder, "this folder holds a checkpoint and trainings", [found, *runs], hint="give one of them")
     if found is not None:
@@ -145,7 +144,7 @@ def find_save_folder(folder: Path) -> Path | None:
     """The trainer's save folder that a folder is, or the only one in it; None if there is none, or several."""
     if iterations_in(folder):
         return folder
-    runs = [child for child in _folders(folder) if iterations_in(child)]
+    runs = _runs_in(folder)
     return runs[0] if len(runs) == 1 and _find_weights(folder) is None else None
 
 
@@ -194,6 +193,16 @@ def iterations_in(folder: Path) -> list[Iteration]:
     """The iterations in a trainer's save folder, by number; [] if it is no such folder."""
     found = (_iteration(child) for child in _folders(folder))
     return sorted((item for item in found if item and _has_weights(item.folder)), key=lambda item: item[:2])
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The trainers' save folders in a folder, but for those that may not be read."""
+    runs = []
+    for child in _folders(folder):
+        with contextlib.suppress(CheckpointError):
+            if iterations_in(child):
+                runs.append(child)
+    return runs
 
 
 def _latest(folder: Path) -> str | None:
@@ -255,10 +264,9 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _has_weights(folder: Path) -> bool:
-    files = [child for child in _children(folder) if not is_optimizer_shard(child.name)]
-    return any(child.name.endswith(_WEIGHTS_SUFFIXES) and is_file(child) for child in files) or any(
-        _look_like_checkpoints(files, most=1)
-    )
+    files = [child for child in _children(folder) if not is_optimizer_shard(child.name) and is_file(child)]
+    known = any(file.name.endswith(_WEIGHTS_SUFFIXES) for file in files)
+    return known or any(_look_like_checkpoints(files, most=1))
 
 
 def _find_weights(folder: Path) -> Path | None:
@@ -298,7 +306,7 @@ def _look_like_checkpoints(files: list[Path], *, most: int) -> list[Path]:
     """Those of the largest files that begin as checkpoints do."""
     sizes = []
     for file in files:
-        with contextlib.suppress(OSError):  # a link that leads nowhere
+        with contextlib.suppress(OSError):  # it has gone
             sizes.append((file.stat().st_size, file))
     return [file for _, file in heapq.nlargest(most, sizes) if looks_like_checkpoint(file)]
 
