@@ -67,11 +67,6 @@ class Problem:
         return f"{self.kind.replace('_', ' ')}: {self.subject}" + (f" ({', '.join(details)})" if details else "")
 
 
-def command(*words: object) -> str:
-    """A command of cogtools as a shell takes it, for a hint."""
-    return shlex.join(["cogtools", *map(str, words)])
-
-
 class CogtoolsError(Exception):
     """Something that the user can act on.
 
@@ -131,6 +126,11 @@ class CogtoolsError(Exception):
         return "\n".join([self.what, *(f"  {label + ':':<10} {text}" for label, text in self.fields())])
 
 
+def command(*words: object) -> str:
+    """A command line of cogtools to paste, for hints: paths with spaces are quoted."""
+    return shlex.join(["cogtools", *map(str, words)])
+
+
 class CheckpointError(CogtoolsError):
     """A checkpoint cannot be read: it is missing, damaged, hostile, or no checkpoint."""
 
@@ -160,6 +160,12 @@ class OptionError(CogtoolsError):
     """An option or argument has a value that makes no sense."""
 
     kind = "usage"
+
+
+class KilledError(CogtoolsError):
+    """The process that did the work was killed by the system or from outside."""
+
+    kind = "killed"
 
 
 class InterruptedByUserError(CogtoolsError):

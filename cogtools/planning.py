@@ -12,12 +12,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from cogtools.errors import ExportError, OptionError, Problem
+from cogtools.checkpoint.zero3 import whole_tensor
+from cogtools.errors import CheckpointError, ExportError, OptionError, Problem, command
 from cogtools.layouts import cogvideox, diffusers, sat
 from cogtools.layouts.cogvideox import LoraKey, Transformer
-from cogtools.refusals import no_lora, refuse_unexportable, whole_tensor
+from cogtools.refusals import no_lora, refuse_unexportable, tensor_parallel
 from cogtools.training_config import TrainingConfig, find_training_config, read_training_config
-from cogtools.words import fold_numbers
+from cogtools.words import fold_names, fold_numbers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -121,23 +122,23 @@ def plan_lora_export(checkpoint: Checkpoint, *, alpha: float | None = None, allo
 
     Raises:
         ExportError: if there is no LoRA, or not a right one: all that is wrong is listed.
-        CheckpointError: if the training configuration cannot be read.
+        CheckpointError: if the training configuration cannot be read. With `alpha` given, a notice says so instead.
         OptionError: if alpha is no number above 0.
     """
     refuse_unexportable(checkpoint)
-    sources, problems = _find_lora(checkpoint)
-    facts = _common_facts(sources)
-    problems += _differing(sources, facts)
-    config = _read_config(checkpoint)
+    lora = _find_lora(checkpoint)
+    facts = _common_facts(lora.sources)
+    problems = [*lora.problems, *_differing(lora.sources, facts)]
+    config, config_notices = _read_config(checkpoint, alpha)
     if config is not None and config.rank not in (None, facts.rank):
         problems.append(Problem("rank", str(config.path), f"r: {config.rank}", f"r: {facts.rank}, as the shapes say"))
-    transformer, notices = _transformer(checkpoint, sources, facts)
-    layers, layer_problems, layer_notices = _layers(sources, transformer, config, allow_partial=allow_partial)
-    problems += layer_problems
-    if problems:
-        raise _wrong(checkpoint, problems)
+    transformer, notices = _transformer(checkpoint, lora.sources, facts)
+    layers, layer_problems, layer_notices = _layers(lora, transformer, config, allow_partial=allow_partial)
+    if problems or layer_problems:
+        helps = not (problems or allow_partial) and not _layers(lora, transformer, config, allow_partial=True)[1]
+        raise _wrong(checkpoint, [*problems, *layer_problems], _partial(config) if helps else "")
     tensors = [
-        PlannedTensor(name, diffusers.diffusers_key(name), sources[name]) for name in cogvideox.lora_keys(layers)
+        PlannedTensor(name, diffusers.diffusers_key(name), lora.sources[name]) for name in cogvideox.lora_keys(layers)
     ]
     chosen_alpha, alpha_notices = _alpha(alpha, config)
     return LoraPlan(
@@ -147,7 +148,7 @@ def plan_lora_export(checkpoint: Checkpoint, *, alpha: float | None = None, allo
         alpha=chosen_alpha,
         dtype=facts.dtype,
         tensors=tuple(sorted(tensors, key=lambda tensor: tensor.key)),
-        notices=(*notices, *layer_notices, *alpha_notices),
+        notices=(*notices, *layer_notices, *config_notices, *alpha_notices),
         config=None if config is None else config.path,
     )
 
@@ -160,28 +161,56 @@ class _Facts(NamedTuple):
     dtype: DType
 
 
-def _find_lora(checkpoint: Checkpoint) -> tuple[dict[LoraKey, Source], list[Problem]]:
-    """The LoRA's tensors by what they are, and the keys that cannot be placed."""
-    sources: dict[LoraKey, Source] = {}
-    problems: list[Problem] = []
+class _Lora(NamedTuple):
+    """What a checkpoint has of a LoRA.
+
+    Attributes:
+        sources: its tensors.
+        unreadable: those that are there, but are no plain tensors.
+        problems: the keys that are unreadable or have no place.
+    """
+
+    sources: dict[LoraKey, Source]
+    unreadable: set[LoraKey]
+    problems: list[Problem]
+
+
+def _find_lora(checkpoint: Checkpoint) -> _Lora:
+    """The LoRA's tensors, at least one of which has the two dimensions that all should have."""
+    lora = _Lora({}, set(), [])
+    sources, unreadable, problems = lora
     for key in [*checkpoint.tensors, *checkpoint.not_tensors]:
         if not sat.is_lora_key(key):
             continue
         name = sat.parse_lora_key(key)
         entry = checkpoint.tensors.get(key)
         if name is None:
-            problems.append(Problem("unexpected", key, expected="a q, k, v or dense factor of an attention layer"))
+            problems.append(_unplaced(key))
         elif entry is None:
+            unreadable.add(name)
             problems.append(Problem("unreadable", key, found="something else than a plain tensor"))
         elif name in sources:
             problems.append(Problem("collision", key, found=f"the same tensor as {sources[name].key}"))
         else:
             sources[name] = Source(key, whole_tensor(entry))
     if not any(len(source.entry.shape) == 2 for source in sources.values()):
-        if sources:
+        if sources or any(sat.is_sat_lora_key(problem.subject) for problem in problems):
             raise _wrong(checkpoint, [*problems, *_differing(sources, None)])
         raise no_lora(checkpoint)
-    return sources, problems
+    ranks = sat.tensor_parallel_ranks({name: source.entry.shape for name, source in sources.items()})
+    if ranks > 1:
+        raise tensor_parallel(checkpoint, f"shapes of one of {ranks} ranks, which divide the hidden size among them")
+    return lora
+
+
+def _unplaced(key: str) -> Problem:
+    """A LoRA's key that is none of those that are exported."""
+    prefix = sat.unknown_prefix(key)
+    if prefix is not None:
+        expected = f"{sat.PREFIX}, a part of it, or nothing before it"
+        return Problem("unexpected", key, f"SAT's key after an unknown prefix {prefix!r}", expected)
+    expected = "q, k, v or dense of an attention layer: SAT's LoRA adapts these, and only these are exported"
+    return Problem("unexpected", key, expected=expected)
 
 
 def _common_facts(sources: dict[LoraKey, Source]) -> _Facts:
@@ -230,56 +259,78 @@ def _transformer(
 
 
 def _layers(
-    sources: dict[LoraKey, Source], transformer: Transformer, config: TrainingConfig | None, *, allow_partial: bool
+    lora: _Lora, transformer: Transformer, config: TrainingConfig | None, *, allow_partial: bool
 ) -> tuple[tuple[int, ...], list[Problem], list[str]]:
     """The layers to export, what is wrong with them, and what to say of them."""
-    present = {name.layer for name in sources}
     everything = range(transformer.layers)
-    declared = config.layers if config is not None else None
-    expected = tuple(everything) if declared is None else declared
+    expected, said_by = tuple(everything), ""
     if allow_partial:
-        expected = tuple(sorted(present))
-    problems = [Problem("missing", sat.sat_key(name)) for name in cogvideox.lora_keys(expected) if name not in sources]
-    allowed = set(expected) & set(everything)
-    for name, source in sources.items():
-        if name.layer not in allowed:
-            problems.append(Problem("unexpected", source.key, expected=f"layers {fold_numbers(sorted(allowed))}"))
+        expected, said_by = tuple(sorted({name.layer for name in lora.sources})), " (--allow-partial)"
+    elif config is not None and config.layers is not None:
+        expected, said_by = config.layers_of(transformer.layers), " (layer_range in training_config.yaml)"
+    declared = "" if allow_partial else said_by
+    problems = [
+        Problem("missing", text, expected=f"layers {fold_numbers(expected)}{declared}" if declared else None)
+        for text in fold_names(
+            name for name in cogvideox.lora_keys(expected) if name not in lora.sources and name not in lora.unreadable
+        )
+    ]
+    allowed = sorted(set(expected) & set(everything))
+    problems += [
+        Problem("unexpected", text, expected=f"layers {fold_numbers(allowed)}{declared}")
+        for text in fold_names(name for name in lora.sources if name.layer not in allowed)
+    ]
     notices = []
     if len(expected) < transformer.layers:
-        why = "--allow-partial" if allow_partial else "layer_range in training_config.yaml"
         notices.append(
-            f"The LoRA adapts {len(expected)} of {transformer.layers} layers: {fold_numbers(expected)} ({why})."
+            f"The LoRA adapts {len(expected)} of {transformer.layers} layers: {fold_numbers(expected)}{said_by}."
         )
     return expected, problems, notices
 
 
-def _read_config(checkpoint: Checkpoint) -> TrainingConfig | None:
+def _read_config(checkpoint: Checkpoint, alpha: float | None) -> tuple[TrainingConfig | None, list[str]]:
+    """The training configuration as far as it is needed, and what to say of one that is not right."""
     path = find_training_config(checkpoint.path)
-    return None if path is None else read_training_config(path)
+    if path is None:
+        return None, []
+    try:
+        return read_training_config(path), []
+    except CheckpointError as error:
+        if alpha is None:
+            raise
+        notice = f"{error.what}{f' ({error.found})' if error.found else ''}: not used, as --alpha is given."
+    try:
+        return read_training_config(path, with_alpha=False), [notice]
+    except CheckpointError:
+        return None, [notice]
 
 
 def _alpha(given: float | None, config: TrainingConfig | None) -> tuple[Alpha, list[str]]:
-    """The training's alpha, and what to say if nothing states it."""
+    """The training's alpha, and what to say if nothing states it, or two do and differ."""
+    stated = config.alpha if config is not None else None
     if given is not None:
         if not (math.isfinite(given) and given > 0):
             raise OptionError("alpha must be a number above 0", found=str(given), hint="leave --alpha out if unsure")
-        return Alpha(int(given) if given == int(given) else given, "--alpha"), []
-    if config is not None and config.alpha is not None:
-        return Alpha(config.alpha, "training_config.yaml"), []
+        alpha = Alpha(int(given) if given == int(given) else given, "--alpha")
+        differs = stated is not None and stated != given
+        return alpha, [f"alpha is {alpha.value}, as --alpha says; training_config.yaml says {stated}."] * differs
+    if stated is not None:
+        return Alpha(stated, "training_config.yaml"), []
     why = "training_config.yaml sets no lora_alpha" if config else "There is no training_config.yaml with a lora_alpha"
     doubt = "" if config else " If the training had another one, say so with --alpha."
     return Alpha(DEFAULT_ALPHA, "default"), [f"{why}, so alpha is {DEFAULT_ALPHA}, SAT's default.{doubt}"]
 
 
-def _wrong(checkpoint: Checkpoint, problems: list[Problem]) -> ExportError:
-    kinds = Counter(problem.kind for problem in problems)
-    summary = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    missing_layers = set(kinds) == {"missing"} and len(problems) % 8 == 0
-    partial = "if it was trained on some layers only: --allow-partial; to see what is there: "
-    look = f"cogtools inspect {checkpoint.path} --lora"
+def _partial(config: TrainingConfig | None) -> str:
+    """The advice to accept the layers that are there."""
+    aside = ", which sets layer_range aside" if config is not None and config.layers is not None else ""
+    return f"if only these layers were trained: --allow-partial{aside}; to see what is there: "
+
+
+def _wrong(checkpoint: Checkpoint, problems: list[Problem], advice: str = "") -> ExportError:
     return ExportError(
-        f"the LoRA in this checkpoint is not as it should be: {summary}",
+        "the LoRA in this checkpoint cannot be exported as it is",
         file=checkpoint.path,
         problems=problems,
-        hint=(partial if missing_layers else "") + look,
+        hint=advice + command("inspect", checkpoint.path, "--lora"),
     )

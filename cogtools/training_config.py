@@ -10,6 +10,7 @@ data only; merge keys, which can make a short file grow without bound, are refus
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -29,6 +30,11 @@ MAX_BYTES = 1 << 17
 MAX_NUMBER_CHARACTERS = 100
 """The longest number that is read. YAML has numbers to the base 60, which take long to make if they are long."""
 
+MAX_SHOWN_ITEMS = 8
+"""How many items of a list an error shows."""
+
+_HINT = "fix it, or state the LoRA's alpha with --alpha"
+
 _NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 _BAD_SCALAR = (ValueError, ArithmeticError, LookupError, AttributeError)
@@ -45,13 +51,17 @@ class TrainingConfig:
         path: the file.
         rank: `r`.
         alpha: `lora_alpha`.
-        layers: `layer_range`, the layers that were trained.
+        layers: `layer_range`, the layers that were trained; negative ones count from the last layer back.
     """
 
     path: Path
     rank: int | None
     alpha: float | None
     layers: tuple[int, ...] | None
+
+    def layers_of(self, count: int) -> tuple[int, ...]:
+        """The layers that were trained of a transformer of so many: SAT takes the numbers as indices of a list."""
+        return tuple(sorted({layer + count if layer < 0 else layer for layer in self.layers or ()}))
 
 
 def find_training_config(checkpoint: Path) -> Path | None:
@@ -64,24 +74,30 @@ def find_training_config(checkpoint: Path) -> Path | None:
     return next(filter(is_file, places), None)
 
 
-def read_training_config(path: Path) -> TrainingConfig:
+def read_training_config(path: Path, *, with_alpha: bool = True) -> TrainingConfig:
     """Read what a training configuration says of the LoRA.
 
+    Args:
+        path: the file.
+        with_alpha: read `lora_alpha`; if not, whatever stands there does not matter.
+
     Raises:
-        CheckpointError: if the file cannot be read, or says something that cannot be.
+        CheckpointError: if the file cannot be read, or a value in it is not valid.
     """
     params: object = _load(path)
     for name in _PATH:
         params = params.get(name) if isinstance(params, dict) else None
     if not isinstance(params, dict):
         params = {}
-    rank, alpha, layers = params.get("r"), params.get("lora_alpha"), params.get("layer_range")
+    rank = _number(params.get("r"))
+    alpha = _number(params.get("lora_alpha")) if with_alpha else None
+    layers = params.get("layer_range")
     if rank is not None and (not is_number(rank) or rank != int(rank) or rank < 1):
-        raise _wrong(path, "r", rank, "a whole number from 1 on")
+        raise _invalid(path, "r", params["r"], "a whole number, 1 or more")
     if alpha is not None and (not is_positive(alpha)):
-        raise _wrong(path, "lora_alpha", alpha, "a number above 0")
+        raise _invalid(path, "lora_alpha", params["lora_alpha"], "a number above 0")
     if layers is not None and not _are_layers(layers):
-        raise _wrong(path, "layer_range", layers, "a list of layer numbers")
+        raise _invalid(path, "layer_range", layers, "a list of layer numbers")
     return TrainingConfig(
         path=path,
         rank=None if rank is None else int(rank),
@@ -90,10 +106,20 @@ def read_training_config(path: Path) -> TrainingConfig:
     )
 
 
+def _number(value: object) -> object:
+    """A value, as a number if it is the text of one: YAML 1.1 takes 1e0 for text, and people quote numbers."""
+    if not isinstance(value, str) or len(value) > MAX_NUMBER_CHARACTERS:
+        return value
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    return value
+
+
 def _are_layers(value: object) -> TypeGuard[list[int]]:
     if not isinstance(value, list) or not value:
         return False
-    return all(type(item) is int and 0 <= item < MAX_LAYERS for item in value)
+    return all(type(item) is int and -MAX_LAYERS <= item < MAX_LAYERS for item in value)
 
 
 def _load(path: Path) -> object:
@@ -128,16 +154,23 @@ def _unreadable(path: Path, found: str, expected: str) -> CheckpointError:
         file=path,
         found=found,
         expected=expected,
-        hint="mend it, or move it away and state the LoRA's alpha with --alpha",
+        hint=_HINT,
     )
 
 
-def _wrong(path: Path, name: str, value: object, expected: str) -> CheckpointError:
+def _invalid(path: Path, name: str, value: object, expected: str) -> CheckpointError:
     return CheckpointError(
-        f"the training configuration has a {name} that cannot be",
+        f"`{name}` in the training configuration is not valid",
         file=path,
-        # Not str(value): a list may hold itself, or be made of aliases that print without end.
-        found=str(value)[:100] if isinstance(value, (int, float, str)) else f"a {type(value).__name__}",
+        found=_shown(value),
         expected=expected,
-        hint="mend it, or move it away and state the LoRA's alpha with --alpha",
+        hint=_HINT,
     )
+
+
+def _shown(value: object) -> str:
+    """A value in short. Not repr(value): a list may hold itself, or be made of aliases that print without end."""
+    if isinstance(value, list):
+        items = [_shown(item) if not isinstance(item, list) else "[…]" for item in value[:MAX_SHOWN_ITEMS]]
+        return "[" + ", ".join(items + ["…"] * (len(value) > MAX_SHOWN_ITEMS)) + "]"
+    return repr(value)[:MAX_NUMBER_CHARACTERS] if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"

@@ -231,9 +231,9 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "tensor-missing": (
         one_tensor_missing,
-        "error: the LoRA in this checkpoint is not as it should be: 1 missing\n"
+        "error: the LoRA in this checkpoint cannot be exported as it is\n"
         "  file:      {path}\n"
-        "  problem:   missing: model.diffusion_model.transformer.layers.2.attention.dense.matrix_B.0\n"
+        "  problem:   missing: layer 2: to_out.0 lora_B\n"
         "  try:       cogtools inspect {path} --lora\n",
     ),
     "diffusers-lora": (
@@ -287,7 +287,8 @@ def test_wrong_usage_is_told_and_ends_with_2(cogtools_cli: CommandLine, words: l
 
 
 def test_only_ten_problems_are_shown_and_json_has_them_all(cogtools_cli: CommandLine, tmp_path: Path) -> None:
-    torch.save(sat_state_dict(TOY_2B, 4, layers=[0]), tmp_path / "a.pt")
+    others = {f"layers.{layer}.mlp.matrix_A.0": torch.zeros(1) for layer in range(16)}
+    torch.save({**sat_state_dict(TOY_2B, 4), **others}, tmp_path / "a.pt")
     lines = cogtools_cli("export-lora", tmp_path / "a.pt", tmp_path / "out").err.splitlines()
     assert sum(line.startswith("  problem: ") for line in lines) == 11
     assert lines[-2] == "  problem:   … and 6 more (--json lists all)"

@@ -1,7 +1,7 @@
 """Trainers' folders, sharded weights, models and pipelines: which files are meant, and what is said if none is."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from cogtools.checkpoint.index import Checkpoint
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.errors import CheckpointError
+from tests.factories import SAVERS
 from tests.oracles import described_by_cogtools, described_by_torch
+from tests.test_torch_tar import save_tar
 
 NAME = "mp_rank_00_model_states.pt"
 
@@ -56,6 +58,7 @@ def error_of(path: Path, *, iteration: int | None = None, ema: bool = False) -> 
         pytest.param(["1000", "1000-ema"], "1000", None, False, "1000", id="plain-of-two"),
         pytest.param(["1000", "1000-ema"], "1000", None, True, "1000-ema", id="ema-of-two"),
         pytest.param(["1000-ema"], "1000", None, True, "1000-ema", id="ema-alone"),
+        pytest.param(["1000", "1000-ema"], "1000-ema", None, True, "1000-ema", id="ema-in-latest"),
         pytest.param(["1000"], None, None, False, "1000", id="one-iteration-without-latest"),
         pytest.param(["1000", "1000-ema"], None, None, True, "1000-ema", id="one-iteration-twice-without-latest"),
         pytest.param(["500", "500-ema", "1000"], "1000", 500, True, "500-ema", id="iteration-and-ema"),
@@ -81,7 +84,7 @@ CHOOSE = "\n  try:       choose one with --iteration, and --ema for those named 
             "1500",
             None,
             False,
-            "there is no iteration 1500, as the file `latest` says in this folder"
+            "the file `latest` names iteration 1500, which is not in this folder"
             "\n  file:      GIVEN\n  found:     500, 1000" + CHOOSE,
             id="stale-latest",
         ),
@@ -90,7 +93,7 @@ CHOOSE = "\n  try:       choose one with --iteration, and --ema for those named 
             "../../etc",
             None,
             False,
-            "there is no iteration ../../etc, as the file `latest` says in this folder"
+            "the file `latest` says '../../etc', which is no iteration"
             "\n  file:      GIVEN\n  found:     500, 1000" + CHOOSE,
             id="hostile-latest",
         ),
@@ -99,9 +102,26 @@ CHOOSE = "\n  try:       choose one with --iteration, and --ema for those named 
             b"\xff\xfe" + b"1" * 10_000_000,
             None,
             False,
-            "there is no iteration \\xff\\xfe" + "1" * 62 + ", as the file `latest` says in this folder"
+            "the file `latest` says '\\\\xff\\\\xfe" + "1" * 62 + "', which is no iteration"
             "\n  file:      GIVEN\n  found:     500, 1000" + CHOOSE,
             id="endless-latest",
+        ),
+        pytest.param(
+            ["1000"],
+            " \n",
+            None,
+            False,
+            "the file `latest` is empty\n  file:      GIVEN\n  found:     1000" + CHOOSE,
+            id="empty-latest",
+        ),
+        pytest.param(
+            ["1000", "1000-ema"],
+            "1000-ema",
+            None,
+            False,
+            "the file `latest` names EMA weights: 1000-ema\n  file:      GIVEN\n  found:     1000, 1000-ema"
+            "\n  try:       take them with --ema, or the plain ones with --iteration 1000",
+            id="ema-in-latest",
         ),
         pytest.param(
             ["500", "1000", "1000-ema"],
@@ -126,8 +146,8 @@ CHOOSE = "\n  try:       choose one with --iteration, and --ema for those named 
             "1000",
             None,
             True,
-            "there is no iteration 1000, as the file `latest` says with EMA weights in this folder"
-            "\n  file:      GIVEN\n  found:     1000" + CHOOSE,
+            "there are only plain weights of iteration 1000 in this folder"
+            "\n  file:      GIVEN\n  found:     1000\n  try:       leave --ema out",
             id="no-ema",
         ),
         pytest.param(
@@ -135,8 +155,8 @@ CHOOSE = "\n  try:       choose one with --iteration, and --ema for those named 
             "1000",
             None,
             False,
-            "there is no iteration 1000, as the file `latest` says in this folder"
-            "\n  file:      GIVEN\n  found:     1000-ema" + CHOOSE,
+            "there are only EMA weights of iteration 1000 in this folder"
+            "\n  file:      GIVEN\n  found:     1000-ema\n  try:       take them with --ema",
             id="only-ema",
         ),
     ],
@@ -203,6 +223,31 @@ def test_several_trainings_in_a_folder_are_listed(tmp_path: Path) -> None:
     )
 
 
+def test_a_folder_that_may_not_be_read_is_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_of(tmp_path / "disney", "1000", latest="1000")
+    (tmp_path / "lost+found").mkdir()
+    whole = Path.iterdir
+
+    def iterdir(self: Path) -> Iterator[Path]:
+        if self.name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return whole(self)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert taken(tmp_path) == "1000"
+
+
+def test_a_checkpoint_beside_trainings_is_not_taken_silently(tmp_path: Path) -> None:
+    for name in ("anime", "disney"):
+        run_of(tmp_path / name, "1000", latest="1000")
+    torch.save({"a": torch.arange(2)}, tmp_path / "final.pt")
+
+    assert error_of(tmp_path) == (
+        "this folder holds a checkpoint and trainings\n  file:      GIVEN\n  found:     final.pt, anime, disney\n"
+        "  try:       give one of them"
+    )
+
+
 def test_links_to_a_run_an_iteration_and_a_file_are_followed(tmp_path: Path) -> None:
     run_of(tmp_path / "run", "1000", "1000-ema", latest="1000")
     (tmp_path / "elsewhere").mkdir()
@@ -245,15 +290,95 @@ def test_the_only_checkpoint_in_a_folder_is_taken_whatever_its_name(tmp_path: Pa
     assert taken(tmp_path) == "a"
 
 
+SHARDS = [f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    "names", [SHARDS, ["zero_pp_rank_0_mp_rank_00_optim_states.pt"], ["mp_rank_00_optim_states.pt"]]
+)
+def test_optimizer_shards_beside_the_weights_are_left_out(names: list[str], tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(2)}, tmp_path / "mine.pt")
+    for name in names:
+        torch.save({"optimizer_state_dict": {}}, tmp_path / name)
+
+    assert taken(tmp_path) == "a"
+
+
+def test_an_iteration_with_optimizer_shards_only_is_none(tmp_path: Path) -> None:
+    run_of(tmp_path / "run", "500", latest="1000")
+    (tmp_path / "run" / "1000").mkdir()
+    for name in SHARDS:
+        torch.save({"optimizer_state_dict": {}}, tmp_path / "run" / "1000" / name)
+
+    assert error_of(tmp_path / "run").splitlines()[0] == (
+        "the file `latest` names iteration 1000, which is not in this folder"
+    )
+    assert error_of(tmp_path / "run" / "1000") == (
+        "this folder holds an optimizer's state only\n  file:      GIVEN\n"
+        f"  found:     {', '.join(SHARDS)}\n"
+        "  expected:  the weights, which the trainer saves beside it as mp_rank_00_model_states.pt"
+    )
+    (tmp_path / "run" / "500" / NAME).unlink()
+    assert "\n  found:     1000 (an optimizer's state only), 500, latest\n" in error_of(tmp_path / "run")
+
+
+@pytest.mark.parametrize("save", ["zip", "legacy", "tar", "safetensors"])
+@pytest.mark.parametrize("name", ["weights.sft", "weights"])
+def test_the_only_checkpoint_is_known_by_its_content(name: str, save: str, tmp_path: Path) -> None:
+    for folder in (tmp_path / "loose", tmp_path / "run" / "1000"):
+        folder.mkdir(parents=True)
+        (folder / "notes.txt").write_text("epoch 1")
+        (folder / "code.zip").write_bytes(b"PK\3\4" + bytes(20))
+        tensors = {"a": torch.arange(2.0)}
+        if save == "safetensors":
+            save_file(tensors, folder / name)
+        elif save == "tar":
+            save_tar(tensors, folder / name)
+        else:
+            SAVERS[save](tensors, folder / name)
+
+        assert taken(folder) == "a"
+    assert taken(tmp_path / "run") == "a"
+
+
+def test_several_checkpoints_without_usual_names_are_listed(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        save_file({"a": torch.arange(2)}, tmp_path / name)
+
+    assert error_of(tmp_path).splitlines()[2] == "  found:     a, b"
+
+
+def test_of_a_large_folder_only_the_largest_files_are_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(100):
+        (tmp_path / f"{number}.png").write_bytes(bytes(number))
+    opened = []
+    monkeypatch.setattr("cogtools.checkpoint.folder.looks_like_checkpoint", lambda path: opened.append(path.name))
+
+    error_of(tmp_path)
+    assert opened == [f"{number}.png" for number in range(99, 83, -1)]
+
+
 @pytest.mark.parametrize("target", ["gone.pt", "b" * 300, "x.pt"], ids=["gone", "too-long", "itself"])
 def test_a_broken_link_is_no_checkpoint(target: str, tmp_path: Path) -> None:
     (tmp_path / "x.pt").symlink_to(target)
 
     assert error_of(tmp_path).startswith(
-        "there is no checkpoint in this folder\n  file:      GIVEN\n  found:     x.pt\n"
+        "there is no checkpoint in this folder\n"
+        f"  file:      GIVEN\n  found:     x.pt (a link to {target[:100]}, which is not there)\n"
     )
     with pytest.raises(CheckpointError):
         open_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("target", ["gone.pt", "gone"], ids=["file", "folder"])
+def test_a_link_to_nothing_says_where_it_leads(target: str, tmp_path: Path) -> None:
+    (tmp_path / "best").symlink_to(target)
+
+    assert error_of(tmp_path / "best") == (
+        f"there is no such file\n  file:      GIVEN\n  found:     a link to {target}, which is not there"
+    )
 
 
 @pytest.mark.parametrize(
@@ -322,6 +447,16 @@ def test_shards_are_one_checkpoint(
             assert checkpoint.size_bytes == sum(part.stat().st_size for part in index.parent.glob("*of*"))
 
 
+def test_an_index_of_shards_is_known_by_its_content(index: Path) -> None:
+    other = index.rename(index.with_name("weights.json"))
+    (index.parent / "config.json").write_text('{"_class_name": "CogVideoXTransformer3DModel"}')
+
+    for given in (other, other.parent):
+        with open_checkpoint(given) as checkpoint:
+            assert (checkpoint.path, checkpoint.format) == (other, "safetensors, sharded")
+            assert described_by_cogtools(checkpoint.tensors) == described_by_torch(TENSORS)
+
+
 def test_shards_of_a_hugging_face_cache_are_links_to_blobs(index: Path, tmp_path: Path) -> None:
     snapshot, blobs = tmp_path / "hub" / "snapshots" / "abc", tmp_path / "hub" / "blobs"
     snapshot.mkdir(parents=True)
@@ -370,7 +505,7 @@ def test_a_tensor_that_is_not_in_its_shard_is_named(index: Path) -> None:
             for name in ("../secret.safetensors", "/etc/passwd", "a/b", "a\\b", ".", "a\0b")
         ),
         pytest.param('{"weight_map": {"a": ".."}}', "the file '..', a link to another folder", id=".."),
-        pytest.param('{"weight_map": {"a": "\\ud800"}}', "the file '\\ud800', which cannot be", id="surrogate"),
+        pytest.param('{"weight_map": {"a": "\\ud800"}}', "the file '\\ud800', which no file can be called", id="half"),
         pytest.param('{"weight_map": {"a": "link"}}', "the file 'link', a link to another folder", id="link"),
     ],
 )
@@ -426,6 +561,17 @@ def test_a_pipeline_has_the_tensors_of_its_components(tmp_path: Path) -> None:
             assert described_by_cogtools(checkpoint.tensors) == described_by_torch(expected)
     with open_checkpoint(tmp_path / "transformer") as checkpoint:
         assert described_by_cogtools(checkpoint.tensors) == described_by_torch(TENSORS)
+
+
+def test_a_pipeline_is_known_by_the_content_of_its_index(tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    save_file({"a": torch.arange(3)}, tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    other = tmp_path / "pipeline.json"
+    other.write_text('{"_class_name": "CogVideoXPipeline", "transformer": ["diffusers", "X"]}')
+
+    for given in (other, tmp_path):
+        with open_checkpoint(given) as checkpoint:
+            assert list(checkpoint.tensors) == ["transformer.a"]
 
 
 @pytest.mark.parametrize("components", [{}, {"a" * 300: []}, {"..": []}, {"a": [], "b": []}])

@@ -343,9 +343,10 @@ def test_a_deceptive_key_is_printed_inert(
     assert (code, out) == (2, "")
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in deceptive)
     assert err.split("\n") == [
-        "error: the LoRA in this checkpoint is not as it should be: 1 unexpected",
+        "error: the LoRA in this checkpoint cannot be exported as it is",
         f"  file:      {path}",
-        f"  problem:   unexpected: {shown}.lora_A (expected a q, k, v or dense factor of an attention layer)",
+        f"  problem:   unexpected: {shown}.lora_A (expected q, k, v or dense of an attention layer: SAT's LoRA adapts "
+        "these, and only these are exported)",
         f"  try:       cogtools inspect {path} --lora",
         "",
     ]

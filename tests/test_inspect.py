@@ -446,10 +446,10 @@ def test_what_a_lora_lacks_is_folded(tmp_path: Path) -> None:
     assert report.lora is not None
     outlook = report.lora.export
     assert outlook is not None
-    assert (outlook.possible, outlook.reason, len(outlook.problems)) == (
+    assert (outlook.possible, outlook.reason, [problem.subject for problem in outlook.problems]) == (
         False,
-        "the LoRA in this checkpoint is not as it should be: 11 missing",
-        11,
+        "the LoRA in this checkpoint cannot be exported as it is",
+        ["layers 3-5: to_v lora_B", "layer 29: all tensors"],
     )
 
 
@@ -607,7 +607,7 @@ def test_the_advice_to_inspect_is_not_given_by_inspect(inspect: CommandLine, tmp
     state = sat_state_dict(COGVIDEOX_2B, 4, base="telling")
     torch.save({key: value for key, value in state.items() if ".layers.3." not in key}, tmp_path / "a.pt")
     out = inspect(tmp_path / "a.pt").out
-    assert "  try: if it was trained on some layers only: --allow-partial\n" in out
+    assert "  try: if only these layers were trained: --allow-partial\n" in out
     assert "cogtools inspect" not in out
 
 

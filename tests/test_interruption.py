@@ -76,9 +76,11 @@ def test_of_two_exports_that_may_overwrite_both_end_well(run_folder: Path, tmp_p
     assert [path.name for path in (tmp_path / "out").iterdir()] == [FILE_NAME]
 
 
-def test_a_batch_that_is_interrupted_leaves_nothing_half_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_batch_that_is_interrupted_leaves_nothing_half_written(tmp_path: Path, number: signal.Signals) -> None:
     for name in "abc":
         save_run(tmp_path / name, sat_checkpoint(sat_state_dict(TOY_2B, 4, torch.float32)), rank=4)
-    ended = end_while_syncing(signal.SIGINT, *(tmp_path / name for name in "abc"), tmp_path / "out")
+    # It ends when its workers have: they have its stderr open.
+    ended = end_while_syncing(number, *(tmp_path / name for name in "abc"), tmp_path / "out")
     assert ended == (130, "", ["interrupted: nothing was left half-written"])
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []

@@ -1,14 +1,16 @@
 """Opening: what a file is, told from its content whatever its name."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.convert import export_lora
 from cogtools.errors import CheckpointError
-from tests.factories import SAVERS, is_lora
+from tests.factories import SAVERS, TOY_2B, Checkpoint, StateDict, is_lora, sat_checkpoint, sat_state_dict
 from tests.oracles import described_by_cogtools, described_by_torch, torch_load
 
 WEB_PAGE = "download the file itself, not the page that shows it"
@@ -61,6 +63,46 @@ def test_a_file_that_is_no_checkpoint_is_told_what_it_is(
     assert str(caught.value) == (
         f"this is no checkpoint\n  file:      {path}\n  found:     {found}\n  expected:  {NO_CHECKPOINT}{tail}"
     )
+
+
+# What DeepSpeed writes in other releases, and at other stages
+
+
+def deepspeed_0_15(state: StateDict) -> Checkpoint:
+    """With a set of names, which 0.19 no longer writes, and without what came later."""
+    made = sat_checkpoint(state)
+    del made["checkpoint_parallel_dimensions"]
+    return made | {"ds_version": "0.15.4", "sparse_tensor_module_names": {"embedding", "other"}}
+
+
+def zero_0(state: StateDict) -> Checkpoint:
+    """With the optimizer's state, and without a second mention of the frozen weights."""
+    lora = [tensor for key, tensor in state.items() if is_lora(key)]
+    moments = {number: {"step": 3, "exp_avg": torch.zeros_like(tensor)} for number, tensor in enumerate(lora)}
+    optimizer = {"state": moments, "param_groups": [{"lr": 1e-3, "params": list(moments)}]}
+    return sat_checkpoint(state) | {
+        "optimizer": optimizer,
+        "frozen_param_shapes": None,
+        "frozen_param_fragments": None,
+    }
+
+
+@pytest.mark.parametrize(("make", "flat"), [(deepspeed_0_15, True), (zero_0, False)], ids=["deepspeed-0.15", "zero-0"])
+def test_other_releases_and_stages_of_deepspeed_give_the_same_export(
+    make: Callable[[StateDict], Checkpoint], flat: bool, tmp_path: Path
+) -> None:
+    torch.save(sat_checkpoint(sat_state_dict(TOY_2B, 4)), tmp_path / "usual.pt")
+    torch.save(make(sat_state_dict(TOY_2B, 4, flat=flat)), tmp_path / "other.pt")
+    loaded = torch_load(tmp_path / "other.pt")
+
+    with open_checkpoint(tmp_path / "other.pt") as checkpoint:
+        assert described_by_cogtools(checkpoint.tensors) == described_by_torch(loaded["module"])
+        assert checkpoint.not_tensors == {}
+    for name in ("usual", "other"):
+        export_lora(tmp_path / f"{name}.pt", tmp_path / name)
+    written = [load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("usual", "other")]
+    assert len(written[0]) == 24
+    assert described_by_torch(written[0]) == described_by_torch(written[1])
 
 
 # The real trainer's files

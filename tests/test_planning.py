@@ -1,6 +1,7 @@
 """The plan says what a checkpoint's LoRA becomes, or everything that is wrong with it."""
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +9,17 @@ import pytest
 import torch
 
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.errors import ExportError, OptionError, Problem
+from cogtools.errors import CheckpointError, ExportError, OptionError, Problem
 from cogtools.planning import Alpha, LoraPlan, plan_lora_export
 from cogtools.words import fold_numbers
 from tests.factories import (
+    COGVIDEOX_1_5_5B_I2V,
     COGVIDEOX_2B,
     COGVIDEOX_5B,
     MODELS,
     TOY_2B,
     SatModel,
+    StateDict,
     is_lora,
     sat_checkpoint,
     sat_state_dict,
@@ -78,8 +81,28 @@ def test_every_tensor_of_a_layer_goes_to_its_place(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("rename", [dict, with_module_prefix, without_prefix])
-def test_what_stands_before_the_keys_does_not_matter(tmp_path: Path, rename: type[dict[str, torch.Tensor]]) -> None:
+def renamed(old: str, new: str) -> Callable[[StateDict], StateDict]:
+    """Exchanges a part of every key."""
+    return lambda module: OrderedDict((key.replace(old, new, 1), tensor) for key, tensor in module.items())
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        pytest.param(dict, id="as-the-trainer-writes-it"),
+        pytest.param(with_module_prefix, id="module"),
+        pytest.param(without_prefix, id="bare"),
+        pytest.param(renamed("model.diffusion_model.", "diffusion_model."), id="diffusion_model"),
+        pytest.param(renamed("model.diffusion_model.", "model."), id="model"),
+        pytest.param(renamed("model.", "_forward_module.module._orig_mod.model."), id="wrappers-in-front"),
+        pytest.param(renamed("diffusion_model.", "diffusion_model._orig_mod."), id="torch.compile"),
+        pytest.param(renamed(".attention.", "._fsdp_wrapped_module.attention."), id="fsdp"),
+        pytest.param(renamed(".query_key_value.", ".query_key_value.module."), id="module-inside"),
+    ],
+)
+def test_what_wrappers_put_into_the_keys_does_not_matter(
+    tmp_path: Path, rename: Callable[[StateDict], StateDict]
+) -> None:
     expected = plan(saved(tmp_path / "a.pt", toy()))
     found = plan(saved(tmp_path / "b.pt", rename(sat_state_dict(TOY_2B, 4))))
     assert [tensor.key for tensor in found.tensors] == [tensor.key for tensor in expected.tensors]
@@ -100,6 +123,17 @@ def test_what_stands_before_the_keys_does_not_matter(tmp_path: Path, rename: typ
 def test_base_weights_tell_the_model(tmp_path: Path, model: SatModel, name: str, tensors: int) -> None:
     found = plan(saved(tmp_path / "a.pt", sat_state_dict(model, 2, base="telling")))
     assert (found.transformer.name, len(found.tensors), found.rank) == (name, tensors, 2)
+
+
+def test_an_ofs_embedding_tells_the_model_without_the_patch_embedding(tmp_path: Path) -> None:
+    state = sat_state_dict(COGVIDEOX_1_5_5B_I2V, 1, base="telling")
+    del state["model.diffusion_model.mixins.patch_embed.proj.weight"]
+    assert plan(saved(tmp_path / "a.pt", state)).transformer.name == "CogVideoX1.5-5B-I2V"
+
+
+def test_a_rank_above_the_hidden_size_is_a_rank_like_any_other(tmp_path: Path) -> None:
+    found = plan(saved(tmp_path / "a.pt", sat_state_dict(TOY_2B, 200)))
+    assert (found.rank, found.transformer.hidden, len(found.tensors)) == (200, 128, 24)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +174,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         Problem(
             "unexpected",
             f"{LAYERS}1.mlp.dense_h_to_4h.matrix_A.0",
-            expected="a q, k, v or dense factor of an attention layer",
+            expected="q, k, v or dense of an attention layer: SAT's LoRA adapts these, and only these are exported",
         ),
         Problem(
             "collision",
@@ -149,8 +183,8 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         ),
         Problem("shape", f"{LAYERS}0.{QKV}matrix_B.1", "(4, 128)", "(128, 4)"),
         Problem("dtype", f"{LAYERS}1.{QKV}matrix_A.1", "float32", "float16"),
-        Problem("missing", f"{LAYERS}0.{QKV}matrix_A.0"),
-        Problem("unexpected", f"{LAYERS}7.{QKV}matrix_A.0", expected="layers 0-2"),
+        Problem("missing", "layer 0: to_q lora_A"),
+        Problem("unexpected", "layer 7: to_q lora_A", expected="layers 0-2"),
     ]
 
 
@@ -172,7 +206,33 @@ def test_a_tensor_that_stands_for_a_call_is_an_error(tmp_path: Path) -> None:
     state = toy()
     key = f"{LAYERS}0.{QKV}matrix_A.0"
     path = saved(tmp_path / "a.pt", {**state, key: np.zeros((4, 128), dtype=np.float16)})
-    assert problems(path)[0] == Problem("unreadable", key, found="something else than a plain tensor")
+    assert problems(path) == [Problem("unreadable", key, found="something else than a plain tensor")]
+
+
+def test_a_lora_without_any_plain_tensor_is_an_error_with_its_problems(tmp_path: Path) -> None:
+    state = {key: np.zeros(tensor.shape) for key, tensor in sat_state_dict(TOY_2B, 4, base="none").items()}
+    found = problems(saved(tmp_path / "a.pt", state))
+    assert found == [Problem("unreadable", key, found="something else than a plain tensor") for key in state]
+
+
+def test_a_lora_on_other_modules_only_is_an_error_with_its_problems(tmp_path: Path) -> None:
+    key = f"{LAYERS}0.mlp.dense_h_to_4h.matrix_A.0"
+    (problem,) = problems(saved(tmp_path / "a.pt", {key: torch.zeros(4, 128)}))
+    assert (problem.kind, problem.subject) == ("unexpected", key)
+
+
+@pytest.mark.parametrize("prefix", ["x.", "network.unet."])
+def test_a_prefix_that_is_not_known_is_named(tmp_path: Path, prefix: str) -> None:
+    state = {prefix + key: tensor for key, tensor in sat_state_dict(TOY_2B, 4, base="none").items()}
+    assert problems(saved(tmp_path / "a.pt", state)) == [
+        Problem(
+            "unexpected",
+            key,
+            f"SAT's key after an unknown prefix {prefix!r}",
+            "model.diffusion_model., a part of it, or nothing before it",
+        )
+        for key in state
+    ]
 
 
 def test_a_tensor_larger_than_its_storage_is_an_error(tmp_path: Path) -> None:
@@ -199,11 +259,31 @@ def partial(tmp_path: Path) -> Path:
 def test_a_lora_of_some_layers_stops_the_export(partial: Path) -> None:
     with pytest.raises(ExportError) as caught:
         plan(partial)
-    assert caught.value.what == "the LoRA in this checkpoint is not as it should be: 8 missing"
-    assert caught.value.hint == (
-        "if it was trained on some layers only: --allow-partial; "
+    assert str(caught.value) == (
+        "the LoRA in this checkpoint cannot be exported as it is\n"
+        f"  file:      {partial}\n"
+        "  problem:   missing: layer 1: all tensors\n"
+        "  try:       if only these layers were trained: --allow-partial; "
         f"to see what is there: cogtools inspect {partial} --lora"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "allow_partial"),
+    [
+        pytest.param({f"{LAYERS}1.{QKV}matrix_{factor}.{part}": None for factor in "AB" for part in range(3)}
+                     | {f"{LAYERS}2.attention.dense.matrix_{factor}.0": None for factor in "AB"}, False,
+                     id="eight-missing-of-two-layers"),
+        pytest.param({f"{LAYERS}0.{QKV}matrix_A.0": None}, True, id="given-already"),
+    ],
+)  # fmt: skip
+def test_allow_partial_is_not_proposed_where_it_does_not_help(
+    tmp_path: Path, changes: dict[str, torch.Tensor | None], allow_partial: bool
+) -> None:
+    path = saved(tmp_path / "a.pt", toy(**changes))
+    with pytest.raises(ExportError) as caught:
+        plan(path, allow_partial=allow_partial)
+    assert caught.value.hint == f"cogtools inspect {path} --lora"
 
 
 def test_a_lora_of_some_layers_is_accepted_when_asked_for(partial: Path) -> None:
@@ -214,7 +294,7 @@ def test_a_lora_of_some_layers_is_accepted_when_asked_for(partial: Path) -> None
 
 def test_a_broken_layer_is_an_error_also_when_some_layers_are_accepted(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.pt", toy(**{f"{LAYERS}1.{QKV}matrix_A.0": None}))
-    assert problems(path, allow_partial=True) == [Problem("missing", f"{LAYERS}1.{QKV}matrix_A.0")]
+    assert problems(path, allow_partial=True) == [Problem("missing", "layer 1: to_q lora_A")]
 
 
 def test_a_layer_range_in_the_training_configuration_needs_no_flag(tmp_path: Path) -> None:
@@ -228,7 +308,29 @@ def test_a_layer_range_in_the_training_configuration_needs_no_flag(tmp_path: Pat
 
 def test_layers_beyond_the_declared_range_are_unexpected(tmp_path: Path) -> None:
     path = save_run(tmp_path, sat_checkpoint(sat_state_dict(TOY_2B, 4)), rank=4, layer_range=[0, 1])
-    assert {(problem.kind, problem.expected) for problem in problems(path)} == {("unexpected", "layers 0-1")}
+    assert problems(path) == [
+        Problem("unexpected", "layer 2: all tensors", expected="layers 0-1 (layer_range in training_config.yaml)")
+    ]
+    assert plan(path, allow_partial=True).layers == (0, 1, 2)
+
+
+def test_layers_that_the_declared_range_has_and_the_file_has_not_are_missing(tmp_path: Path) -> None:
+    checkpoint = sat_checkpoint(sat_state_dict(TOY_2B, 4, layers=[0]))
+    path = save_run(tmp_path, checkpoint, rank=4, layer_range=[0, 1, 2])
+    with pytest.raises(ExportError) as caught:
+        plan(path)
+    assert caught.value.problems == (
+        Problem("missing", "layers 1-2: all tensors", expected="layers 0-2 (layer_range in training_config.yaml)"),
+    )
+    assert caught.value.hint == (
+        "if only these layers were trained: --allow-partial, which sets layer_range aside; "
+        f"to see what is there: cogtools inspect {path} --lora"
+    )
+
+
+def test_a_layer_range_may_count_from_the_end(tmp_path: Path) -> None:
+    checkpoint = sat_checkpoint(sat_state_dict(TOY_2B, 4, layers=[0, 2]))
+    assert plan(save_run(tmp_path, checkpoint, rank=4, layer_range=[0, -1])).layers == (0, 2)
 
 
 # The scale
@@ -240,7 +342,8 @@ def test_layers_beyond_the_declared_range_are_unexpected(tmp_path: Path) -> None
         pytest.param(None, None, Alpha(1, "default"), 1, id="nobody-says"),
         pytest.param(8, None, Alpha(8, "training_config.yaml"), 0, id="configuration"),
         pytest.param(0.5, None, Alpha(0.5, "training_config.yaml"), 0, id="configuration-no-integer"),
-        pytest.param(8, 2.0, Alpha(2, "--alpha"), 0, id="option-goes-first"),
+        pytest.param(8, 2.0, Alpha(2, "--alpha"), 1, id="option-goes-first"),
+        pytest.param(8, 8.0, Alpha(8, "--alpha"), 0, id="both-say-the-same"),
         pytest.param(None, 0.25, Alpha(0.25, "--alpha"), 0, id="option"),
     ],
 )
@@ -251,6 +354,46 @@ def test_alpha_comes_from_who_says_it(
     found = plan(path, alpha=given)
     assert (found.alpha, type(found.alpha.value), found.scaling) == (alpha, type(alpha.value), alpha.value / 4)
     assert len(found.notices) == notices
+
+
+def test_a_second_alpha_is_told(tmp_path: Path) -> None:
+    path = save_run(tmp_path, sat_checkpoint(sat_state_dict(TOY_2B, 4)), rank=4, alpha=16)
+    assert plan(path, alpha=2).notices == ("alpha is 2, as --alpha says; training_config.yaml says 16.",)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "notice"),
+    [
+        ("lora_alpha: 8", "lora_alpha: many", "`lora_alpha` in the training configuration is not valid ('many')"),
+        (
+            "lora_alpha: 8",
+            "lora_alpha: 8\n<<: {}",
+            "the training configuration cannot be read (it has a merge key (<<))",
+        ),
+    ],
+    ids=["alpha", "file"],
+)
+def test_with_alpha_given_the_training_configuration_need_not_be_right(
+    tmp_path: Path, old: str, new: str, notice: str
+) -> None:
+    path = save_run(tmp_path, sat_checkpoint(sat_state_dict(TOY_2B, 4)), rank=4, alpha=8)
+    config = tmp_path / "training_config.yaml"
+    text = config.read_text()
+    line = next(line for line in text.splitlines() if old in line)
+    indent = line[: len(line) - len(line.lstrip())]
+    config.write_text(text.replace(line, line.replace(old, new.replace("\n", "\n" + indent))))
+    with pytest.raises(CheckpointError):
+        plan(path)
+    found = plan(path, alpha=2)
+    assert (found.alpha, found.notices) == (Alpha(2, "--alpha"), (f"{notice}: not used, as --alpha is given.",))
+
+
+def test_the_layer_range_holds_beside_an_alpha_that_is_not_valid(tmp_path: Path) -> None:
+    checkpoint = sat_checkpoint(sat_state_dict(TOY_2B, 4, layers=[0, 2]))
+    path = save_run(tmp_path, checkpoint, rank=4, alpha=8, layer_range=[0, 2])
+    config = tmp_path / "training_config.yaml"
+    config.write_text(config.read_text().replace("lora_alpha: 8", "lora_alpha: many"))
+    assert plan(path, alpha=2).layers == (0, 2)
 
 
 def test_the_configuration_is_found_through_a_link(tmp_path: Path) -> None:

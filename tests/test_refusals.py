@@ -21,6 +21,7 @@ from tests.factories import (
     sat_state_dict,
     zero3_checkpoint,
 )
+from tests.oracles import torch_load
 
 EXPECTED = "keys such as …layers.0.attention.query_key_value.matrix_A.0"
 RANK_00 = "mp_rank_00_model_states.pt"
@@ -82,6 +83,50 @@ def test_a_tensor_parallel_run_is_refused_by_the_file_of_the_other_rank(tmp_path
     assert message_of(made, tmp_path, RANK_00) == TENSOR_PARALLEL.format(found)
 
 
+def test_a_tensor_parallel_run_is_refused_through_a_link_too(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    torch.save({"module": sat_state_dict(TOY_2B, 4, base="none")}, tmp_path / "run" / RANK_00)
+    (tmp_path / "run" / "mp_rank_01_model_states.pt").touch()
+    (tmp_path / "best.pt").symlink_to(tmp_path / "run" / RANK_00)
+
+    assert error_of(tmp_path / "best.pt").found == "mp_rank_01_model_states.pt beside it"
+
+
+def test_the_file_of_another_rank_is_refused_by_its_name(tmp_path: Path) -> None:
+    made = {"module": sat_state_dict(TOY_2B, 4, base="none")}
+    torch.save(made, tmp_path / "mp_rank_03_model_states.pt")
+
+    assert error_of(tmp_path / "mp_rank_03_model_states.pt").found == "mp_rank_03_model_states.pt, the file of rank 3"
+
+
+def divided(state: StateDict, ranks: int) -> StateDict:
+    """The first tensor-parallel rank's part of a LoRA."""
+    made: StateDict = OrderedDict()
+    for key, tensor in state.items():
+        if "query_key_value.matrix_B" in key:
+            made[key] = tensor.chunk(ranks)[0].clone()
+        elif "dense.matrix_A" in key:
+            made[key] = tensor.chunk(ranks, dim=1)[0].clone()
+        else:
+            made[key] = tensor
+    return made
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_tensor_parallel_run_is_refused_by_its_shapes(ranks: int, tmp_path: Path) -> None:
+    made = divided(sat_state_dict(TOY_2B, 4, base="none"), ranks)
+
+    found = f"shapes of one of {ranks} ranks, which divide the hidden size among them"
+    assert message_of(made, tmp_path) == TENSOR_PARALLEL.format(found)
+
+
+def test_the_shapes_of_the_real_tensor_parallel_run_tell_it(real: Path, tmp_path: Path) -> None:
+    module = torch_load(real / "2b-fp32-mp2" / "1" / RANK_00)["module"]
+    torch.save({"module": module}, tmp_path / "x.pt")
+
+    assert error_of(tmp_path / "x.pt").found == "shapes of one of 2 ranks, which divide the hidden size among them"
+
+
 @pytest.mark.parametrize("rank", ["00", "01"])
 def test_both_files_of_the_real_tensor_parallel_run_are_refused(real: Path, rank: str) -> None:
     error = error_of(real / "2b-fp32-mp2" / "1" / f"mp_rank_{rank}_model_states.pt")
@@ -141,7 +186,7 @@ def test_a_true_shape_that_cannot_be_is_none(shape: object, tmp_path: Path) -> N
     torch.save(zero3(1, ds_shape=shape), tmp_path / "x.pt")
     error = error_of(tmp_path / "x.pt")
 
-    assert error.what == "the LoRA in this checkpoint is not as it should be: 24 shape"
+    assert (error.what, len(error.problems)) == ("the LoRA in this checkpoint cannot be exported as it is", 24)
     assert {(problem.found, problem.expected) for problem in error.problems} == {("(512,)", "two dimensions")}
 
 
@@ -164,8 +209,14 @@ def test_a_lora_of_diffusers_is_sent_to_verify(tmp_path: Path) -> None:
     )
 
 
-def test_a_lora_of_another_make_is_named_by_a_key(tmp_path: Path) -> None:
+def test_a_lora_of_peft_is_sent_to_verify(tmp_path: Path) -> None:
     key = "base_model.model.transformer_blocks.0.attn1.to_q.lora_A.weight"
+
+    assert message_of({key: torch.zeros(4, 8)}, tmp_path) == no_lora("a LoRA in PEFT's layout", "cogtools verify x.pt")
+
+
+def test_a_lora_of_another_make_is_named_by_a_key(tmp_path: Path) -> None:
+    key = "diffusion_model.blocks.0.q.lora_A.weight"
 
     assert message_of({key: torch.zeros(4, 8)}, tmp_path) == no_lora(
         f"a LoRA in another layout: {key} …", "cogtools inspect x.pt"
@@ -180,9 +231,37 @@ def test_an_optimizers_shard_is_sent_to_the_weights(tmp_path: Path) -> None:
     }
     name = "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
 
+    found = "an optimizer's state (a zero_pp_rank file of DeepSpeed)"
     assert message_of(shard, tmp_path, name) == no_lora(
-        "an optimizer's state (a zero_pp_rank file of DeepSpeed)",
-        "give the mp_rank_00_model_states.pt of the same folder",
+        found, "give the weights: the trainer saves them as mp_rank_00_model_states.pt, which is not in this folder"
+    )
+    (tmp_path / RANK_00).touch()
+    assert message_of(shard, tmp_path, name) == no_lora(found, f"give the weights: {tmp_path / RANK_00}")
+
+
+@pytest.mark.parametrize("wrapper", ["lora", "ema.weights"])
+@pytest.mark.parametrize("beside", [{}, {"model": {"conv": torch.zeros(1)}}], ids=["alone", "beside-a-state-dict"])
+def test_a_lora_under_an_unknown_name_is_found(wrapper: str, beside: dict[str, Any], tmp_path: Path) -> None:
+    made: dict[str, Any] = sat_state_dict(TOY_2B, 4, base="none")
+    for name in reversed(wrapper.split(".")):
+        made = {name: made}
+
+    assert message_of({**made, **beside}, tmp_path) == no_lora(
+        f"24 tensors of such a LoRA under '{wrapper}'", f"save what is under '{wrapper}' as a checkpoint of its own"
+    )
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."], ids=["model", "pipeline"])
+def test_a_base_model_in_diffusers_layout_is_told(prefix: str, tmp_path: Path) -> None:
+    layer = f"{prefix}transformer_blocks.0.norm1.norm.weight"
+    made = {layer: torch.zeros(128), f"{prefix}norm_final.weight": torch.zeros(128)}
+
+    assert message_of(made, tmp_path) == no_lora(
+        "a base model in diffusers' layout, without a LoRA "
+        "(CogVideoX of no published size: 1 layers, hidden size 128, 2 tensors)"
+    )
+    assert message_of({layer: torch.zeros(128)}, tmp_path) == no_lora(
+        "a base model in diffusers' layout, without a LoRA (1 tensor)"
     )
 
 

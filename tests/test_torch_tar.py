@@ -4,15 +4,19 @@ import io
 import pickle
 import struct
 import tarfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.unpickler import Global
+from cogtools.convert import export_lora
 from cogtools.errors import CheckpointError
+from tests.factories import TOY_2B, sat_state_dict
 from tests.oracles import described_by_cogtools, described_by_torch, torch_load
 
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated", "ignore:Python 3.14 will, by default")
@@ -61,11 +65,12 @@ TENSORS = (
 )
 
 
-def object_pickle() -> bytes:
-    markers = {name: object() for name in "1234"}
+def object_pickle(names: Sequence[str] = ("whole", "transposed", "integers", "viewed")) -> bytes:
+    """A state dict of these names, whose tensors are those with the keys 1, 2, 3 …"""
+    state = {name: object() for name in names}
     buffer = io.BytesIO()
-    state = {"whole": markers["1"], "transposed": markers["2"], "integers": markers["3"], "viewed": markers["4"]}
-    ById(buffer, {id(marker): key for key, marker in markers.items()}).dump({"state_dict": state, "epoch": 3})
+    keys = {id(marker): str(number) for number, marker in enumerate(state.values(), start=1)}
+    ById(buffer, keys).dump({"state_dict": state, "epoch": 3})
     return buffer.getvalue()
 
 
@@ -77,6 +82,30 @@ def tar(path: Path, storages: bytes = STORAGES, tensors: bytes = TENSORS, value:
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return path
+
+
+def save_tar(state: Mapping[str, torch.Tensor], path: Path) -> Path:
+    """A state dict of float32 tensors, each with a storage of its own."""
+    numbered = list(enumerate(state.values(), start=1))
+    return tar(
+        path,
+        plain(len(state)) + b"".join(storage(key, "FloatStorage", value) for key, value in numbered) + plain([]),
+        plain(len(state))
+        + b"".join(tensor(key, key, tuple(value.shape), tuple(value.stride()), 0) for key, value in numbered),
+        object_pickle(list(state)),
+    )
+
+
+def test_a_lora_is_exported_as_from_a_zip_file(tmp_path: Path) -> None:
+    state = sat_state_dict(TOY_2B, 4, torch.float32, base="none", flat=False)
+    torch.save(dict(state), tmp_path / "zip.pt")
+    save_tar(state, tmp_path / "tar.pt")
+
+    for name in ("zip", "tar"):
+        export_lora(tmp_path / f"{name}.pt", tmp_path / name, alpha=1)
+    written = [load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("zip", "tar")]
+    assert len(written[0]) == 24
+    assert described_by_torch(written[0]) == described_by_torch(written[1])
 
 
 def test_tensors_views_and_values_are_read_as_torch_load_reads_them(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from cogtools.errors import CheckpointError
 from cogtools.training_config import MAX_BYTES, TrainingConfig, find_training_config, read_training_config
 from tests.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
 
-HINT = "mend it, or move it away and state the LoRA's alpha with --alpha"
+HINT = "fix it, or state the LoRA's alpha with --alpha"
 
 
 def lora_params(text: str) -> str:
@@ -29,6 +29,11 @@ def written(folder: Path, content: str | bytes) -> Path:
         ("r: 128, lora_alpha: 64", 128, 64, None),
         ("r: 128, lora_alpha: 0.5, layer_range: [3, 1, 2, 3]", 128, 0.5, (1, 2, 3)),
         ("r: 4.0", 4, None, None),
+        ("r: '4', lora_alpha: '16'", 4, 16, None),
+        ("lora_alpha: 1e0", None, 1.0, None),
+        ("lora_alpha: 1e+1", None, 10.0, None),
+        ("lora_alpha: '0.5'", None, 0.5, None),
+        ("layer_range: [0, -1, -3]", None, None, (-3, -1, 0)),
         ("", None, None, None),
         ("r: null, lora_alpha: null, layer_range: null", None, None, None),
     ],
@@ -39,6 +44,18 @@ def test_rank_alpha_and_layers_are_read_where_they_are_said(
     path = written(tmp_path, lora_params(text))
 
     assert read_training_config(path) == TrainingConfig(path, rank, alpha, layers)
+
+
+def test_negative_layers_count_from_the_last_one_back(tmp_path: Path) -> None:
+    config = read_training_config(written(tmp_path, lora_params("layer_range: [0, -1, 29, -3]")))
+
+    assert config.layers_of(30) == (0, 27, 29)
+
+
+def test_an_alpha_that_is_not_needed_may_be_anything(tmp_path: Path) -> None:
+    path = written(tmp_path, lora_params("r: 4, lora_alpha: many, layer_range: [0]"))
+
+    assert read_training_config(path, with_alpha=False) == TrainingConfig(path, 4, None, (0,))
 
 
 @pytest.mark.parametrize(
@@ -75,33 +92,42 @@ def test_a_list_of_layers_may_be_mentioned_by_an_alias(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "name", "found", "expected"),
     [
-        ("r: 0", "r", "0", "a whole number from 1 on"),
-        ("r: 1.5", "r", "1.5", "a whole number from 1 on"),
-        ("r: true", "r", "True", "a whole number from 1 on"),
-        ("r: many", "r", "many", "a whole number from 1 on"),
-        ("r: 0x" + "f" * 90, "r", str(16**90 - 1)[:100], "a whole number from 1 on"),
-        ("r: 0001-01-01T00:00:00+23:59", "r", "a datetime", "a whole number from 1 on"),
+        ("r: 0", "r", "0", "a whole number, 1 or more"),
+        ("r: 1.5", "r", "1.5", "a whole number, 1 or more"),
+        ("r: true", "r", "True", "a whole number, 1 or more"),
+        ("r: many", "r", "'many'", "a whole number, 1 or more"),
+        ("r: 0x" + "f" * 90, "r", str(16**90 - 1)[:100], "a whole number, 1 or more"),
+        ("r: 0001-01-01T00:00:00+23:59", "r", "a datetime", "a whole number, 1 or more"),
         ("lora_alpha: 0", "lora_alpha", "0", "a number above 0"),
         ("lora_alpha: -1", "lora_alpha", "-1", "a number above 0"),
         ("lora_alpha: .nan", "lora_alpha", "nan", "a number above 0"),
         ("lora_alpha: .inf", "lora_alpha", "inf", "a number above 0"),
-        ("lora_alpha: [1]", "lora_alpha", "a list", "a number above 0"),
+        ("lora_alpha: [1]", "lora_alpha", "[1]", "a number above 0"),
+        ("lora_alpha: '-1'", "lora_alpha", "'-1'", "a number above 0"),
+        ("lora_alpha: 'nan'", "lora_alpha", "'nan'", "a number above 0"),
+        ("lora_alpha: 'x" + "y" * 200 + "'", "lora_alpha", "'x" + "y" * 98, "a number above 0"),
         ("lora_alpha: " + "1" * 90, "lora_alpha", "1" * 90, "a number above 0"),
-        ("layer_range: []", "layer_range", "a list", "a list of layer numbers"),
+        ("layer_range: []", "layer_range", "[]", "a list of layer numbers"),
         ("layer_range: 3", "layer_range", "3", "a list of layer numbers"),
-        ("layer_range: [1, x]", "layer_range", "a list", "a list of layer numbers"),
-        ("layer_range: [-1]", "layer_range", "a list", "a list of layer numbers"),
-        ("layer_range: [1000]", "layer_range", "a list", "a list of layer numbers"),
-        ("layer_range: &a [*a]", "layer_range", "a list", "a list of layer numbers"),
+        ("layer_range: [1, x, [2], {a: b}]", "layer_range", "[1, 'x', […], a dict]", "a list of layer numbers"),
+        ("layer_range: [1000]", "layer_range", "[1000]", "a list of layer numbers"),
+        ("layer_range: [-1001]", "layer_range", "[-1001]", "a list of layer numbers"),
+        ("layer_range: &a [*a]", "layer_range", "[[…]]", "a list of layer numbers"),
+        (
+            f"layer_range: [{', '.join('x' * 20)}]",
+            "layer_range",
+            f"[{', '.join(chr(39) + 'x' + chr(39) for _ in range(8))}, …]",
+            "a list of layer numbers",
+        ),
     ],
 )
-def test_a_value_that_cannot_be_is_an_error(text: str, name: str, found: str, expected: str, tmp_path: Path) -> None:
+def test_a_value_that_is_not_valid_is_an_error(text: str, name: str, found: str, expected: str, tmp_path: Path) -> None:
     path = written(tmp_path, lora_params(text))
 
     with pytest.raises(CheckpointError) as caught:
         read_training_config(path)
     assert str(caught.value) == (
-        f"the training configuration has a {name} that cannot be\n"
+        f"`{name}` in the training configuration is not valid\n"
         f"  file:      {path}\n  found:     {found}\n  expected:  {expected}\n  try:       {HINT}"
     )
 
@@ -129,7 +155,7 @@ def test_a_value_that_cannot_be_is_an_error(text: str, name: str, found: str, ex
         pytest.param("a: 0x" + "f" * 5000, id="long-number"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_an_error(content: str | bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_no_plain_yaml_is_an_error(content: str | bytes, tmp_path: Path) -> None:
     path = written(tmp_path, content)
 
     with pytest.raises(CheckpointError) as caught:
@@ -146,7 +172,7 @@ def test_a_file_that_cannot_be_read_is_an_error(content: str | bytes, tmp_path: 
 def test_a_number_to_the_base_60_that_is_larger_than_any_is_an_error(tmp_path: Path) -> None:
     path = written(tmp_path, lora_params("lora_alpha: " + ":".join(["59"] * 30) + ".5"))
 
-    with pytest.raises(CheckpointError, match="has a lora_alpha that cannot be"):
+    with pytest.raises(CheckpointError, match="`lora_alpha` in the training configuration is not valid"):
         read_training_config(path)
 
 

@@ -6,19 +6,23 @@
     a diffusers model          diffusion_pytorch_model.safetensors, or its shards
     a diffusers pipeline       model_index.json, and a folder per component
     a LoRA                     pytorch_lora_weights.safetensors; PEFT's adapter_model.safetensors
-    one checkpoint             whatever its name
+    one checkpoint             whatever its name: where no name tells, the largest files are looked into
 
-Nothing is guessed: if several checkpoints could be meant, the error lists them.
+Optimizer shards beside the weights are no checkpoints. Nothing is guessed: if several checkpoints could be meant, the
+error lists them.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import heapq
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from cogtools.checkpoint.indices import PIPELINE_INDEX, SHARD_INDEX_SUFFIXES, kind_of_index, read_index
+from cogtools.checkpoint.sniffing import looks_like_checkpoint
 from cogtools.checkpoint.storage import SourceFile, is_file, is_folder
 from cogtools.errors import SHOWN_PROBLEMS, CheckpointError
 
@@ -28,9 +32,11 @@ if TYPE_CHECKING:
 LATEST = "latest"
 EMA_SUFFIX = "-ema"
 
+TRAINER_FILES = ("mp_rank_00_model_states.pt", "z3_rank_00_model_states.pt")
+"""The names under which the trainer saves weights."""
+
 WEIGHTS_FILES = (
-    "mp_rank_00_model_states.pt",
-    "z3_rank_00_model_states.pt",
+    *TRAINER_FILES,
     "diffusion_pytorch_model.safetensors",
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
@@ -40,14 +46,17 @@ WEIGHTS_FILES = (
 )
 """The names under which trainers and libraries save weights, the first one found being meant."""
 
-PIPELINE_INDEX = "model_index.json"
-
-_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 _WEIGHTS_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 _ITERATION = re.compile(rf"([0-9]{{1,12}})({EMA_SUFFIX})?")
+_OPTIMIZER_SHARD = re.compile(r"(bf16_)?zero_pp_rank_|.*optim_states\.pt$")
+_CHOOSE = "choose one with --iteration, and --ema for those named -ema"
 _MAX_LATEST_BYTES = 64
-_MAX_INDEX_BYTES = 32 << 20
-"""The longest index of shards. That of a model with 1,500 tensors has 0.1 MB."""
+
+_MAX_SHOWN_NAME = 100
+"""How many characters of a link's target an error shows."""
+
+_MOST_SNIFFED = 16
+"""How many files of a folder are opened at most to see what they are, where no name tells."""
 
 
 class Iteration(NamedTuple):
@@ -113,11 +122,12 @@ def find_file(folder: Path, *, iteration: int | None = None, ema: bool = False) 
     iterations = iterations_in(folder)
     if iterations:
         return _weights_in(_choose(folder, iterations, iteration, ema=ema).folder)
-    found = _find_weights(folder)
+    found, runs = _find_weights(folder), _runs_in(folder)
+    if found is not None and runs:
+        raise _several(folder, "this folder holds a checkpoint and trainings", [found, *runs], hint="give one of them")
     if found is not None:
         refuse_choice(found, iteration=iteration, ema=ema)
         return found
-    runs = [child for child in _folders(folder) if iterations_in(child)]
     if len(runs) == 1:
         return find_file(runs[0], iteration=iteration, ema=ema)
     if runs:
@@ -125,9 +135,22 @@ def find_file(folder: Path, *, iteration: int | None = None, ema: bool = False) 
     raise CheckpointError(
         "there is no checkpoint in this folder",
         file=folder,
-        found=_listed(sorted(child.name for child in _children(folder))) or "nothing: the folder is empty",
+        found=_listed(map(_described, sorted(_children(folder)))) or "nothing: the folder is empty",
         expected="a checkpoint file, or folders of iterations as the trainer makes them (1000/, latest)",
     )
+
+
+def find_save_folder(folder: Path) -> Path | None:
+    """The trainer's save folder that a folder is, or the only one in it; None if there is none, or several."""
+    if iterations_in(folder):
+        return folder
+    runs = _runs_in(folder)
+    return runs[0] if len(runs) == 1 and _find_weights(folder) is None else None
+
+
+def is_optimizer_shard(name: str) -> bool:
+    """Whether a file has the name of a part of an optimizer's state, which DeepSpeed saves beside the weights."""
+    return _OPTIMIZER_SHARD.match(name) is not None
 
 
 def refuse_choice(path: Path, *, iteration: int | None, ema: bool) -> None:
@@ -146,36 +169,16 @@ def refuse_choice(path: Path, *, iteration: int | None, ema: bool) -> None:
     )
 
 
-def read_shard_index(path: Path) -> dict[str, str]:
-    """Which file each tensor of sharded weights is in.
-
-    Raises:
-        CheckpointError: if the index is no such thing, or names a file outside of its folder.
-    """
-    weight_map = _read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise _no_index(path, "no weight_map of names and files")
-    folder = path.parent.resolve()
-    for name in set(weight_map.values()):
-        _refuse_outside(path, folder, name)
-    return weight_map
-
-
 def pipeline_components(index: Path) -> dict[str, Path]:
     """The weights of each component of a diffusers pipeline, by the component's name."""
     components: dict[str, Path] = {}
-    for name in _read_json(index):
+    for name in read_index(index):
         if not name.startswith("_") and re.fullmatch(r"\w+", name):
             folder = index.with_name(name)
             found = _find_weights(folder) if is_folder(folder) else None
-            if found is not None and found.name != PIPELINE_INDEX:  # no pipeline is a part of another
+            if found is not None and kind_of_index(found) != "pipeline":  # no pipeline is a part of another
                 components[name] = found
     return components
-
-
-def is_shard_index(path: Path) -> bool:
-    """Whether a file is an index of shards, by its name."""
-    return path.name.endswith(_INDEX_SUFFIXES)
 
 
 # Iterations of a save folder
@@ -192,6 +195,16 @@ def iterations_in(folder: Path) -> list[Iteration]:
     return sorted((item for item in found if item and _has_weights(item.folder)), key=lambda item: item[:2])
 
 
+def _runs_in(folder: Path) -> list[Path]:
+    """The trainers' save folders in a folder, but for those that may not be read."""
+    runs = []
+    for child in _folders(folder):
+        with contextlib.suppress(CheckpointError):
+            if iterations_in(child):
+                runs.append(child)
+    return runs
+
+
 def _latest(folder: Path) -> str | None:
     path = folder / LATEST
     if not is_file(path):
@@ -203,30 +216,36 @@ def _latest(folder: Path) -> str | None:
 
 def _choose(folder: Path, iterations: list[Iteration], number: int | None, *, ema: bool) -> Iteration:
     """The iteration that is asked for; the latest if none is."""
-    latest = _latest(folder)
-    if number is not None:
-        asked = f"iteration {number}"
-    elif latest is not None:
-        asked = f"iteration {latest}, as the file `latest` says"
-        number = int(latest) if _ITERATION.fullmatch(latest) and latest.isdecimal() else -1
-    elif len({item.number for item in iterations}) == 1:
-        number, asked = iterations[0].number, f"iteration {iterations[0].number}"
-    else:
-        raise _several(
-            folder,
-            "there is no file `latest` to tell which iteration is meant",
-            iterations,
-            hint="choose one with --iteration, and --ema for those named -ema",
-        )
+    what = f"there is no iteration {number} in this folder"
+    if number is None:
+        number, what = _asked_by_latest(folder, iterations, ema=ema)
     for item in iterations:
         if item.number == number and item.ema == ema:
             return item
-    raise CheckpointError(
-        f"there is no {asked}{' with EMA weights' if ema else ''} in this folder",
-        file=folder,
-        found=_listed(map(str, iterations)),
-        hint="choose one with --iteration, and --ema for those named -ema",
-    )
+    hint = _CHOOSE
+    if any(item.number == number for item in iterations):
+        weights, hint = ("plain", "leave --ema out") if ema else ("EMA", "take them with --ema")
+        what = f"there are only {weights} weights of iteration {number} in this folder"
+    raise _several(folder, what, iterations, hint)
+
+
+def _asked_by_latest(folder: Path, iterations: list[Iteration], *, ema: bool) -> tuple[int, str]:
+    """The number of the iteration that the file `latest` names, and what to say if that is not there."""
+    latest = _latest(folder)
+    if latest is None:
+        numbers = {item.number for item in iterations}
+        if len(numbers) > 1:
+            raise _several(folder, "there is no file `latest` to tell which iteration is meant", iterations, _CHOOSE)
+        return numbers.pop(), ""
+    match = _ITERATION.fullmatch(latest)
+    if match is None:
+        says = f"says {latest!r}, which is no iteration" if latest else "is empty"
+        raise _several(folder, f"the file `latest` {says}", iterations, _CHOOSE)
+    number = int(match[1])
+    if match[2] and not ema:
+        hint = f"take them with --ema, or the plain ones with --iteration {number}"
+        raise _several(folder, f"the file `latest` names EMA weights: {latest}", iterations, hint)
+    return number, f"the file `latest` names iteration {number}, which is not in this folder"
 
 
 def _several(folder: Path, what: str, choices: Iterable[Path | Iteration], hint: str) -> CheckpointError:
@@ -245,7 +264,9 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _has_weights(folder: Path) -> bool:
-    return any(child.name.endswith(_WEIGHTS_SUFFIXES) and is_file(child) for child in _children(folder))
+    files = [child for child in _children(folder) if not is_optimizer_shard(child.name) and is_file(child)]
+    known = any(file.name.endswith(_WEIGHTS_SUFFIXES) for file in files)
+    return known or any(_look_like_checkpoints(files, most=1))
 
 
 def _find_weights(folder: Path) -> Path | None:
@@ -254,18 +275,49 @@ def _find_weights(folder: Path) -> Path | None:
     Raises:
         CheckpointError: if there are several files of weights, none of them under a usual name.
     """
-    names = {child.name for child in _children(folder) if is_file(child)}
-    if PIPELINE_INDEX in names:
-        return folder / PIPELINE_INDEX
-    for name in (*WEIGHTS_FILES, *sorted(name for name in names if name.endswith(_INDEX_SUFFIXES))):
-        if name in names:
-            return folder / name
-    weights = sorted(name for name in names if name.endswith(_WEIGHTS_SUFFIXES))
+    files = {child.name: child for child in sorted(_children(folder)) if is_file(child)}
+    indices = [name for name in files if name.endswith(SHARD_INDEX_SUFFIXES)]
+    for name in (PIPELINE_INDEX, *WEIGHTS_FILES, *indices):
+        if name in files:
+            return files[name]
+    shards = [name for name in files if is_optimizer_shard(name)]
+    weights = [name for name in files if name.endswith(_WEIGHTS_SUFFIXES) and name not in shards]
+    if len(weights) != 1:
+        documents = [file for name, file in files.items() if name.endswith(".json")][:_MOST_SNIFFED]
+        weights = [file.name for file in documents if kind_of_index(file)] or weights
+    if not weights:
+        others = [file for name, file in files.items() if name not in shards]
+        weights = sorted(file.name for file in _look_like_checkpoints(others, most=_MOST_SNIFFED))
     if len(weights) > 1:
         raise CheckpointError(
             "this folder holds several checkpoints", file=folder, found=_listed(weights), hint="give one of them"
         )
-    return folder / weights[0] if weights else None
+    if shards and not weights:
+        raise CheckpointError(
+            "this folder holds an optimizer's state only",
+            file=folder,
+            found=_listed(shards),
+            expected=f"the weights, which the trainer saves beside it as {WEIGHTS_FILES[0]}",
+        )
+    return files[weights[0]] if weights else None
+
+
+def _look_like_checkpoints(files: list[Path], *, most: int) -> list[Path]:
+    """Those of the largest files that begin as checkpoints do."""
+    sizes = []
+    for file in files:
+        with contextlib.suppress(OSError):  # it has gone
+            sizes.append((file.stat().st_size, file))
+    return [file for _, file in heapq.nlargest(most, sizes) if looks_like_checkpoint(file)]
+
+
+def _described(child: Path) -> str:
+    """The name of what is in a folder, and why it is no checkpoint where that can be seen."""
+    if child.is_symlink() and not (is_file(child) or is_folder(child)):
+        return f"{child.name} (a link to {str(child.readlink())[:_MAX_SHOWN_NAME]}, which is not there)"
+    if _iteration(child) and is_folder(child) and any(is_optimizer_shard(item.name) for item in _children(child)):
+        return f"{child.name} (an optimizer's state only)"
+    return child.name
 
 
 def _children(folder: Path) -> list[Path]:
@@ -283,44 +335,3 @@ def _listed(names: Iterable[str]) -> str:
     every = list(names)
     more = len(every) - SHOWN_PROBLEMS
     return ", ".join(every[:SHOWN_PROBLEMS]) + (f" … and {more} more" if more > 0 else "")
-
-
-# Indices of shards
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    with SourceFile.open(path) as file:
-        if file.size_bytes > _MAX_INDEX_BYTES:
-            raise _no_index(path, f"{file.size_bytes:,} bytes, more than {_MAX_INDEX_BYTES:,}")
-        content = file.read(0, file.size_bytes)
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise _no_index(path, f"no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise _no_index(path, "no JSON object")
-    return value
-
-
-def _refuse_outside(index: Path, folder: Path, name: str) -> None:
-    """Refuse a shard outside of the index's folder, links followed.
-
-    Hugging Face's cache keeps shards in a folder `blobs`, and links to them.
-    """
-    if not name or Path(name).name != name or "\\" in name or "\0" in name:
-        raise _no_index(index, f"the file {name!r}, which is not beside it")
-    try:
-        shard = (folder / name).resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # half a surrogate pair; links in a circle
-        raise _no_index(index, f"the file {name!r}, which cannot be") from error
-    if shard.parent != folder and shard.parent.name != "blobs":
-        raise _no_index(index, f"the file {name!r}, a link to another folder")
-
-
-def _no_index(path: Path, found: str) -> CheckpointError:
-    return CheckpointError(
-        "this is no index of a checkpoint's files",
-        file=path,
-        found=found,
-        expected="a JSON object that names the files beside it",
-    )

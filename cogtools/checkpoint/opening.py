@@ -6,17 +6,10 @@ import codecs
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint import safetensors, torch_legacy, torch_tar, torch_zip
-from cogtools.checkpoint.folder import (
-    PIPELINE_INDEX,
-    find_file,
-    find_run,
-    is_shard_index,
-    pipeline_components,
-    read_shard_index,
-    refuse_choice,
-)
+from cogtools.checkpoint.folder import find_file, find_run, pipeline_components, refuse_choice
 from cogtools.checkpoint.index import Checkpoint
+from cogtools.checkpoint.indices import kind_of_index, read_shard_index
+from cogtools.checkpoint.sniffing import FORMATS, START_BYTES, read_start
 from cogtools.checkpoint.storage import SourceFile, is_folder
 from cogtools.errors import CheckpointError
 
@@ -39,8 +32,6 @@ _OTHER_FILES = (
     (b"7z\xbc\xaf", "a 7z archive", "unpack it first"),
 )
 """Files that are given in place of a checkpoint: how they begin, what they are, what to do."""
-
-_START_BYTES = 512
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, iteration: int | None = None, ema: bool = False) -> Checkpoint:
@@ -66,13 +57,11 @@ def open_checkpoint(path: str | os.PathLike[str], *, iteration: int | None = Non
 
 
 def _open_any(path: Path) -> Checkpoint:
-    if path.name == PIPELINE_INDEX:
-        return _open_pipeline(path)
-    return _open_weights(path)
+    return _open_pipeline(path) if kind_of_index(path) == "pipeline" else _open_weights(path)
 
 
 def _open_weights(path: Path) -> Checkpoint:
-    return _open_shards(path) if is_shard_index(path) else _open_file(path)
+    return _open_shards(path) if kind_of_index(path) == "shards" else _open_file(path)
 
 
 def _open_file(path: Path) -> Checkpoint:
@@ -85,15 +74,10 @@ def _open_file(path: Path) -> Checkpoint:
 
 
 def _index(file: SourceFile) -> Checkpoint:
-    start = file.read(0, min(_START_BYTES, file.size_bytes))
-    if start.startswith(torch_zip.MAGIC):
-        return torch_zip.open_torch_zip(file)
-    if safetensors.looks_like_safetensors(start):
-        return safetensors.open_safetensors(file)
-    if torch_legacy.looks_legacy(start):
-        return torch_legacy.open_torch_legacy(file)
-    if torch_tar.looks_like_tar(start):
-        return torch_tar.open_torch_tar(file)
+    start = read_start(file)
+    for file_format in FORMATS:
+        if file_format.fits(start):
+            return file_format.open(file)
     raise _no_checkpoint(file, start)
 
 
@@ -170,7 +154,7 @@ def _what_it_is(start: bytes) -> tuple[str, str | None]:
         return "zeros: its content is missing", "copy or download it again"
     try:
         # Where the file goes on, its start may end in the middle of a character.
-        text = codecs.getincrementaldecoder("utf-8")().decode(start, final=len(start) < _START_BYTES)
+        text = codecs.getincrementaldecoder("utf-8")().decode(start, final=len(start) < START_BYTES)
     except UnicodeDecodeError:
         return f"a file that begins with {start[:8].hex(' ')}", None
     return f"a text file that begins with {text.splitlines()[0][:60]!r}", None

@@ -50,7 +50,8 @@ class SourceFile:
             # Without O_NONBLOCK a pipe would block here until somebody writes to it.
             fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         except FileNotFoundError as error:
-            raise CheckpointError("there is no such file", file=path) from error
+            found = f"a link to {path.readlink()}, which is not there" if path.is_symlink() else None
+            raise CheckpointError("there is no such file", file=path, found=found) from error
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise CheckpointError(f"the file cannot be opened: {_reason(error)}", file=path) from error
         mode = os.fstat(fd).st_mode

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.checkpoint.zero3 import whole_tensor
 from cogtools.inspection.contents import files_of, iterations_of, judged, kinds_of, trainer_facts
 from cogtools.inspection.listing import add_offsets, add_statistics, list_tensors, select
 from cogtools.inspection.lora import OTHER, UNKNOWN, describe_lora, find_lora, hidden_size_of
@@ -13,7 +14,6 @@ from cogtools.inspection.report import CheckpointReport, ModelReport
 from cogtools.inspection.selection import Selection
 from cogtools.inspection.totals import dtype_totals, second_copy, section_totals, stored_bytes, unviewed_bytes
 from cogtools.layouts import diffusers, sat
-from cogtools.refusals import whole_tensor
 
 if TYPE_CHECKING:
     import os

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
+from cogtools.checkpoint.zero3 import whole_tensor
 from cogtools.errors import CogtoolsError
 from cogtools.inspection.report import ExportOutlook, LoraReport
 from cogtools.inspection.sections import is_lora_key
@@ -13,7 +14,6 @@ from cogtools.layouts import diffusers, peft, sat
 from cogtools.layouts.cogvideox import LoraKey, lora_keys, rank_of
 from cogtools.layouts.naming import DIFFUSERS, PEFT, near_miss
 from cogtools.planning import DEFAULT_ALPHA, LoraPlan, plan_lora_export
-from cogtools.refusals import whole_tensor
 from cogtools.stated import Stated, read_stated
 from cogtools.training_config import find_training_config, read_training_config
 from cogtools.words import fold_names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.layouts import sat
@@ -48,7 +47,7 @@ CONTAINERS = {
 RULES = (
     Rule("lora", is_lora_key),
     Rule("transformer", (
-        sat.PREFIX, "transformer.", "mixins.", "time_embed.", "ofs_embed.",
+        sat.PREFIX, "diffusion_model.", "transformer.", "mixins.", "time_embed.", "ofs_embed.",
         "transformer_blocks.", "patch_embed.", "time_embedding.", "ofs_embedding.",
         "norm_final.", "norm_out.", "proj_out.",
     )),
@@ -65,12 +64,10 @@ RULES = (
 MAX_CONTAINER_NAMES = 16
 """How many names on the way to a key are looked at: a hostile file has thousands."""
 
-_WRAPPED = re.compile(r"(module\.)*")
-
 
 def section_of(key: str) -> str:
     """The section that a key of the state dict belongs to."""
-    key = _WRAPPED.sub("", key, count=1)
+    key = sat.unwrapped_key(key)
     container = CONTAINERS.get(key.partition(".")[0])
     if container is not None:
         return container

@@ -43,6 +43,7 @@ class Model(NamedTuple):
         hidden: hidden size.
         patch_embed: shape of the patch embedding's weight, which differs where layers and hidden size do not.
         dtype: what it was trained in.
+        ofs_embed: whether it has an embedding of the frame rate's offset.
     """
 
     slug: str
@@ -51,6 +52,7 @@ class Model(NamedTuple):
     hidden: int
     patch_embed: tuple[int, ...]
     dtype: str
+    ofs_embed: bool = False
 
 
 MODELS = (
@@ -58,7 +60,7 @@ MODELS = (
     Model("5b", "CogVideoX-5B", 42, 3072, (3072, 16, 2, 2), "bfloat16"),
     Model("5b-i2v", "CogVideoX-5B-I2V", 42, 3072, (3072, 32, 2, 2), "bfloat16"),
     Model("1.5-5b", "CogVideoX1.5-5B", 42, 3072, (3072, 128), "bfloat16"),
-    Model("1.5-5b-i2v", "CogVideoX1.5-5B-I2V", 42, 3072, (3072, 256), "bfloat16"),
+    Model("1.5-5b-i2v", "CogVideoX1.5-5B-I2V", 42, 3072, (3072, 256), "bfloat16", ofs_embed=True),
 )
 
 
@@ -86,13 +88,16 @@ class Transformer(NamedTuple):
         return f"CogVideoX of no published size: {self.layers} layers, hidden size {self.hidden}"
 
 
-def recognise(hidden: int, layers: int | None, patch_embed: tuple[int, ...] | None) -> Transformer | None:
+def recognise(
+    hidden: int, layers: int | None, patch_embed: tuple[int, ...] | None, *, ofs_embed: bool = False
+) -> Transformer | None:
     """The transformer of this hidden size.
 
     Args:
         hidden: its hidden size.
         layers: how many layers its base weights have; None if there are no base weights.
         patch_embed: shape of its patch embedding's weight; None if that is not there.
+        ofs_embed: whether its base weights have that; where only some of them are there, it may be missing.
 
     Returns:
         None if the number of layers cannot be told: no base weights, and no published model of that hidden size.
@@ -100,6 +105,8 @@ def recognise(hidden: int, layers: int | None, patch_embed: tuple[int, ...] | No
     fitting = [model for model in MODELS if model.hidden == hidden and layers in (None, model.layers)]
     if patch_embed is not None:
         fitting = [model for model in fitting if model.patch_embed == patch_embed]
+    if ofs_embed:
+        fitting = [model for model in fitting if model.ofs_embed]
     count = layers if layers is not None else next((model.layers for model in fitting), None)
     return None if count is None else Transformer(count, hidden, tuple(fitting))
 

@@ -37,6 +37,7 @@ _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 _BASE_LAYER = re.compile(rf"transformer_blocks\.{LAYER_NUMBER}\.norm1\.norm\.weight", re.ASCII)
 _HIDDEN_SIZE = "norm_final.weight"
 _PATCH_EMBED = "patch_embed.proj.weight"
+_OFS_EMBED = "ofs_embedding.linear_1.weight"
 
 
 def module_path(key: LoraKey) -> str:
@@ -68,7 +69,9 @@ def recognise_transformer(shapes: Mapping[str, tuple[int, ...]]) -> Transformer 
     bare = {key.removeprefix(PREFIX): shape for key, shape in shapes.items()}
     hidden = bare.get(_HIDDEN_SIZE, ())
     layers = [match for match in map(_BASE_LAYER.fullmatch, bare) if match]
-    return recognise(hidden[0], len(layers), bare.get(_PATCH_EMBED)) if layers and len(hidden) == 1 else None
+    if not layers or len(hidden) != 1:
+        return None
+    return recognise(hidden[0], len(layers), bare.get(_PATCH_EMBED), ofs_embed=_OFS_EMBED in bare)
 
 
 def adapter_metadata(rank: int, alpha: float, modules: Iterable[str]) -> str:

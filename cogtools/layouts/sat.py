@@ -23,8 +23,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 PREFIX = "model.diffusion_model."
-"""What the trainer puts before every key of the transformer. Files that people save again may lack it, and wrappers
-(DistributedDataParallel, DeepSpeed's ZeRO-3) put "module." before it."""
+"""What the trainer puts before every key of the transformer. In files that people save again, a part of it or all may
+be missing."""
+
+WRAPPERS = frozenset({"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module"})
+"""Segments that wrappers of modules put into keys, at the front or further in: DistributedDataParallel and DeepSpeed,
+torch.compile, Lightning's Fabric, FullyShardedDataParallel."""
 
 _LAYER = "transformer.layers."
 _IN_LAYER = re.compile(rf"{re.escape(_LAYER)}{LAYER_NUMBER}\.", re.ASCII)
@@ -40,6 +44,10 @@ _LORA_SUFFIXES = {
     "attention.dense.matrix_B.0": ("out", "B"),
 }
 
+_AFTER_A_PREFIX = re.compile(
+    rf"(.*?){re.escape(_LAYER)}{LAYER_NUMBER}\.({'|'.join(map(re.escape, _LORA_SUFFIXES))})", re.ASCII | re.DOTALL
+)
+
 _LORA_SEGMENTS = frozenset({"matrix_A", "matrix_B", "lora_A", "lora_B", "lora_down", "lora_up", "lora"})
 """A key with one of these segments belongs to a LoRA, whether or not it has a row above."""
 
@@ -50,12 +58,20 @@ the largest."""
 _PATCH_EMBED = "mixins.patch_embed.proj.weight"
 """Tells the models apart: its shape is in the table of models."""
 
+_OFS_EMBED = "ofs_embed.0.weight"
+"""Tells the one model that has it."""
+
+
+def unwrapped_key(key: str) -> str:
+    """A key without the segments that wrappers of modules put into it."""
+    if "module" not in key and "_orig_mod" not in key:  # as good as always: this runs for every key
+        return key
+    return ".".join(segment for segment in key.split(".") if segment not in WRAPPERS)
+
 
 def bare_key(key: str) -> str:
     """A key of the transformer without what the trainer and wrappers put before it."""
-    while key.startswith("module."):
-        key = key.removeprefix("module.")
-    return key.removeprefix(PREFIX)
+    return unwrapped_key(key).removeprefix("model.").removeprefix("diffusion_model.")
 
 
 def sat_key(key: LoraKey) -> str:
@@ -71,24 +87,52 @@ def parse_lora_key(key: str) -> LoraKey | None:
     return None if layer is None or meaning is None else LoraKey(layer, *meaning)
 
 
+def unknown_prefix(key: str) -> str | None:
+    """What stands before SAT's key of a LoRA tensor and keeps it from being one; None if it is something else."""
+    match = _AFTER_A_PREFIX.fullmatch(unwrapped_key(key))
+    return match[1].removesuffix(PREFIX) or match[1] if match else None
+
+
 def is_lora_key(key: str) -> bool:
     """Whether a key belongs to a LoRA of any kind, exportable or not."""
     return not _LORA_SEGMENTS.isdisjoint(key.split("."))
+
+
+def is_sat_lora_key(key: str) -> bool:
+    """Whether a key belongs to a LoRA as SAT makes them, of whatever module."""
+    return not {"matrix_A", "matrix_B"}.isdisjoint(key.split("."))
 
 
 def recognise_transformer(shapes: Mapping[str, tuple[int, ...]], hidden: int) -> Transformer | None:
     """The transformer whose base weights are among these shapes, or which has this hidden size."""
     bare = {bare_key(key): shape for key, shape in shapes.items()}
     layers = {layer for layer, suffix in map(_split_layer, bare) if suffix == _BASE_LAYER_SUFFIX and layer is not None}
-    return recognise(hidden, len(layers) or None, bare.get(_PATCH_EMBED))
+    return recognise(hidden, len(layers) or None, bare.get(_PATCH_EMBED), ofs_embed=_OFS_EMBED in bare)
 
 
 def hidden_size(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """The hidden size that the base weights among these shapes have; None if there are none."""
     for key, shape in shapes.items():
-        if key.endswith(_BASE_LAYER_SUFFIX) and len(shape) == 2 and _split_layer(bare_key(key))[0] is not None:
+        if len(shape) == 2 and "dense_h_to_4h" in key and _split_layer(bare_key(key))[1] == _BASE_LAYER_SUFFIX:
             return shape[1]
     return None
+
+
+def tensor_parallel_ranks(shapes: Mapping[LoraKey, tuple[int, ...]]) -> int:
+    """Over how many tensor-parallel ranks a LoRA is divided, as its shapes say; 1 if it is whole.
+
+    Each of n ranks has the rows of its heads, so that query_key_value's B is (h/n, r) and dense's A is (r, h/n); the
+    other factors are whole.
+    """
+    if any(len(shape) != 2 for shape in shapes.values()):
+        return 1
+    sides = {name: shape[1] if name.factor == "A" else shape[0] for name, shape in shapes.items()}
+    divided = {side for name, side in sides.items() if (name.projection == "out") == (name.factor == "A")}
+    whole = {side for name, side in sides.items() if (name.projection == "out") != (name.factor == "A")}
+    if len(divided) != 1 or len(whole) != 1:
+        return 1
+    hidden, share = whole.pop(), divided.pop()
+    return hidden // share if share and hidden % share == 0 else 1
 
 
 def lora_keys_in(keys: Iterable[str]) -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from cogtools.errors import Problem
 from cogtools.layouts.cogvideox import PROJECTIONS
-from cogtools.render.text import emit, notice, number, printable, size, talk
+from cogtools.render.text import MAX_SHOWN_CHARS, emit, notice, number, printable, size, talk
 from cogtools.words import ALPHA_SOURCES
 
 if TYPE_CHECKING:
@@ -67,24 +68,48 @@ def _literal(text: str) -> str:
 
 
 def show_batch_item(item: BatchItem, *, quiet: bool = False) -> None:
-    """Print what became of one checkpoint of several, in a line."""
+    """Print what became of one checkpoint of several: a line, and one more that helps if it failed."""
     if item.error is not None:
-        found = f" (found: {item.error['found']})" if item.error["found"] else ""
-        talk(printable(f"failed   {item.checkpoint}: {item.error['what']}{found}"))
+        talk(_shown(f"failed   {item.checkpoint}: {_why(item.error)}"))
+        if item.error["hint"]:
+            talk(_shown(f"         try: {item.error['hint']}"))
     elif not quiet:
-        emit(printable(f"{item.status:<8} {item.output}{_told(item)}"))
+        report = item.report
+        if report is None:
+            emit(_shown(f"{item.status:<8} {item.output or item.checkpoint}: {item.reason}"))
+        else:
+            emit(_shown(f"{'done    ' if report.written else 'would write'} {item.output}: {_in_short(report)}"))
 
 
-def _told(item: BatchItem) -> str:
-    report = item.report
-    if report is None:
-        return ": there already, and verifies"
+def _shown(line: str) -> str:
+    return printable(line[:MAX_SHOWN_CHARS])
+
+
+def _why(error: dict[str, Any]) -> str:
+    """What failed, what was found, and the first of the problems."""
+    problems = error["problems"]
+    details = [f"found: {error['found']}"] if error["found"] else []
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        details.append(f"{Problem(**problems[0])}{more}")
+    return str(error["what"]) + (f" ({'; '.join(details)})" if details else "")
+
+
+def _in_short(report: ExportReport) -> str:
     scaling = f"scaling {number(report.alpha)}/{report.rank}"
-    return f": {report.tensors} tensors, {report.dtype}, {size(report.size_bytes)}, {scaling}"
+    parts = [f"{report.tensors} tensors", report.dtype, size(report.size_bytes), scaling]
+    return ", ".join([*parts, f"sha256 {report.sha256}"] if report.sha256 else parts)
 
 
 def show_batch(report: BatchReport) -> None:
-    """Print the sum of it."""
-    emit(f"{report.done} done, {report.skipped} skipped, {report.failed} failed")
-    for text in dict.fromkeys(text for item in report.exports if item.report for text in item.report.notices):
+    """Print the sum of it, and what the user should know: of all once, of one with its name."""
+    exports = [(item.checkpoint, item.report) for item in report.exports if item.report is not None]
+    done = "would be written" if any(not export.written for _, export in exports) else "done"
+    emit(f"{report.done} {done}, {report.skipped} skipped, {report.failed} failed")
+    common = set.intersection(*(set(export.notices) for _, export in exports)) if len(exports) > 1 else set()
+    for text in dict.fromkeys(text for _, export in exports for text in export.notices if text in common):
         notice(text)
+    for checkpoint, export in exports:
+        for text in export.notices:
+            if text not in common:
+                notice(f"{checkpoint}: {text}")
