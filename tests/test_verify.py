@@ -867,6 +867,16 @@ def test_an_alpha_given_by_hand_is_told_where_the_training_used_the_default(
     )
 
 
+def test_an_alpha_given_by_hand_does_without_a_configuration_that_cannot_be_read(
+    run_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = run_of()
+    (run / "training_config.yaml").write_text("model: [")
+    export_lora(run, tmp_path / "out", alpha=8)
+
+    assert wrong(verify_lora(tmp_path / "out", against=run)) == {}
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_an_alpha_whose_configuration_is_not_beside_the_checkpoint_is_a_warning(
     scale: Scale, run_of: Callable[..., Path], tmp_path: Path

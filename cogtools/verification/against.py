@@ -15,7 +15,7 @@ import numpy as np
 
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.errors import Problem, command
+from cogtools.errors import CheckpointError, Problem, command
 from cogtools.planning import plan_lora_export
 from cogtools.training_config import FILE_NAME as CONFIG_FILE_NAME
 from cogtools.verification.checks import figures
@@ -49,11 +49,14 @@ class Source(NamedTuple):
 
 
 @contextmanager
-def open_source(path: Path, *, iteration: int | None = None, ema: bool = False) -> Iterator[Source]:
+def open_source(
+    path: Path, record: ExportRecord, *, iteration: int | None = None, ema: bool = False
+) -> Iterator[Source]:
     """Open the checkpoint that a file is to be held against.
 
     Args:
         path: the checkpoint.
+        record: how the file was made.
         iteration: as `open_checkpoint` has it.
         ema: the same.
 
@@ -62,7 +65,17 @@ def open_source(path: Path, *, iteration: int | None = None, ema: bool = False) 
     """
     with open_checkpoint(path, iteration=iteration, ema=ema) as opened:
         # What the checkpoint has is what the file should have, be it the LoRA of all layers or of some.
-        yield Source(opened, plan_lora_export(opened, allow_partial=True))
+        yield Source(opened, _plan(opened, record))
+
+
+def _plan(checkpoint: Checkpoint, record: ExportRecord) -> LoraPlan:
+    try:
+        return plan_lora_export(checkpoint, allow_partial=True)
+    except CheckpointError:
+        # An alpha given by hand does without a training configuration, also one that cannot be read.
+        if record.alpha is None or record.alpha_source != "--alpha":
+            raise
+        return plan_lora_export(checkpoint, alpha=record.alpha, allow_partial=True)
 
 
 def against_checks(

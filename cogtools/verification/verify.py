@@ -78,7 +78,7 @@ def verify_lora(
         lora = opened.enter_context(open_written(Path(out)))
         expected = expect(lora, model=model, layers=layers)
         # Before the long work: a missing checkpoint is an error at once.
-        source = None if against is None else opened.enter_context(_open_source(against, iteration, ema=ema))
+        source = None if against is None else opened.enter_context(_open_source(lora, against, iteration, ema=ema))
         loaded = _load(lora, expected, say) if load else None
         case = _Case(lora, expected.as_loaded(loaded.modules) if loaded is not None else expected, source, loaded)
         meter = _Meter(progress, _bytes_to_look_at(lora) * (1 if source is None else 2))
@@ -117,11 +117,11 @@ class _Case:
 
 
 def _open_source(
-    against: str | os.PathLike[str], iteration: int | None, *, ema: bool
+    lora: WrittenLora, against: str | os.PathLike[str], iteration: int | None, *, ema: bool
 ) -> AbstractContextManager[Source]:
     from cogtools.verification.against import open_source
 
-    return open_source(Path(against), iteration=iteration, ema=ema)
+    return open_source(Path(against), lora.record, iteration=iteration, ema=ema)
 
 
 def _load(lora: WrittenLora, expected: Expected, say: Callable[[str], None] | None) -> Loaded:
