@@ -73,7 +73,7 @@ def test_a_header_may_end_in_spaces(padding: int, tmp_path: Path) -> None:
         ),
         pytest.param(
             raw(of(a=f32([-1], 0, 4)), bytes(4)),
-            "tensor 'a' is described as {'dtype': 'F32', 'shape': [-1], 'data_offsets': [0, 4]}",
+            "tensor 'a' of shape [-1], which no tensor of F32 can have",
             None,
             id="negative-size",
         ),
@@ -85,8 +85,8 @@ def test_a_header_may_end_in_spaces(padding: int, tmp_path: Path) -> None:
         ),
         pytest.param(
             raw(of(a=f32([2**62, 8], 0, 4)), bytes(4)),
-            f"tensor 'a' of shape [{2**62}, 8] at [0, 4]",
-            f"{2**67:,} bytes for that shape and F32",
+            f"tensor 'a' of shape [{2**62}, 8], which no tensor of F32 can have",
+            None,
             id="huge",
         ),
         pytest.param(

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 from math import prod
-from typing import TYPE_CHECKING, NoReturn, TypeGuard
+from typing import TYPE_CHECKING, NoReturn
 
 from cogtools.checkpoint.dtypes import BY_SAFETENSORS_CODE
 from cogtools.checkpoint.index import Checkpoint
+from cogtools.checkpoint.shapes import can_be_shape, can_be_steps
+from cogtools.checkpoint.shown import shown
 from cogtools.checkpoint.storage import FileRange, SourceFile, Storage, TensorEntry, contiguous_strides
 from cogtools.errors import CheckpointError
 
@@ -26,8 +28,6 @@ METADATA_KEY = "__metadata__"
 
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that the safetensors library reads."""
-
-MAX_SIZE = 2**63
 
 
 def open_safetensors(file: SourceFile) -> Checkpoint:
@@ -79,36 +79,33 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result: dict[str, object] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"the key {key!r} stands in it twice")
+            raise ValueError(f"the key {shown(key)} stands in it twice")
         result[key] = value
     return result
 
 
-def _sizes(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < MAX_SIZE for item in value)
-
-
 def _tensor(file: SourceFile, data_offset: int, key: str, description: object) -> tuple[TensorEntry, int, int]:
     match description:
-        case {"dtype": str(code), "shape": shape, "data_offsets": offsets} if _sizes(shape) and _sizes(offsets):
-            pass
+        case {"dtype": str(code), "shape": list(sizes), "data_offsets": [begin, end]} if can_be_steps((begin, end)):
+            shape = tuple(sizes)
         case _:
-            _damaged(file, found=f"tensor {key!r} is described as {str(description)[:100]}")
+            _damaged(file, found=f"tensor {shown(key)} is described as {shown(description)}")
     dtype = BY_SAFETENSORS_CODE.get(code)
     if dtype is None:
-        _damaged(file, found=f"tensor {key!r} of dtype {code!r}", expected=_listed(BY_SAFETENSORS_CODE))
+        _damaged(file, found=f"tensor {shown(key)} of dtype {shown(code)}", expected=_listed(BY_SAFETENSORS_CODE))
+    if not can_be_shape(shape, dtype.itemsize):
+        _damaged(file, found=f"tensor {shown(key)} of shape {shown(sizes)}, which no tensor of {code} can have")
     size_bytes = prod(shape) * dtype.itemsize
-    if len(offsets) != 2 or offsets[1] - offsets[0] != size_bytes:
+    if end - begin != size_bytes:
         _damaged(
             file,
-            found=f"tensor {key!r} of shape {shape} at {offsets}",
+            found=f"tensor {shown(key)} of shape {shown(sizes)} at {[begin, end]}",
             expected=f"{size_bytes:,} bytes for that shape and {code}",
         )
-    begin, end = offsets
     if data_offset + end > file.size_bytes:
         raise file.cut_short(data_offset + begin, size_bytes)
     storage = Storage.at(key, FileRange(file, data_offset + begin, size_bytes))
-    return TensorEntry(dtype, tuple(shape), contiguous_strides(tuple(shape)), storage), begin, end
+    return TensorEntry(dtype, shape, contiguous_strides(shape), storage), begin, end
 
 
 def _refuse_holes(file: SourceFile, ranges: list[tuple[int, int, str]], data_bytes: int) -> None:
@@ -116,7 +113,7 @@ def _refuse_holes(file: SourceFile, ranges: list[tuple[int, int, str]], data_byt
     position = 0
     for begin, end, key in ranges:
         if begin != position:
-            _damaged(file, found=f"tensor {key!r} at {begin:,}", expected=f"it to begin at {position:,}")
+            _damaged(file, found=f"tensor {shown(key)} at {begin:,}", expected=f"it to begin at {position:,}")
         position = end
     if position != data_bytes:
         _damaged(file, found=f"{data_bytes:,} bytes of tensors", expected=f"{position:,}, as the header says")

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+from cogtools.checkpoint import shapes
 from cogtools.checkpoint.dtypes import BY_STORAGE_CLASS, DTYPES, UNTYPED_STORAGE_CLASS, DType
+from cogtools.checkpoint.shapes import can_be_shape, can_be_steps
 from cogtools.checkpoint.storage import Storage, TensorEntry
 from cogtools.checkpoint.unpickler import (
     PLAIN_CALLS,
@@ -29,11 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-MAX_DIMENSIONS = 64
-"""PyTorch's own limit on the dimensions of a tensor."""
-
-MAX_SIZE = 2**63
-"""PyTorch counts elements in signed 64-bit integers."""
+MAX_DIMENSIONS, MAX_SIZE = shapes.MAX_DIMENSIONS, shapes.MAX_BYTES
+"""For `refusals`, until it asks `can_be_shape` too."""
 
 MAX_SHOWN_NAME = 100
 """How many characters of a name an error shows. Hostile ones have millions."""
@@ -76,16 +75,6 @@ def _persistent(identifier: object, open_storage: OpenStorage) -> StorageReferen
     raise MalformedPickleError("it names a storage in a way that PyTorch does not")
 
 
-def _sizes(value: object) -> TypeGuard[tuple[int, ...]]:
-    """Whether this can be a shape or strides."""
-    if not isinstance(value, tuple) or len(value) > MAX_DIMENSIONS:
-        return False
-    for item in value:  # noqa: SIM110 - all() takes three times as long, and this runs for every tensor
-        if type(item) is not int or not 0 <= item < MAX_SIZE:
-            return False
-    return True
-
-
 def tensor_entry(reference: object, dtype: DType | None, layout: tuple[object, ...]) -> TensorEntry:
     """A tensor that views a storage; the layout is (offset, shape, stride) in elements.
 
@@ -94,7 +83,11 @@ def tensor_entry(reference: object, dtype: DType | None, layout: tuple[object, .
     """
     match (reference, layout):
         case StorageReference(storage=storage), (int(offset), tuple(shape), tuple(stride)) if (
-            dtype is not None and _sizes((offset,)) and _sizes(shape) and _sizes(stride) and len(shape) == len(stride)
+            dtype is not None
+            and can_be_shape(shape, dtype.itemsize)
+            and can_be_steps(stride, dtype.itemsize)
+            and can_be_steps((offset,), dtype.itemsize)
+            and len(shape) == len(stride)
         ):
             tensor = TensorEntry(dtype, shape, stride, storage, offset)
         case _:
@@ -171,7 +164,7 @@ def _attributes(machine: PickleMachine, state: dict[object, object]) -> dict[str
 def _size(_machine: PickleMachine, arguments: tuple[object, ...]) -> object:
     """((int, …),): a torch.Size is a tuple."""
     match arguments:
-        case (tuple(shape),) if _sizes(shape):
+        case (tuple(shape),) if can_be_shape(shape):
             return shape
         case _:
             return Record(Global("torch", "Size"), arguments)

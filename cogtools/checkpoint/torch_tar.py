@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.checkpoint.dtypes import BY_STORAGE_CLASS, DType
 from cogtools.checkpoint.index import Checkpoint, index_pickle
+from cogtools.checkpoint.shapes import MAX_DIMENSIONS
 from cogtools.checkpoint.storage import FileRange, SourceFile, Storage
-from cogtools.checkpoint.torch_pickle import MAX_DIMENSIONS, ORDINARY_NAMES, StorageReference, malformed, tensor_entry
+from cogtools.checkpoint.torch_pickle import ORDINARY_NAMES, StorageReference, malformed, tensor_entry
 from cogtools.checkpoint.unpickler import (
     PLAIN_CALLS,
     Global,
