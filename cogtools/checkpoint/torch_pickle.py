@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 from cogtools.checkpoint import shapes
 from cogtools.checkpoint.dtypes import BY_STORAGE_CLASS, DTYPES, UNTYPED_STORAGE_CLASS, DType
 from cogtools.checkpoint.shapes import can_be_shape, can_be_steps
+from cogtools.checkpoint.shown import shown
 from cogtools.checkpoint.storage import Storage, TensorEntry
 from cogtools.checkpoint.unpickler import (
     PLAIN_CALLS,
@@ -24,6 +25,7 @@ from cogtools.checkpoint.unpickler import (
     PickleMachine,
     Record,
     Vocabulary,
+    short_name,
 )
 from cogtools.errors import SHOWN_PROBLEMS, CheckpointError
 
@@ -33,9 +35,6 @@ if TYPE_CHECKING:
 
 MAX_DIMENSIONS, MAX_SIZE = shapes.MAX_DIMENSIONS, shapes.MAX_BYTES
 """For `refusals`, until it asks `can_be_shape` too."""
-
-MAX_SHOWN_NAME = 100
-"""How many characters of a name an error shows. Hostile ones have millions."""
 
 OpenStorage: TypeAlias = "Callable[[str, DType | None, int], Storage]"
 """Gives the storage of a key, for a dtype (None: untyped) and a number of elements."""
@@ -96,7 +95,7 @@ def tensor_entry(reference: object, dtype: DType | None, layout: tuple[object, .
     needed = tensor.offset_bytes + span_bytes
     if span_bytes and needed > storage.size_bytes:
         raise MalformedPickleError(
-            f"it has a tensor of shape {shape} that needs {needed:,} bytes of storage {storage.key!r}, "
+            f"it has a tensor of shape {shape} that needs {needed:,} bytes of storage {shown(storage.key)}, "
             f"which has {storage.size_bytes:,}"
         )
     return tensor
@@ -198,7 +197,7 @@ ORDINARY_NAMES = frozenset(
 
 def malformed(path: Path, error: MalformedPickleError) -> CheckpointError:
     """The error for a file whose pickle is broken."""
-    names = [str(name)[:MAX_SHOWN_NAME] for name in islice(error.foreign, SHOWN_PROBLEMS)]
+    names = [short_name(name) for name in islice(error.foreign, SHOWN_PROBLEMS)]
     return CheckpointError(
         "the checkpoint's pickle cannot be read",
         file=path,

@@ -26,6 +26,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from cogtools.checkpoint.shown import MAX_SHOWN_CHARS
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
@@ -434,13 +436,12 @@ class PickleMachine:
 
     def reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        call = self.calls.get(function) if isinstance(function, Global) else None
-        if call is None:
+        if not isinstance(function, Global) or function not in self.calls:
             self.stack.append(Record(function, arguments))
         elif isinstance(arguments, tuple):
-            self.stack.append(call(self, arguments))
+            self.stack.append(self.calls[function](self, arguments))
         else:
-            raise MalformedPickleError(f"it calls {function} with a {_kind(arguments)}")
+            raise MalformedPickleError(f"it calls {short_name(function)} with a {_kind(arguments)}")
 
     def build(self) -> None:
         state = self.pop()
@@ -483,7 +484,15 @@ def _items_in_key(item: tuple[object, ...]) -> int:
 
 
 def _kind(value: object) -> str:
-    return str(value.function) if isinstance(value, Record) else type(value).__name__
+    """What a value is, for a message. It is not printed itself: it may hold itself, or be nested without end."""
+    if not isinstance(value, Record):
+        return type(value).__name__
+    return short_name(value.function) if isinstance(value.function, Global) else "call of something that is no name"
+
+
+def short_name(name: Global) -> str:
+    """A name, and as much of it as a line holds: a hostile one has millions of characters."""
+    return str(name)[:MAX_SHOWN_CHARS]
 
 
 # The instructions, by opcode

@@ -23,6 +23,7 @@ from tests.hostile.assembler import (
     tensor,
     u64,
 )
+from tests.hostile.bomb_rows import deeply, laughs
 from tests.hostile.pickle_rows import DECEPTIVE
 from tests.hostile.zip_rows import torch_zip, variants_of
 
@@ -106,6 +107,10 @@ def legacy() -> Iterator[HostileFile]:
         "no-storages": legacy_file(storages=b""),
         "no-keys": legacy_file(keys=b"", storages=b""),
     }
+    for kind in ("tuples", "lists", "dicts", "records"):
+        lying[f"version-is-a-bomb-of-{kind}"] = legacy_file(protocol=stream(laughs(kind), 2))
+        lying[f"version-is-of-deep-{kind}"] = legacy_file(protocol=stream(deeply(kind, 2_000), 2))
+    lying["version-of-many-digits"] = legacy_file(protocol=stream(data(1 << 8_000), 2))
     yield from variants_of("legacy", lying, "refuse")
     whole = legacy_file(checkpoint=b"")
     cuts = {f"cut-at-{at}": whole[:at] for at in (1, 10, 20, 30, 60)}
