@@ -492,7 +492,7 @@ def test_a_lora_in_a_layout_that_is_not_known_is_told_by_its_keys(tmp_path: Path
         *(("pip._internal", "main", "dangerous"), ("pipeline", "main", "unknown")),
         *(("numpy", "ndarray", "harmless"), ("numpy", "ndarray.tofile", "dangerous")),
         *(("numpy", "__builtins__", "dangerous"), ("mine", "Config.os.system", "dangerous")),
-        *(("argparse", "Namespace", "harmless"), ("argparse", "FileType", "unknown")),
+        *(("argparse", "Namespace", "harmless"), ("argparse", "FileType", "dangerous")),
         *(("mine", "Config", "unknown"), ("copyreg extension", "7", "unknown")),
     ],
 )
