@@ -183,23 +183,15 @@ def unpacked_range(archive: ZipArchive, entry: ZipEntry) -> FileRange:
     packed = packed_range(archive, entry)
     if entry.method == _STORED:
         return packed
-    import os
-    import tempfile
-
     try:
-        with tempfile.TemporaryFile() as spool:
-            for chunk in _inflated(archive, entry):
-                spool.write(chunk)
-            spool.flush()
-            copy = archive.file.keep(SourceFile(archive.file.path, os.dup(spool.fileno())))
+        return archive.file.unpacked(_inflated(archive, entry))
     except OSError as error:
         raise CheckpointError(
-            f"there is no room to unpack entry {shown(entry.name)}: {error.strerror}",
+            f"entry {shown(entry.name)} cannot be unpacked into a temporary file: {error.strerror or error}",
             file=archive.file.path,
-            expected=f"{entry.size_bytes:,} bytes of temporary space in {tempfile.gettempdir()}",
+            expected=f"room for {entry.size_bytes:,} bytes in the folder for temporary files",
             hint="free some space, or set TMPDIR to a folder that has it",
         ) from error
-    return FileRange(copy, 0, entry.size_bytes)
 
 
 def _inflated(archive: ZipArchive, entry: ZipEntry) -> Iterator[bytes]:
