@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from cogtools.checkpoint.limits import MAX_HEADER_BYTES
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.errors import CheckpointError
 from tests.factories import ZOO_DTYPES
@@ -142,6 +143,18 @@ def test_a_header_longer_than_the_library_reads_is_no_safetensors_file(tmp_path:
         pass
     with pytest.raises(CheckpointError, match="this is no checkpoint"):
         open_checkpoint(path)
+
+
+def test_a_header_longer_than_that_of_any_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(raw(of(a=f32([1], 0, 4)) + " " * MAX_HEADER_BYTES, bytes(4)))
+
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    assert (caught.value.what, caught.value.expected) == (
+        "this safetensors file says more of itself than any checkpoint does",
+        "at most 8,388,608",
+    )
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-32-le"])

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from cogtools.checkpoint.shapes import MAX_DIMENSIONS, can_be_shape, can_be_steps
+from cogtools.checkpoint.limits import MAX_DIMENSIONS
+from cogtools.checkpoint.shapes import can_be_shape, can_be_steps
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 3), (2**60 - 1, 8), (0, 2**60 - 1, 8), (1,) * MAX_DIMENSIONS])

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from cogtools.checkpoint.dtypes import BY_SAFETENSORS_CODE
 from cogtools.checkpoint.index import Checkpoint
+from cogtools.checkpoint.limits import MAX_HEADER_BYTES, MAX_TENSORS
 from cogtools.checkpoint.shapes import can_be_shape, can_be_steps
 from cogtools.checkpoint.shown import shown
 from cogtools.checkpoint.storage import FileRange, SourceFile, Storage, TensorEntry, contiguous_strides
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 FORMAT = "safetensors"
 METADATA_KEY = "__metadata__"
 
-MAX_HEADER_BYTES = 100_000_000
-"""The longest header that the safetensors library reads."""
+_LIBRARY_HEADER_BYTES = 100_000_000
+"""The longest header that the safetensors library reads. A file with a longer one is no safetensors file."""
 
 
 def open_safetensors(file: SourceFile) -> Checkpoint:
@@ -40,6 +41,8 @@ def open_safetensors(file: SourceFile) -> Checkpoint:
     metadata = header.pop(METADATA_KEY, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _damaged(file, found=f"{METADATA_KEY} with values that are not text")
+    if len(header) > MAX_TENSORS:
+        raise _too_large(file, f"{len(header):,} tensors", MAX_TENSORS)
     tensors: dict[str, TensorEntry] = {}
     ranges: list[tuple[int, int, str]] = []
     for key, description in header.items():
@@ -51,7 +54,7 @@ def open_safetensors(file: SourceFile) -> Checkpoint:
 
 def looks_like_safetensors(start: bytes) -> bool:
     """Whether the first bytes of a file are those of a safetensors file, be it cut short or not."""
-    return len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES
+    return len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LIBRARY_HEADER_BYTES
 
 
 def read_header(file: SourceFile) -> tuple[dict[str, object], int]:
@@ -62,7 +65,7 @@ def read_header(file: SourceFile) -> tuple[dict[str, object], int]:
     """
     header_bytes = int.from_bytes(file.read(0, 8), "little")
     if header_bytes > MAX_HEADER_BYTES:
-        _damaged(file, found=f"a header of {header_bytes:,} bytes", expected=f"at most {MAX_HEADER_BYTES:,}")
+        raise _too_large(file, f"a header of {header_bytes:,} bytes", MAX_HEADER_BYTES)
     try:
         text = file.read(8, header_bytes).decode()
         header = json.loads(text, object_pairs_hook=_unique_keys)
@@ -117,6 +120,15 @@ def _refuse_holes(file: SourceFile, ranges: list[tuple[int, int, str]], data_byt
         position = end
     if position != data_bytes:
         _damaged(file, found=f"{data_bytes:,} bytes of tensors", expected=f"{position:,}, as the header says")
+
+
+def _too_large(file: SourceFile, found: str, limit: int) -> CheckpointError:
+    return CheckpointError(
+        "this safetensors file says more of itself than any checkpoint does",
+        file=file.path,
+        found=found,
+        expected=f"at most {limit:,}",
+    )
 
 
 def _listed(names: Iterable[str]) -> str:

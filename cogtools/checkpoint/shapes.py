@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from typing import TypeGuard
 
-MAX_DIMENSIONS = 32
-"""NumPy 1 has no more; PyTorch has 64, and no weights have more than 6."""
-
-MAX_BYTES = 2**63
+from cogtools.checkpoint.limits import MAX_DIMENSIONS, MAX_TENSOR_BYTES
 
 
 def can_be_shape(value: object, itemsize: int = 1) -> TypeGuard[tuple[int, ...]]:
@@ -23,7 +20,7 @@ def can_be_shape(value: object, itemsize: int = 1) -> TypeGuard[tuple[int, ...]]
         if type(size) is not int or size < 0:
             return False
         size_bytes *= size or 1
-        if size_bytes >= MAX_BYTES:
+        if size_bytes >= MAX_TENSOR_BYTES:
             return False
     return True
 
@@ -32,7 +29,7 @@ def can_be_steps(value: object, itemsize: int = 1) -> TypeGuard[tuple[int, ...]]
     """Whether these can be the strides of such a tensor, or its offset: in bytes, each fits into 63 bits."""
     if not isinstance(value, tuple) or len(value) > MAX_DIMENSIONS:
         return False
-    limit = MAX_BYTES // itemsize
+    limit = MAX_TENSOR_BYTES // itemsize
     for step in value:  # noqa: SIM110 - all() takes three times as long, and this runs for every tensor
         if type(step) is not int or not 0 <= step < limit:
             return False

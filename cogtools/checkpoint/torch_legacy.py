@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.index import Checkpoint, index_pickle
+from cogtools.checkpoint.limits import MAX_PICKLE_BYTES, SHORT_INSTRUCTIONS
 from cogtools.checkpoint.shown import shown
 from cogtools.checkpoint.storage import FileRange, SourceFile, Storage
 from cogtools.checkpoint.torch_pickle import OpenStorage, malformed, torch_vocabulary
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
 FORMAT = "torch.save (legacy)"
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 PROTOCOL_VERSION = 1001
-
-MAX_PICKLE_BYTES = 128 << 20
-"""The longest the pickles may be together. Those of a 26 GB checkpoint have half a megabyte."""
 
 _FIRST_WINDOW_BYTES = 1 << 20
 _COUNT_BYTES = 8
@@ -96,12 +94,12 @@ def _index(file: SourceFile, data: bytes) -> Checkpoint:
 
 def _pickles(data: bytes, open_storage: OpenStorage) -> tuple[Pickle, list[str], int]:
     """The object, the keys of the storages, and the offset in bytes at which they begin."""
-    magic = read_pickle(data, PLAIN_ONLY)
-    version = read_pickle(data, PLAIN_ONLY, magic.end)
+    magic = read_pickle(data, PLAIN_ONLY, instructions=SHORT_INSTRUCTIONS)
+    version = read_pickle(data, PLAIN_ONLY, magic.end, instructions=SHORT_INSTRUCTIONS)
     if version.value != PROTOCOL_VERSION:
         found = shown(version.value) if type(version.value) is int else f"<{type(version.value).__name__}>"
         raise MalformedPickleError(f"it is of version {found}, and {PROTOCOL_VERSION} is known")
-    machine = read_pickle(data, PLAIN_ONLY, version.end)
+    machine = read_pickle(data, PLAIN_ONLY, version.end, instructions=SHORT_INSTRUCTIONS)
     pickle = read_pickle(data, torch_vocabulary(open_storage), machine.end)
     keys = read_pickle(data, PLAIN_ONLY, pickle.end)
     if not isinstance(keys.value, list) or not all(isinstance(key, str) for key in keys.value):

@@ -23,6 +23,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.checkpoint.index import Checkpoint, index_pickle
+from cogtools.checkpoint.limits import MAX_DIRECTORY_BYTES, MAX_PICKLE_BYTES
 from cogtools.checkpoint.shown import MAX_SHOWN_CHARS, shown
 from cogtools.checkpoint.storage import FileRange, SourceFile, Storage
 from cogtools.checkpoint.torch_pickle import malformed, torch_vocabulary
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
 
 MAGIC = b"PK\x03\x04"
 FORMAT = "torch.save (zip)"
-
-MAX_PICKLE_BYTES = 128 << 20
-"""The longest data.pkl. That of a 26 GB checkpoint has half a megabyte; a deflated one could unpack to anything."""
 
 _CHUNK_BYTES = 1 << 20
 
@@ -256,6 +254,13 @@ def read_directory(file: SourceFile) -> ZipArchive:
     count, size_bytes, offset_bytes = _find_directory(file)
     if offset_bytes + size_bytes > file.size_bytes:
         raise file.cut_short(offset_bytes, size_bytes)
+    if size_bytes > MAX_DIRECTORY_BYTES:
+        raise CheckpointError(
+            "this zip archive has more entries than any checkpoint",
+            file=file.path,
+            found=f"a directory of {size_bytes:,} bytes",
+            expected=f"at most {MAX_DIRECTORY_BYTES:,}",
+        )
     entries: dict[str, ZipEntry] = {}
     for entry in _directory_entries(file, file.read(offset_bytes, size_bytes), count):
         if entry.name in entries:

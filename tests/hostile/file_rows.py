@@ -198,6 +198,15 @@ def _many_entries(path: Path) -> None:
     path.write_bytes(safetensors(entries, bytes(800_000)))
 
 
+def _too_many_entries(path: Path) -> None:
+    entries = {f"{index:x}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for index in range(100_001)}
+    path.write_bytes(safetensors(entries))
+
+
+def _long_header(path: Path) -> None:
+    path.write_bytes(safetensors(json.dumps({"a": one_tensor()}).encode() + b" " * 2**23, bytes(8)))
+
+
 def safetensors_files() -> Iterator[HostileFile]:
     """Safetensors files whose header lies."""
     body = bytes(8)
@@ -328,6 +337,8 @@ def safetensors_files() -> Iterator[HostileFile]:
             content = safetensors(json.dumps({key: one_tensor()}, ensure_ascii=False).encode(), body)
             yield HostileFile(f"safetensors-key-{name}", content, name=EXPORTED, expect="open")
     yield HostileFile("safetensors-many-tensors", _many_entries, name=EXPORTED, expect="open")
+    yield HostileFile("safetensors-too-many-tensors", _too_many_entries, name=EXPORTED)
+    yield HostileFile("safetensors-long-header", _long_header, name=EXPORTED)
     # The metadata that says how to scale a LoRA is JSON within a string of the JSON.
     adapter: dict[str, str] = {
         "empty": "",
