@@ -1,11 +1,15 @@
 """Which names in a pickle are known and harmless, and which can run code when the file is unpickled.
 
 `torch.load(weights_only=False)` and `pickle.load` import and call what a pickle names. cogtools does neither; it
-lists the names and says what loading them elsewhere would mean. A name in neither table is unknown.
+lists the names and says what loading them elsewhere would mean. A name in none of the tables is unknown.
+
+Python's standard library is dangerous as a whole, except for what is known to be harmless: most of its modules can be
+made to run code, open files for writing, or reach a module that can.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Literal
 
 Danger = Literal["harmless", "unknown", "dangerous"]
@@ -44,36 +48,58 @@ HARMLESS = {
     "pathlib": {"Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
     "pathlib._local": {"Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
     "types": {"SimpleNamespace"},
-    "typing": {"Any", "Dict", "List"},
-    "uuid": {"UUID"},
+    "typing": {"Any", "Dict", "List", "Optional", "Tuple", "Union"},
+    "uuid": {"SafeUUID", "UUID"},
 }
 """By module: classes and functions that make data when they are called, whatever the arguments."""
 
+HARMLESS_MODULES = frozenset(
+    {
+        *("abc", "array", "base64", "binascii", "bisect", "calendar", "cmath", "collections", "colorsys", "copy"),
+        *(
+            "copyreg",
+            "datetime",
+            "decimal",
+            "enum",
+            "errno",
+            "fractions",
+            "graphlib",
+            "hashlib",
+            "heapq",
+            "hmac",
+            "html",
+        ),
+        *("ipaddress", "json", "keyword", "math", "numbers", "random", "re", "secrets", "statistics", "string"),
+        *("struct", "textwrap", "time", "token", "unicodedata", "zlib", "zoneinfo"),
+    }
+)
+"""Modules of the standard library that only compute: their other names are unknown, not dangerous."""
+
 DANGEROUS_MODULES = frozenset(
     {
-        # The system and its processes
-        *("_posixsubprocess", "_winapi", "commands", "mmap", "multiprocessing", "nt", "ntpath", "os", "platform"),
-        *("popen2", "posix", "posixpath", "pty", "signal", "subprocess", "sys", "_thread", "threading"),
-        *("concurrent", "asyncio", "sched", "venv", "ensurepip", "pip", "setuptools", "distutils", "pkg_resources"),
-        # Running, compiling and importing code
-        *("_frozen_importlib", "_imp", "bdb", "builtins", "__builtin__", "cProfile", "code", "codeop", "ctypes"),
-        *("_ctypes", "cffi", "doctest", "imp", "importlib", "marshal", "pdb", "pkgutil", "profile", "pstats"),
-        *("py_compile", "pydoc", "runpy", "site", "test", "timeit", "trace", "types", "unittest", "zipimport"),
-        *("idlelib", "lib2to3", "numba", "llvmlite", "cython", "IPython", "pytest", "tkinter", "turtle"),
-        # Calling what it is given, or reaching any attribute
-        *("_functools", "_operator", "functools", "gc", "inspect", "itertools", "operator", "weakref", "atexit"),
-        # Pickles inside of pickles
-        *("_pickle", "cPickle", "cloudpickle", "dill", "joblib", "pandas", "pickle", "shelve", "yaml"),
-        # Files and the network
-        *("_io", "_socket", "aiohttp", "fileinput", "ftplib", "glob", "http", "httplib", "httpx", "imaplib", "io"),
-        *("linecache", "logging", "nntplib", "poplib", "requests", "shutil", "smtplib", "socket", "socketserver"),
-        *("sqlite3", "ssl", "telnetlib", "tempfile", "urllib", "urllib2", "webbrowser", "xmlrpc", "zipfile"),
-        *("tarfile", "antigravity"),
-        # Libraries that run or load code
-        *("torch.hub", "torch.jit", "torch.package", "torch.serialization", "torch.utils", "torch._dynamo"),
-        *("torch._inductor", "torch.fx", "torch.distributed", "torch.multiprocessing", "torch._classes", "torch.ops"),
-        *("torch._ops", "torch.library", "numpy.f2py", "numpy.testing", "numpy.distutils", "numpy.ctypeslib"),
-        *("transformers.dynamic_module_utils", "huggingface_hub", "keras", "tensorflow"),
+        *sys.stdlib_module_names - HARMLESS_MODULES - {f"_{module}" for module in HARMLESS_MODULES},
+        # Not there in every version of Python
+        *(
+            "__builtin__",
+            "__builtins__",
+            "_aix_support",
+            "_interpreters",
+            "_osx_support",
+            "_pyrepl",
+            "_winapi",
+            "_xxsubinterpreters",
+        ),
+        *("aifc", "asynchat", "asyncore", "cPickle", "cgi", "cgitb", "commands", "crypt", "distutils", "httplib"),
+        *("idlelib", "imghdr", "imp", "lib2to3", "mailcap", "msilib", "nis", "nntplib", "nt", "pipes", "popen2"),
+        *("posix", "smtpd", "sndhdr", "sunau", "telnetlib", "test", "urllib2", "uu", "xdrlib"),
+        # Installers, and libraries that run or load code, or open files and connections
+        *("IPython", "aiohttp", "cffi", "cloudpickle", "cython", "dill", "httpx", "huggingface_hub", "joblib", "keras"),
+        *("llvmlite", "numba", "pandas", "pexpect", "pip", "pkg_resources", "pytest", "requests", "setuptools"),
+        *("tensorflow", "transformers.dynamic_module_utils", "yaml"),
+        *("numpy.ctypeslib", "numpy.distutils", "numpy.f2py", "numpy.testing"),
+        *("torch._classes", "torch._dynamo", "torch._inductor", "torch._ops", "torch.distributed", "torch.fx"),
+        *("torch.hub", "torch.jit", "torch.library", "torch.multiprocessing", "torch.ops", "torch.package"),
+        *("torch.serialization", "torch.utils"),
     }
 )
 """Every name in these modules, and in the modules inside of them, except those that are harmless."""
@@ -81,16 +107,11 @@ DANGEROUS_MODULES = frozenset(
 DANGEROUS_NAMES = {
     "numpy": {"fromfile", "fromregex", "genfromtxt", "load", "loadtxt", "memmap", "save", "savetxt", "savez"},
     "torch": {"compile", "from_file", "load", "save"},
+    "torch._tensor": {"_rebuild_from_type"},
+    "torch._utils": {"_import_dotted_name"},
     "torch.storage": {"_load_from_bytes"},
-    "codecs": {"open"},
-    "bz2": {"open"},
-    "gzip": {"open"},
-    "lzma": {"open"},
-    "pathlib": {"os", "io"},
-    "collections": {"namedtuple", "_sys"},
-    "copyreg": {"pickle", "add_extension"},
-    "random": {"_os"},
-    "uuid": {"_popen", "os"},
+    "collections": {"namedtuple"},
+    "copyreg": {"add_extension", "pickle"},
 }
 """Single names in other modules."""
 
@@ -101,15 +122,20 @@ def danger_of(module: str, name: str) -> Danger:
         return "harmless"
     if name in DANGEROUS_NAMES.get(module, ()):
         return "dangerous"
-    parts = name.split(".", 16)
-    # A dotted name climbs from a harmless object to any other.
-    climbs = len(parts) > 1 and (module in HARMLESS or not DANGEROUS_MODULES.isdisjoint(parts))
-    if climbs or any(part.startswith("__") for part in parts):
-        return "dangerous"
-    return "dangerous" if _is_inside(module) else "unknown"
+    # A dotted name climbs from one object to any other; a name may be that of a module which another one imports.
+    climbs = "." in name or name.startswith("__") or name.lstrip("_") in _BARE_MODULES
+    return "dangerous" if climbs or _is_inside(module) else "unknown"
+
+
+def _bare(module: str) -> str:
+    """A module's name without leading underscores: Python names most of what is public a second time so."""
+    return ".".join(part.lstrip("_") for part in module.split(".", 4)[:4])
+
+
+_BARE_MODULES = frozenset(map(_bare, DANGEROUS_MODULES))
 
 
 def _is_inside(module: str) -> bool:
     """Whether a module, or one that it is inside of, is dangerous."""
-    parts = module.split(".", 4)[:4]
-    return any(".".join(parts[:depth]) in DANGEROUS_MODULES for depth in range(1, len(parts) + 1))
+    parts = _bare(module).split(".")
+    return any(".".join(parts[:depth]) in _BARE_MODULES for depth in range(1, len(parts) + 1))

@@ -20,10 +20,12 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests import hostile
+from tests.fuzz_commands import COMMANDS, INSPECT, PARTS, VALUES, VERIFY, good_lora, inspect_file, stated, verify_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -168,6 +170,9 @@ TARGETS: dict[str, Callable[[bytes, Path], None]] = {
     "safetensors": open_file,
     "planner": open_keys,
     "folder": open_folder,
+    "inspect": inspect_file,
+    "verify": verify_file,
+    "stated": stated,
 }
 
 
@@ -235,6 +240,23 @@ def _seeds(target: str) -> Iterator[tuple[str, bytes]]:
             yield "odd", "\n".join([*lines[1:], lines[0] + " 3", "module." + lines[0], "lora x y"]).encode()
         case "folder":
             yield from _folders()
+        case "inspect":
+            for number, (name, content) in enumerate(
+                [pair for of in ("file", "safetensors", "pickle") for pair in seeds(of).items()]
+            ):
+                if name in ("lora", "good", "legacy", "tar", "zip-without-crc32") or number % 7 == 0:
+                    for choice in range(len(INSPECT)):
+                        yield f"{choice}-{name}", bytes([choice]) + content
+        case "verify":
+            for choice in range(len(VERIFY)):
+                yield f"{choice}-good", bytes([choice]) + good_lora()
+            for number, (name, content) in enumerate(seeds("safetensors").items()):
+                yield name, bytes([number % len(VERIFY)]) + content
+        case "stated":
+            for choice, part in product(range(len(COMMANDS)), range(len(PARTS))):
+                yield f"{choice}-{part}", bytes([choice, part])
+            for value, part in product(range(len(VALUES)), range(len(PARTS))):
+                yield f"{part}-with-{value}", bytes([value % len(COMMANDS), part, 7 * value % 31, 0, value % 4, value])
 
 
 def _tar() -> Iterator[tuple[str, bytes]]:
@@ -285,7 +307,11 @@ def fuzz(target: str, work: Path, options: list[str]) -> None:
 
     with atheris.instrument_imports(include=["cogtools"]):
         import cogtools.checkpoint.opening
-        import cogtools.planning  # noqa: F401 - imported for its effect
+        import cogtools.inspection.command
+        import cogtools.planning
+        import cogtools.render.inspect
+        import cogtools.verification.against
+        import cogtools.verification.verify  # noqa: F401 - imported for its effect
     corpus, start = work / "corpus" / target, work / "seeds" / target
     failures = work / "failures" / target
     for folder in (corpus, start, failures):

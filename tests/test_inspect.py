@@ -626,7 +626,7 @@ def test_the_advice_to_inspect_is_not_given_by_inspect(inspect: CommandLine, tmp
         *(("pip._internal", "main", "dangerous"), ("pipeline", "main", "unknown")),
         *(("numpy", "ndarray", "harmless"), ("numpy", "ndarray.tofile", "dangerous")),
         *(("numpy", "__builtins__", "dangerous"), ("mine", "Config.os.system", "dangerous")),
-        *(("argparse", "Namespace", "harmless"), ("argparse", "FileType", "unknown")),
+        *(("argparse", "Namespace", "harmless"), ("argparse", "FileType", "dangerous")),
         *(("mine", "Config", "unknown"), ("copyreg extension", "7", "unknown")),
     ],
 )

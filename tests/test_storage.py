@@ -1,7 +1,7 @@
 """Files, storages and the bytes of tensors, held against torch."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -111,5 +111,51 @@ def test_closing_a_checkpoint_closes_its_file_and_what_was_unpacked_of_it(
     with open_checkpoint(tmp_path / "x.pt") as checkpoint:
         for entry in checkpoint.tensors.values():
             list(tensor_chunks(entry))
-        assert open_files() == before + 3
+        assert open_files() == before + 2
     assert open_files() == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files in /proc")
+def test_more_storages_are_unpacked_than_a_process_may_open_files(
+    tmp_path: Path, open_files: Callable[[], int]
+) -> None:
+    resource = pytest.importorskip("resource")
+    tensors = {str(index): torch.full((8,), index) for index in range(60)}
+    SAVERS["deflated"](tensors, tmp_path / "x.pt")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files() + 20, limits[1]))
+    try:
+        with open_checkpoint(tmp_path / "x.pt") as checkpoint:
+            read = {key: b"".join(tensor_chunks(entry)) for key, entry in checkpoint.tensors.items()}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert read == {key: tensor.numpy().tobytes() for key, tensor in tensors.items()}
+
+
+def test_a_storage_that_cannot_be_unpacked_leaves_nothing_behind_where_the_next_one_goes(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"packed")
+
+    def broken() -> Iterator[bytes]:
+        yield b"some of it"
+        raise CheckpointError("it cannot be unpacked")
+
+    with SourceFile.open(path) as file:
+        first = file.unpacked([b"one", b"two"])
+        with pytest.raises(CheckpointError):
+            file.unpacked(broken())
+        second = file.unpacked([b"three"])
+        assert (first.read(), second.read(), second.offset_bytes) == (b"onetwo", b"three", 6)
+
+
+def test_no_room_to_unpack_is_told_with_how_much_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    SAVERS["deflated"]({"a": torch.zeros(1000)}, tmp_path / "x.pt")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    with open_checkpoint(tmp_path / "x.pt") as checkpoint, pytest.raises(CheckpointError) as caught:
+        list(tensor_chunks(checkpoint.tensors["a"]))
+    error = caught.value
+    storage = checkpoint.tensors["a"].storage.key
+    assert (error.what, error.expected) == (
+        f"entry 'archive/data/{storage}' cannot be unpacked into a temporary file: No such file or directory",
+        "room for 4,000 bytes in the folder for temporary files",
+    )

@@ -192,6 +192,9 @@ PICKLE = "the checkpoint's pickle cannot be read"
             "it has a tensor of 65 dimensions",
             id="dimensions",
         ),
+        pytest.param(
+            {"tensors": plain(100_001)}, PICKLE, "it has more than 100,000 storages or tensors", id="too-many"
+        ),
         pytest.param({"tensors": TENSORS[:-1]}, PICKLE, "its list of tensors ends too early", id="tensors-cut"),
         pytest.param(
             {"value": b"\x80\x02X\1\0\0\x009Q."}, PICKLE, "it refers to a tensor that is not there", id="no-tensor"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cogtools.checkpoint import unpickler
+from cogtools.checkpoint import limits
 from cogtools.checkpoint.unpickler import (
     PLAIN_ONLY,
     Global,
@@ -222,7 +222,7 @@ EMPTY = "it ends too early, or uses what is not there"
             b"Np4294967296\n.", "it numbers a memo entry in a way that no writer does", id="memo-index-of-33-bits"
         ),
         pytest.param(b"Np-1\n.", "it numbers a memo entry in a way that no writer does", id="memo-index-negative"),
-        pytest.param(b"(" + b"\x8f" * 500_001 + b"t.", "it copies more than 4,000,000 items", id="many-sets"),
+        pytest.param(b"(" + b"\x8f" * 125_001 + b"t.", "it copies more than 1,000,000 items", id="many-sets"),
     ],
 )
 def test_a_broken_pickle_is_refused_with_what_is_wrong(data: bytes, found: str) -> None:
@@ -237,16 +237,24 @@ def test_a_tuple_of_a_thousand_parts_can_be_a_key() -> None:
     assert read_pickle(pickle.dumps({key: 1}), PLAIN_ONLY).value == {key: 1}
 
 
-def test_a_program_is_ended_after_so_many_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpickler, "MAX_INSTRUCTIONS", 1000)
-
-    assert read_pickle(b"N0" * 499 + b"N.", PLAIN_ONLY).value is None
+def test_a_program_is_ended_after_so_many_instructions() -> None:
+    assert read_pickle(b"N0" * 499 + b"N.", PLAIN_ONLY, instructions=1000).value is None
     with pytest.raises(MalformedPickleError, match=r"^it has more than 1,000 instructions$"):
-        read_pickle(b"N0" * 499 + b"N0N.", PLAIN_ONLY)
+        read_pickle(b"N0" * 499 + b"N0N.", PLAIN_ONLY, instructions=1000)
+    with pytest.raises(MalformedPickleError, match=r"^it has more than 1,000,000 instructions$"):
+        read_pickle(b"N0" * 500_000 + b"N.", PLAIN_ONLY)
+
+
+def test_names_are_told_as_far_as_a_person_could_read_them() -> None:
+    of = [b"cp\nn%d\n0" % index for index in range(limits.MAX_NAMES + 1)]
+
+    assert len(read_pickle(b"".join(of[1:]) + b"N.", PLAIN_ONLY).foreign) == limits.MAX_NAMES
+    with pytest.raises(MalformedPickleError, match=r"^it mentions more than 10,000 different names$"):
+        read_pickle(b"".join(of) + b"N.", PLAIN_ONLY)
 
 
 def test_copies_are_counted_over_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpickler, "MAX_COPIED_ITEMS", 1000)
+    monkeypatch.setattr(limits, "MAX_COPIED_ITEMS", 1000)
     hundred_items = b"](" + b"K\1" * 100 + b"eq\x00"
     call = b"0c__builtin__\nset\nh\x00\x85R"
 

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import json
 from math import prod
-from typing import TYPE_CHECKING, NoReturn, TypeGuard
+from typing import TYPE_CHECKING, NoReturn
 
 from cogtools.checkpoint.dtypes import BY_SAFETENSORS_CODE
 from cogtools.checkpoint.index import Checkpoint
+from cogtools.checkpoint.limits import MAX_HEADER_BYTES, MAX_TENSORS
+from cogtools.checkpoint.shapes import can_be_shape, can_be_steps
+from cogtools.checkpoint.shown import shown
 from cogtools.checkpoint.storage import FileRange, SourceFile, Storage, TensorEntry, contiguous_strides
 from cogtools.errors import CheckpointError
 
@@ -24,10 +27,8 @@ if TYPE_CHECKING:
 FORMAT = "safetensors"
 METADATA_KEY = "__metadata__"
 
-MAX_HEADER_BYTES = 100_000_000
-"""The longest header that the safetensors library reads."""
-
-MAX_SIZE = 2**63
+_LIBRARY_HEADER_BYTES = 100_000_000
+"""The longest header that the safetensors library reads. A file with a longer one is no safetensors file."""
 
 
 def open_safetensors(file: SourceFile) -> Checkpoint:
@@ -40,6 +41,8 @@ def open_safetensors(file: SourceFile) -> Checkpoint:
     metadata = header.pop(METADATA_KEY, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _damaged(file, found=f"{METADATA_KEY} with values that are not text")
+    if len(header) > MAX_TENSORS:
+        raise _too_large(file, f"{len(header):,} tensors", MAX_TENSORS)
     tensors: dict[str, TensorEntry] = {}
     ranges: list[tuple[int, int, str]] = []
     for key, description in header.items():
@@ -51,7 +54,7 @@ def open_safetensors(file: SourceFile) -> Checkpoint:
 
 def looks_like_safetensors(start: bytes) -> bool:
     """Whether the first bytes of a file are those of a safetensors file, be it cut short or not."""
-    return len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES
+    return len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LIBRARY_HEADER_BYTES
 
 
 def read_header(file: SourceFile) -> tuple[dict[str, object], int]:
@@ -62,7 +65,7 @@ def read_header(file: SourceFile) -> tuple[dict[str, object], int]:
     """
     header_bytes = int.from_bytes(file.read(0, 8), "little")
     if header_bytes > MAX_HEADER_BYTES:
-        _damaged(file, found=f"a header of {header_bytes:,} bytes", expected=f"at most {MAX_HEADER_BYTES:,}")
+        raise _too_large(file, f"a header of {header_bytes:,} bytes", MAX_HEADER_BYTES)
     try:
         text = file.read(8, header_bytes).decode()
         header = json.loads(text, object_pairs_hook=_unique_keys)
@@ -79,36 +82,33 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result: dict[str, object] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"the key {key!r} stands in it twice")
+            raise ValueError(f"the key {shown(key)} stands in it twice")
         result[key] = value
     return result
 
 
-def _sizes(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < MAX_SIZE for item in value)
-
-
 def _tensor(file: SourceFile, data_offset: int, key: str, description: object) -> tuple[TensorEntry, int, int]:
     match description:
-        case {"dtype": str(code), "shape": shape, "data_offsets": offsets} if _sizes(shape) and _sizes(offsets):
-            pass
+        case {"dtype": str(code), "shape": list(sizes), "data_offsets": [begin, end]} if can_be_steps((begin, end)):
+            shape = tuple(sizes)
         case _:
-            _damaged(file, found=f"tensor {key!r} is described as {str(description)[:100]}")
+            _damaged(file, found=f"tensor {shown(key)} is described as {shown(description)}")
     dtype = BY_SAFETENSORS_CODE.get(code)
     if dtype is None:
-        _damaged(file, found=f"tensor {key!r} of dtype {code!r}", expected=_listed(BY_SAFETENSORS_CODE))
+        _damaged(file, found=f"tensor {shown(key)} of dtype {shown(code)}", expected=_listed(BY_SAFETENSORS_CODE))
+    if not can_be_shape(shape, dtype.itemsize):
+        _damaged(file, found=f"tensor {shown(key)} of shape {shown(sizes)}, which no tensor of {code} can have")
     size_bytes = prod(shape) * dtype.itemsize
-    if len(offsets) != 2 or offsets[1] - offsets[0] != size_bytes:
+    if end - begin != size_bytes:
         _damaged(
             file,
-            found=f"tensor {key!r} of shape {shape} at {offsets}",
+            found=f"tensor {shown(key)} of shape {shown(sizes)} at {[begin, end]}",
             expected=f"{size_bytes:,} bytes for that shape and {code}",
         )
-    begin, end = offsets
     if data_offset + end > file.size_bytes:
         raise file.cut_short(data_offset + begin, size_bytes)
     storage = Storage.at(key, FileRange(file, data_offset + begin, size_bytes))
-    return TensorEntry(dtype, tuple(shape), contiguous_strides(tuple(shape)), storage), begin, end
+    return TensorEntry(dtype, shape, contiguous_strides(shape), storage), begin, end
 
 
 def _refuse_holes(file: SourceFile, ranges: list[tuple[int, int, str]], data_bytes: int) -> None:
@@ -116,10 +116,19 @@ def _refuse_holes(file: SourceFile, ranges: list[tuple[int, int, str]], data_byt
     position = 0
     for begin, end, key in ranges:
         if begin != position:
-            _damaged(file, found=f"tensor {key!r} at {begin:,}", expected=f"it to begin at {position:,}")
+            _damaged(file, found=f"tensor {shown(key)} at {begin:,}", expected=f"it to begin at {position:,}")
         position = end
     if position != data_bytes:
         _damaged(file, found=f"{data_bytes:,} bytes of tensors", expected=f"{position:,}, as the header says")
+
+
+def _too_large(file: SourceFile, found: str, limit: int) -> CheckpointError:
+    return CheckpointError(
+        "this safetensors file says more of itself than any checkpoint does",
+        file=file.path,
+        found=found,
+        expected=f"at most {limit:,}",
+    )
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 from cogtools.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from cogtools.checkpoint.dtypes import DType
@@ -36,8 +36,8 @@ class SourceFile:
         status = os.fstat(fd)
         self.size_bytes = status.st_size
         self._version = status.st_size, status.st_mtime_ns
-        self._lock = threading.Lock()
-        self._kept: list[SourceFile] = []
+        self._lock = threading.RLock()
+        self._spool: _Spool | None = None
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -114,15 +114,21 @@ class SourceFile:
                 hint="wait until nothing writes to it any more, and try again",
             )
 
-    def keep(self, copy: SourceFile) -> SourceFile:
-        """Take charge of an unpacked copy of a part of this file: it is closed together with it."""
-        self._kept.append(copy)
-        return copy
+    def unpacked(self, chunks: Iterable[bytes]) -> FileRange:
+        """Where these bytes lie from now on: in a temporary file, for all that is unpacked of this one.
+
+        Raises:
+            OSError: if there is no room for them.
+        """
+        with self._lock:
+            if self._spool is None:
+                self._spool = _Spool(self.path)
+            return self._spool.add(chunks)
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
-        for copy in self._kept:
-            copy.close()
+        if self._spool is not None:
+            self._spool.close()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -132,6 +138,31 @@ class SourceFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Spool(SourceFile):
+    """A temporary file without a name. One for all: a checkpoint may have more storages than a process may open files.
+
+    Args:
+        path: the file of whose parts it holds copies, for messages.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import tempfile
+
+        with tempfile.TemporaryFile(buffering=0) as file:
+            super().__init__(path, os.dup(file.fileno()))
+
+    def add(self, chunks: Iterable[bytes]) -> FileRange:
+        """Add what a part consists of; if that fails, the next part is written over what there is of it."""
+        with self._lock:
+            start = os.lseek(self.fd, self.size_bytes, os.SEEK_SET)
+            for chunk in chunks:
+                left = memoryview(chunk)
+                while left:
+                    left = left[os.write(self.fd, left) :]
+            self.size_bytes = os.lseek(self.fd, 0, os.SEEK_CUR)
+        return FileRange(self, start, self.size_bytes - start)
 
 
 class FileRange(NamedTuple):

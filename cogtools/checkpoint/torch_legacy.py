@@ -17,6 +17,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.index import Checkpoint, index_pickle
+from cogtools.checkpoint.limits import MAX_PICKLE_BYTES, SHORT_INSTRUCTIONS
+from cogtools.checkpoint.shown import shown
 from cogtools.checkpoint.storage import FileRange, SourceFile, Storage
 from cogtools.checkpoint.torch_pickle import OpenStorage, malformed, torch_vocabulary
 from cogtools.checkpoint.unpickler import (
@@ -35,9 +37,6 @@ if TYPE_CHECKING:
 FORMAT = "torch.save (legacy)"
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 PROTOCOL_VERSION = 1001
-
-MAX_PICKLE_BYTES = 128 << 20
-"""The longest the pickles may be together. Those of a 26 GB checkpoint have half a megabyte."""
 
 _FIRST_WINDOW_BYTES = 1 << 20
 _COUNT_BYTES = 8
@@ -78,7 +77,7 @@ def _index(file: SourceFile, data: bytes) -> Checkpoint:
             storages[key] = Storage(key, numel * itemsize, None, _not_there(key))
             itemsizes[key] = itemsize
         if storages[key].size_bytes != numel * itemsize:
-            raise MalformedPickleError(f"it gives storage {key!r} two sizes")
+            raise MalformedPickleError(f"it gives storage {shown(key)} two sizes")
         return storages[key]
 
     pickle, keys, position = _pickles(data, open_storage)
@@ -95,11 +94,12 @@ def _index(file: SourceFile, data: bytes) -> Checkpoint:
 
 def _pickles(data: bytes, open_storage: OpenStorage) -> tuple[Pickle, list[str], int]:
     """The object, the keys of the storages, and the offset in bytes at which they begin."""
-    magic = read_pickle(data, PLAIN_ONLY)
-    version = read_pickle(data, PLAIN_ONLY, magic.end)
+    magic = read_pickle(data, PLAIN_ONLY, instructions=SHORT_INSTRUCTIONS)
+    version = read_pickle(data, PLAIN_ONLY, magic.end, instructions=SHORT_INSTRUCTIONS)
     if version.value != PROTOCOL_VERSION:
-        raise MalformedPickleError(f"it is of version {str(version.value)[:20]}, and {PROTOCOL_VERSION} is known")
-    machine = read_pickle(data, PLAIN_ONLY, version.end)
+        found = shown(version.value) if type(version.value) is int else f"<{type(version.value).__name__}>"
+        raise MalformedPickleError(f"it is of version {found}, and {PROTOCOL_VERSION} is known")
+    machine = read_pickle(data, PLAIN_ONLY, version.end, instructions=SHORT_INSTRUCTIONS)
     pickle = read_pickle(data, torch_vocabulary(open_storage), machine.end)
     keys = read_pickle(data, PLAIN_ONLY, pickle.end)
     if not isinstance(keys.value, list) or not all(isinstance(key, str) for key in keys.value):
@@ -109,7 +109,7 @@ def _pickles(data: bytes, open_storage: OpenStorage) -> tuple[Pickle, list[str],
 
 def _not_there(key: str) -> Callable[[], FileRange]:
     def locate() -> FileRange:
-        raise MalformedPickleError(f"storage {key!r} is not in the file")
+        raise MalformedPickleError(f"storage {shown(key)} is not in the file")
 
     return locate
 
@@ -118,7 +118,9 @@ def _locator(file: SourceFile, storage: Storage, position: int, itemsize: int) -
     def locate() -> FileRange:
         count = int.from_bytes(file.read(position, _COUNT_BYTES), "little")
         if count * itemsize != storage.size_bytes:
-            error = MalformedPickleError(f"storage {storage.key!r} has {count:,} elements, and not as many as it says")
+            error = MalformedPickleError(
+                f"storage {shown(storage.key)} has {count:,} elements, and not as many as it says"
+            )
             raise malformed(file.path, error)
         return FileRange(file, position + _COUNT_BYTES, storage.size_bytes)
 

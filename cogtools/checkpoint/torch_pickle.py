@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+from cogtools.checkpoint import limits
 from cogtools.checkpoint.dtypes import BY_STORAGE_CLASS, DTYPES, UNTYPED_STORAGE_CLASS, DType
+from cogtools.checkpoint.shapes import can_be_shape, can_be_steps
+from cogtools.checkpoint.shown import shown
 from cogtools.checkpoint.storage import Storage, TensorEntry
 from cogtools.checkpoint.unpickler import (
     PLAIN_CALLS,
@@ -22,6 +25,7 @@ from cogtools.checkpoint.unpickler import (
     PickleMachine,
     Record,
     Vocabulary,
+    short_name,
 )
 from cogtools.errors import SHOWN_PROBLEMS, CheckpointError
 
@@ -29,14 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-MAX_DIMENSIONS = 64
-"""PyTorch's own limit on the dimensions of a tensor."""
-
-MAX_SIZE = 2**63
-"""PyTorch counts elements in signed 64-bit integers."""
-
-MAX_SHOWN_NAME = 100
-"""How many characters of a name an error shows. Hostile ones have millions."""
+MAX_DIMENSIONS, MAX_SIZE = limits.MAX_DIMENSIONS, limits.MAX_TENSOR_BYTES
+"""For `refusals`, until it asks `can_be_shape` too."""
 
 OpenStorage: TypeAlias = "Callable[[str, DType | None, int], Storage]"
 """Gives the storage of a key, for a dtype (None: untyped) and a number of elements."""
@@ -76,16 +74,6 @@ def _persistent(identifier: object, open_storage: OpenStorage) -> StorageReferen
     raise MalformedPickleError("it names a storage in a way that PyTorch does not")
 
 
-def _sizes(value: object) -> TypeGuard[tuple[int, ...]]:
-    """Whether this can be a shape or strides."""
-    if not isinstance(value, tuple) or len(value) > MAX_DIMENSIONS:
-        return False
-    for item in value:  # noqa: SIM110 - all() takes three times as long, and this runs for every tensor
-        if type(item) is not int or not 0 <= item < MAX_SIZE:
-            return False
-    return True
-
-
 def tensor_entry(reference: object, dtype: DType | None, layout: tuple[object, ...]) -> TensorEntry:
     """A tensor that views a storage; the layout is (offset, shape, stride) in elements.
 
@@ -94,7 +82,11 @@ def tensor_entry(reference: object, dtype: DType | None, layout: tuple[object, .
     """
     match (reference, layout):
         case StorageReference(storage=storage), (int(offset), tuple(shape), tuple(stride)) if (
-            dtype is not None and _sizes((offset,)) and _sizes(shape) and _sizes(stride) and len(shape) == len(stride)
+            dtype is not None
+            and can_be_shape(shape, dtype.itemsize)
+            and can_be_steps(stride, dtype.itemsize)
+            and can_be_steps((offset,), dtype.itemsize)
+            and len(shape) == len(stride)
         ):
             tensor = TensorEntry(dtype, shape, stride, storage, offset)
         case _:
@@ -103,7 +95,7 @@ def tensor_entry(reference: object, dtype: DType | None, layout: tuple[object, .
     needed = tensor.offset_bytes + span_bytes
     if span_bytes and needed > storage.size_bytes:
         raise MalformedPickleError(
-            f"it has a tensor of shape {shape} that needs {needed:,} bytes of storage {storage.key!r}, "
+            f"it has a tensor of shape {shape} that needs {needed:,} bytes of storage {shown(storage.key)}, "
             f"which has {storage.size_bytes:,}"
         )
     return tensor
@@ -171,7 +163,7 @@ def _attributes(machine: PickleMachine, state: dict[object, object]) -> dict[str
 def _size(_machine: PickleMachine, arguments: tuple[object, ...]) -> object:
     """((int, …),): a torch.Size is a tuple."""
     match arguments:
-        case (tuple(shape),) if _sizes(shape):
+        case (tuple(shape),) if can_be_shape(shape):
             return shape
         case _:
             return Record(Global("torch", "Size"), arguments)
@@ -205,7 +197,7 @@ ORDINARY_NAMES = frozenset(
 
 def malformed(path: Path, error: MalformedPickleError) -> CheckpointError:
     """The error for a file whose pickle is broken."""
-    names = [str(name)[:MAX_SHOWN_NAME] for name in islice(error.foreign, SHOWN_PROBLEMS)]
+    names = [short_name(name) for name in islice(error.foreign, SHOWN_PROBLEMS)]
     return CheckpointError(
         "the checkpoint's pickle cannot be read",
         file=path,

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.checkpoint.dtypes import BY_STORAGE_CLASS, DType
 from cogtools.checkpoint.index import Checkpoint, index_pickle
+from cogtools.checkpoint.limits import MAX_DIMENSIONS, MAX_PICKLE_BYTES, MAX_RECORDS, SHORT_INSTRUCTIONS
 from cogtools.checkpoint.storage import FileRange, SourceFile, Storage
-from cogtools.checkpoint.torch_pickle import MAX_DIMENSIONS, ORDINARY_NAMES, StorageReference, malformed, tensor_entry
+from cogtools.checkpoint.torch_pickle import ORDINARY_NAMES, StorageReference, malformed, tensor_entry
 from cogtools.checkpoint.unpickler import (
     PLAIN_CALLS,
     Global,
@@ -37,8 +38,9 @@ FORMAT = "torch.save (tar)"
 
 _BLOCK_BYTES = 512
 _MAGIC_AT = 257
+_PARTS = {"storages", "tensors", "pickle"}
+_SHOWN_PARTS = 5
 _REGULAR = (b"0", b"\0")
-_MAX_PART_BYTES = 128 << 20
 _MAX_RECORD_BYTES = 4096
 """The longest pickle of one storage or one tensor: three short values."""
 
@@ -68,11 +70,11 @@ def open_torch_tar(file: SourceFile) -> Checkpoint:
         CheckpointError: if it is damaged, or another kind of archive.
     """
     parts = _parts(file)
-    if not {"storages", "tensors", "pickle"} <= parts.keys():
+    if not parts.keys() >= _PARTS:
         raise CheckpointError(
             "this tar archive is no file of torch.save",
             file=file.path,
-            found=", ".join(sorted(parts)[:5]) or "nothing in it",
+            found=", ".join(sorted(parts)[:_SHOWN_PARTS]) or "nothing in it",
             expected="the parts storages, tensors and pickle",
             hint="if the checkpoint was packed into this archive, unpack it first: tar xf",
         )
@@ -89,7 +91,7 @@ def open_torch_tar(file: SourceFile) -> Checkpoint:
 
 
 def _parts(file: SourceFile) -> dict[str, _Part]:
-    """The regular members, by name."""
+    """The regular members, by name: those that are needed, and a few more to tell what it is."""
     parts: dict[str, _Part] = {}
     position = 0
     while position + _BLOCK_BYTES <= file.size_bytes:
@@ -108,15 +110,15 @@ def _parts(file: SourceFile) -> dict[str, _Part]:
                 found=f"a member at {position:,} that does not fit into the file",
                 hint="copy or download it again",
             )
-        if header[156:157] in _REGULAR:
+        if header[156:157] in _REGULAR and (name.removeprefix("./") in _PARTS or len(parts) < _SHOWN_PARTS):
             parts[name.removeprefix("./")] = _Part(position + _BLOCK_BYTES, size_bytes)
         position += _BLOCK_BYTES + size_bytes + -size_bytes % _BLOCK_BYTES
     return parts
 
 
 def _read_part(file: SourceFile, part: _Part) -> bytes:
-    if part.size_bytes > _MAX_PART_BYTES:
-        raise MalformedPickleError(f"it has {part.size_bytes:,} bytes, more than {_MAX_PART_BYTES:,}")
+    if part.size_bytes > MAX_PICKLE_BYTES:
+        raise MalformedPickleError(f"it has {part.size_bytes:,} bytes, more than {MAX_PICKLE_BYTES:,}")
     return file.read(*part)
 
 
@@ -138,7 +140,8 @@ def _read_storages(file: SourceFile, part: _Part, foreign: Counter[Global]) -> d
     def next_value() -> object:
         nonlocal position
         start = position
-        pickle = read_pickle(file.read(start, min(_MAX_RECORD_BYTES, end - start)), _PLAIN)
+        data = file.read(start, min(_MAX_RECORD_BYTES, end - start))
+        pickle = read_pickle(data, _PLAIN, instructions=SHORT_INSTRUCTIONS)
         foreign.update(pickle.foreign)
         position += pickle.end
         return pickle.value
@@ -156,7 +159,7 @@ def _read_storages(file: SourceFile, part: _Part, foreign: Counter[Global]) -> d
             raise file.cut_short(position, size_bytes)
         storages[str(key)] = StorageReference(Storage.at(str(key), FileRange(file, position, size_bytes)), dtype)
         position += size_bytes
-    data = file.read(position, min(_MAX_PART_BYTES, end - position))
+    data = file.read(position, min(MAX_PICKLE_BYTES, end - position))
     views = read_pickle(data, _PLAIN)
     foreign.update(views.foreign)
     for view in views.value if isinstance(views.value, list) else [None]:
@@ -183,12 +186,12 @@ def _read_tensors(
     file: SourceFile, part: _Part, storages: dict[str, StorageReference], foreign: Counter[Global]
 ) -> dict[str, TensorEntry]:
     data = _read_part(file, part)
-    pickle = read_pickle(data, _PLAIN)
+    pickle = read_pickle(data, _PLAIN, instructions=SHORT_INSTRUCTIONS)
     foreign.update(pickle.foreign)
     tensors: dict[str, TensorEntry] = {}
     try:
         for _ in range(_count(pickle.value)):
-            pickle = read_pickle(data, _PLAIN, pickle.end)
+            pickle = read_pickle(data, _PLAIN, pickle.end, instructions=SHORT_INSTRUCTIONS)
             foreign.update(pickle.foreign)
             position = pickle.end
             (dimensions,) = struct.unpack_from("<i", data, position)
@@ -211,6 +214,8 @@ def _read_tensors(
 def _count(value: object) -> int:
     if not isinstance(value, int):
         raise MalformedPickleError("it does not say how many there are")
+    if value > MAX_RECORDS:
+        raise MalformedPickleError(f"it has more than {MAX_RECORDS:,} storages or tensors")
     return value
 
 

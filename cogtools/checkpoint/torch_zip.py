@@ -23,6 +23,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.checkpoint.index import Checkpoint, index_pickle
+from cogtools.checkpoint.limits import MAX_DIRECTORY_BYTES, MAX_PICKLE_BYTES
+from cogtools.checkpoint.shown import MAX_SHOWN_CHARS, shown
 from cogtools.checkpoint.storage import FileRange, SourceFile, Storage
 from cogtools.checkpoint.torch_pickle import malformed, torch_vocabulary
 from cogtools.checkpoint.unpickler import MalformedPickleError, read_pickle
@@ -35,9 +37,6 @@ if TYPE_CHECKING:
 
 MAGIC = b"PK\x03\x04"
 FORMAT = "torch.save (zip)"
-
-MAX_PICKLE_BYTES = 128 << 20
-"""The longest data.pkl. That of a 26 GB checkpoint has half a megabyte; a deflated one could unpack to anything."""
 
 _CHUNK_BYTES = 1 << 20
 
@@ -87,16 +86,20 @@ def open_torch_zip(file: SourceFile) -> Checkpoint:
 
     def open_storage(key: str, dtype: DType | None, numel: int) -> Storage:
         size_bytes = numel * (dtype.itemsize if dtype else 1)
-        entry = archive.entries.get(f"{root}/data/{key}")
-        if entry is None or entry.size_bytes != size_bytes:
-            raise MalformedPickleError(
-                f"storage {key!r} should have {size_bytes:,} bytes and "
-                + ("is not in the archive" if entry is None else f"has {entry.size_bytes:,}")
-            )
-        if key not in storages:
+        storage = storages.get(key)  # first: to spell a long entry's name for each tensor that views it takes time
+        if storage is None:
+            entry = archive.entries.get(f"{root}/data/{key}")
+            if entry is None:
+                raise lacking(key, size_bytes, "is not in the archive")
             crc32 = entry.crc32 if archive.has_crc32 else None
-            storages[key] = Storage(key, size_bytes, crc32, lambda: unpacked_range(archive, entry), big_endian)
-        return storages[key]
+            storage = Storage(key, entry.size_bytes, crc32, lambda: unpacked_range(archive, entry), big_endian)
+            storages[key] = storage
+        if storage.size_bytes != size_bytes:
+            raise lacking(key, size_bytes, f"has {storage.size_bytes:,}")
+        return storage
+
+    def lacking(key: str, size_bytes: int, found: str) -> MalformedPickleError:
+        return MalformedPickleError(f"storage {shown(key)} should have {size_bytes:,} bytes and {found}")
 
     data = _read_small(archive, f"{root}/data.pkl", MAX_PICKLE_BYTES)
     try:
@@ -117,7 +120,7 @@ def _root_folder(archive: ZipArchive) -> str:
             hint="save the model's state_dict() with torch.save",
         )
     if len(roots) != 1 or "/" in roots[0]:
-        names = ", ".join(sorted(archive.entries)[:3]) or "nothing"
+        names = ", ".join(name[:MAX_SHOWN_CHARS] for name in sorted(archive.entries)[:3]) or "nothing"
         raise CheckpointError(
             "this zip archive is no file of torch.save",
             file=archive.file.path,
@@ -153,7 +156,7 @@ def packed_range(archive: ZipArchive, entry: ZipEntry) -> FileRange:
     """
     if entry.flags & _ENCRYPTED or entry.method not in (_STORED, _DEFLATED):
         raise CheckpointError(
-            f"entry {entry.name!r} is packed in a way that is not supported",
+            f"entry {shown(entry.name)} is packed in a way that is not supported",
             file=archive.file.path,
             found="encryption" if entry.flags & _ENCRYPTED else f"zip method {entry.method}",
             expected="stored or deflated entries",
@@ -164,7 +167,7 @@ def packed_range(archive: ZipArchive, entry: ZipEntry) -> FileRange:
     name_offset = entry.header_offset + _LOCAL_HEADER.size
     if magic != MAGIC or _decoded(archive.file.read(name_offset, name_bytes)) != entry.name:
         raise _damaged(
-            archive.file, found=f"no entry {entry.name!r} at {entry.header_offset:,}, where the directory has it"
+            archive.file, found=f"no entry {shown(entry.name)} at {entry.header_offset:,}, where the directory has it"
         )
     return FileRange(archive.file, name_offset + name_bytes + extra_bytes, entry.packed_bytes)
 
@@ -178,23 +181,15 @@ def unpacked_range(archive: ZipArchive, entry: ZipEntry) -> FileRange:
     packed = packed_range(archive, entry)
     if entry.method == _STORED:
         return packed
-    import os
-    import tempfile
-
     try:
-        with tempfile.TemporaryFile() as spool:
-            for chunk in _inflated(archive, entry):
-                spool.write(chunk)
-            spool.flush()
-            copy = archive.file.keep(SourceFile(archive.file.path, os.dup(spool.fileno())))
+        return archive.file.unpacked(_inflated(archive, entry))
     except OSError as error:
         raise CheckpointError(
-            f"there is no room to unpack entry {entry.name!r}: {error.strerror}",
+            f"entry {shown(entry.name)} cannot be unpacked into a temporary file: {error.strerror or error}",
             file=archive.file.path,
-            expected=f"{entry.size_bytes:,} bytes of temporary space in {tempfile.gettempdir()}",
+            expected=f"room for {entry.size_bytes:,} bytes in the folder for temporary files",
             hint="free some space, or set TMPDIR to a folder that has it",
         ) from error
-    return FileRange(copy, 0, entry.size_bytes)
 
 
 def _inflated(archive: ZipArchive, entry: ZipEntry) -> Iterator[bytes]:
@@ -216,11 +211,12 @@ def _inflated(archive: ZipArchive, entry: ZipEntry) -> Iterator[bytes]:
             produced += len(chunk)
             yield chunk
     except zlib.error as error:
-        raise _damaged(archive.file, found=f"entry {entry.name!r} cannot be unpacked: {error}") from error
+        raise _damaged(archive.file, found=f"entry {shown(entry.name)} cannot be unpacked: {error}") from error
     if not inflater.eof or produced != entry.size_bytes:
+        other = "more" if produced > entry.size_bytes else "other"
         raise _damaged(
             archive.file,
-            found=f"entry {entry.name!r} unpacks to {'more' if produced > entry.size_bytes else 'other'} than it says",
+            found=f"entry {shown(entry.name)} unpacks to {other} than it says",
             expected=f"{entry.size_bytes:,} bytes",
         )
 
@@ -230,7 +226,7 @@ def _read_small(archive: ZipArchive, name: str, limit_bytes: int) -> bytes:
     entry = archive.entries[name]
     if entry.size_bytes > limit_bytes:
         raise CheckpointError(
-            f"entry {name!r} is too long to be what its name says",
+            f"entry {shown(name)} is too long to be what its name says",
             file=archive.file.path,
             found=f"{entry.size_bytes:,} bytes",
             expected=f"at most {limit_bytes:,}",
@@ -240,7 +236,7 @@ def _read_small(archive: ZipArchive, name: str, limit_bytes: int) -> bytes:
     if archive.has_crc32 and zlib.crc32(data) != entry.crc32:
         raise _damaged(
             archive.file,
-            found=f"entry {name!r} with CRC-32 {zlib.crc32(data):08x}",
+            found=f"entry {shown(name)} with CRC-32 {zlib.crc32(data):08x}",
             expected=f"CRC-32 {entry.crc32:08x}, as the archive records it",
         )
     return data
@@ -258,10 +254,17 @@ def read_directory(file: SourceFile) -> ZipArchive:
     count, size_bytes, offset_bytes = _find_directory(file)
     if offset_bytes + size_bytes > file.size_bytes:
         raise file.cut_short(offset_bytes, size_bytes)
+    if size_bytes > MAX_DIRECTORY_BYTES:
+        raise CheckpointError(
+            "this zip archive has more entries than any checkpoint",
+            file=file.path,
+            found=f"a directory of {size_bytes:,} bytes",
+            expected=f"at most {MAX_DIRECTORY_BYTES:,}",
+        )
     entries: dict[str, ZipEntry] = {}
     for entry in _directory_entries(file, file.read(offset_bytes, size_bytes), count):
         if entry.name in entries:
-            raise _damaged(file, found=f"two entries {entry.name!r}: readers disagree on which one counts")
+            raise _damaged(file, found=f"two entries {shown(entry.name)}: readers disagree on which one counts")
         entries[entry.name] = entry
     _refuse_overlaps(file, entries.values(), offset_bytes)
     return ZipArchive(file, entries, has_crc32=any(entry.crc32 for entry in entries.values()))

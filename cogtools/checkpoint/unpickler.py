@@ -26,27 +26,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from cogtools.checkpoint import limits
+from cogtools.checkpoint.shown import MAX_SHOWN_CHARS
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
-
-MAX_INSTRUCTIONS = 4_000_000
-"""The longest program that is carried out. A 26 GB checkpoint with every weight stored twice takes 0.2 million."""
-
-MAX_COPIED_ITEMS = 4_000_000
-"""How many items all calls together may copy: a few bytes can ask for a long list to be copied again and again."""
-
-MAX_INTEGER_BYTES = 1024
-"""The longest integer. Python refuses to print one much longer than this."""
-
-MAX_TUPLE_KEY_ITEMS = 1000
-"""The largest tuple, nested ones counted in full, that may be a dict's key: hashing visits every item."""
-
-MAX_CHOSEN_KEY_ITEMS = 30_000
-"""How many very large integers, and items of tuples, may be keys. A file can choose their hashes, and a dict of keys
-with one hash takes quadratic time. Strings are hashed with a secret; smaller integers have hashes of their own."""
-
-MAX_MEMO_INDEX = 2**32
-"""Memo entries are numbered by uint32; only protocol 0, which writes the number as text, could go on."""
 
 _HASH_MODULUS = sys.hash_info.modulus
 
@@ -118,29 +102,32 @@ class Vocabulary(NamedTuple):
     persistent: Callable[[object], object] | None = None
 
 
-def read_pickle(data: bytes, vocabulary: Vocabulary, start: int = 0) -> Pickle:
+def read_pickle(
+    data: bytes, vocabulary: Vocabulary, start: int = 0, *, instructions: int = limits.MAX_INSTRUCTIONS
+) -> Pickle:
     """Read one pickle without running any of it.
 
     Args:
         data: the bytes; what follows the pickle is not looked at.
         vocabulary: the calls, names and persistent ids that are understood.
         start: where in `data` the pickle begins.
+        instructions: how many it may have.
 
     Raises:
-        MalformedPickleError: if it is damaged, or asks for more than the limits above.
+        MalformedPickleError: if it is damaged, or asks for more than `limits` allows.
         CheckpointError: as the vocabulary's functions raise it.
     """
     machine = PickleMachine(data, start, vocabulary)
     try:
-        return _finished(machine)
+        return _finished(machine, instructions)
     except MalformedPickleError as error:
         error.foreign = machine.foreign
         raise
 
 
-def _finished(machine: PickleMachine) -> Pickle:
+def _finished(machine: PickleMachine, instructions: int) -> Pickle:
     try:
-        machine.run()
+        machine.run(instructions)
     except (IndexError, struct.error) as error:
         # Reading past the end of the data, or using more of the stack than is there.
         raise MalformedPickleError("it ends too early, or uses what is not there") from error
@@ -181,14 +168,14 @@ class PickleMachine:
         self.copied = 0
         self.chosen_key_items = 0
 
-    def run(self) -> None:
+    def run(self, most: int) -> None:
         """Carry out the instructions up to STOP.
 
         The four that make up half of every checkpoint's pickle are carried out here, the others by the table.
         """
         data, memo, instructions = self.data, self.memo, _INSTRUCTIONS
         position, stack = self.position, self.stack
-        for _ in range(MAX_INSTRUCTIONS):
+        for _ in range(most):
             opcode = data[position]
             position += 1
             if opcode == _LONG_BINPUT:
@@ -212,7 +199,7 @@ class PickleMachine:
                     raise MalformedPickleError(f"it has an unknown instruction, 0x{opcode:02x}")
                 instruction(self)
                 position, stack = self.position, self.stack
-        raise MalformedPickleError(f"it has more than {MAX_INSTRUCTIONS:,} instructions")
+        raise MalformedPickleError(f"it has more than {most:,} instructions")
 
     # Reading what follows an opcode
 
@@ -274,13 +261,13 @@ class PickleMachine:
 
     def spend(self, items: int) -> None:
         self.copied += items
-        if self.copied > MAX_COPIED_ITEMS:
-            raise MalformedPickleError(f"it copies more than {MAX_COPIED_ITEMS:,} items")
+        if self.copied > limits.MAX_COPIED_ITEMS:
+            raise MalformedPickleError(f"it copies more than {limits.MAX_COPIED_ITEMS:,} items")
 
     # Numbers and strings
 
     def integer(self, digits: bytes) -> int:
-        if len(digits) > 2 * MAX_INTEGER_BYTES:
+        if len(digits) > 2 * limits.MAX_INTEGER_BYTES:
             raise MalformedPickleError(f"it has an integer of {len(digits):,} digits")
         try:
             return int(digits)
@@ -308,7 +295,7 @@ class PickleMachine:
         self.stack.append(value)
 
     def binary_long(self, size: int) -> None:
-        if not 0 <= size <= MAX_INTEGER_BYTES:
+        if not 0 <= size <= limits.MAX_INTEGER_BYTES:
             raise MalformedPickleError(f"it has an integer of {size:,} bytes")
         self.stack.append(int.from_bytes(self.take(size), "little", signed=True))
 
@@ -390,7 +377,7 @@ class PickleMachine:
 
     def spend_on_keys(self, items: int) -> None:
         self.chosen_key_items += items
-        if self.chosen_key_items > MAX_CHOSEN_KEY_ITEMS:
+        if self.chosen_key_items > limits.MAX_CHOSEN_KEY_ITEMS:
             raise MalformedPickleError("it has more keys of tuples and large numbers than any checkpoint")
 
     # Names and calls
@@ -402,6 +389,8 @@ class PickleMachine:
         known = self.globals.setdefault(new, new)
         if known not in self.calls and known not in self.names:
             self.foreign[known] = self.foreign.get(known, 0) + 1
+            if len(self.foreign) > limits.MAX_NAMES:
+                raise MalformedPickleError(f"it mentions more than {limits.MAX_NAMES:,} different names")
         self.stack.append(known)
 
     def text_global(self) -> tuple[str, str]:
@@ -434,13 +423,12 @@ class PickleMachine:
 
     def reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        call = self.calls.get(function) if isinstance(function, Global) else None
-        if call is None:
+        if not isinstance(function, Global) or function not in self.calls:
             self.stack.append(Record(function, arguments))
         elif isinstance(arguments, tuple):
-            self.stack.append(call(self, arguments))
+            self.stack.append(self.calls[function](self, arguments))
         else:
-            raise MalformedPickleError(f"it calls {function} with a {_kind(arguments)}")
+            raise MalformedPickleError(f"it calls {short_name(function)} with a {_kind(arguments)}")
 
     def build(self) -> None:
         state = self.pop()
@@ -472,18 +460,26 @@ def _items_in_key(item: tuple[object, ...]) -> int:
     while pending:
         current = pending.pop()
         visited += 1
-        if visited > MAX_TUPLE_KEY_ITEMS:
+        if visited > limits.MAX_TUPLE_KEY_ITEMS:
             raise MalformedPickleError("it uses a tuple as a key")
         if isinstance(current, tuple) and not isinstance(current, Global):
-            pending.extend(current[:MAX_TUPLE_KEY_ITEMS])
-            visited += max(len(current) - MAX_TUPLE_KEY_ITEMS, 0)
+            pending.extend(current[: limits.MAX_TUPLE_KEY_ITEMS])
+            visited += max(len(current) - limits.MAX_TUPLE_KEY_ITEMS, 0)
         elif type(current) not in _SCALARS and not isinstance(current, (Global, Record)):
             raise MalformedPickleError("it uses a tuple as a key")
     return visited
 
 
 def _kind(value: object) -> str:
-    return str(value.function) if isinstance(value, Record) else type(value).__name__
+    """What a value is, for a message. It is not printed itself: it may hold itself, or be nested without end."""
+    if not isinstance(value, Record):
+        return type(value).__name__
+    return short_name(value.function) if isinstance(value.function, Global) else "call of something that is no name"
+
+
+def short_name(name: Global) -> str:
+    """A name, and as much of it as a line holds: a hostile one has millions of characters."""
+    return str(name)[:MAX_SHOWN_CHARS]
 
 
 # The instructions, by opcode
@@ -500,7 +496,7 @@ def _put_byte(machine: PickleMachine) -> None:
 
 def _put_text(machine: PickleMachine) -> None:
     index = machine.integer(machine.take_line())
-    if not 0 <= index < MAX_MEMO_INDEX:
+    if not 0 <= index < limits.MAX_MEMO_INDEX:
         raise MalformedPickleError("it numbers a memo entry in a way that no writer does")
     machine.memo[index] = machine.stack[-1]
 
@@ -577,6 +573,7 @@ def _push_popped(
     return push
 
 
+_BYTES_PER_ITEM = 8  # of a list: bytes are copied at that rate
 _SET_ITEMS = 8  # for which an empty set has room from the start: it takes four times as much as a list
 
 _STOP = ord(".")
@@ -707,7 +704,7 @@ def _encode(machine: PickleMachine, arguments: tuple[object, ...]) -> object:
     """(text, "latin1"): how protocol 2 writes bytes."""
     match arguments:
         case (str(text), "latin1"):
-            machine.spend(len(text))
+            machine.spend(len(text) // _BYTES_PER_ITEM)
             try:
                 return text.encode("latin-1")
             except UnicodeEncodeError as error:

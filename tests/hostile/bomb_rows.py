@@ -38,12 +38,18 @@ def _runs(*runs: tuple[bytes, int]) -> bytes:
     return checkpoint(Code(b"".join(code * times for code, times in runs)))
 
 
-def _laughs(first: bytes, double: bytes, levels: int = 60) -> Code:
+def laughs(kind: str, levels: int = 60) -> Code:
     """A value that holds the one before twice, and so on: small in memory, endless to whoever walks it."""
+    first, double = {
+        "tuples": (b")", b"h\0h\0\x86"),
+        "lists": (b"]", b"](h\0h\0e"),
+        "dicts": (b"}", b"}(K\1h\0K\2h\0u"),
+        "records": (PWNED, PWNED + b"h\0h\0\x86R"),
+    }[kind]
     return Code(first + b"q\0" + (b"0" + double + b"q\0") * levels)
 
 
-def _deep(kind: str, levels: int) -> Code:
+def deeply(kind: str, levels: int) -> Code:
     """Containers within containers."""
     match kind:
         case "tuples":
@@ -58,6 +64,11 @@ def _deep(kind: str, levels: int) -> Code:
             return Code(PWNED + b"q\x000" + b"h\0" * levels + b")R" + b"\x85R" * (levels - 1))
         case _:
             return Code(b"N" + b"Q" * levels)  # persistent ids
+
+
+def _called_for_arguments(kind: str, levels: int) -> bytes:
+    """A call with what a call of something deep would make, in place of arguments."""
+    return checkpoint(Code(ORDERED_DICT + deeply(kind, levels) + b")\x81R"))
 
 
 def _colliding(opening: bytes, after_each: bytes, closing: bytes) -> Code:
@@ -102,12 +113,8 @@ def _many_names() -> bytes:
 
 def _bombs() -> Iterator[tuple[str, Callable[[], bytes], tuple[str, ...]]]:
     """(id, what builds it, names). A function each, so that the corpus itself stays small in memory."""
-    laughs = {
-        "tuples": _laughs(b")", b"h\0h\0\x86"),
-        "lists": _laughs(b"]", b"](h\0h\0e"),
-        "dicts": _laughs(b"}", b"}(K\1h\0K\2h\0u"),
-    }
-    for kind, value in laughs.items():
+    values = {kind: laughs(kind) for kind in ("tuples", "lists", "dicts")}
+    for kind, value in values.items():
         uses = {
             "a-value": value,
             "hooks": tensor(hooks=value),
@@ -120,15 +127,16 @@ def _bombs() -> Iterator[tuple[str, Callable[[], bytes], tuple[str, ...]]]:
         for use, code in uses.items():
             yield f"laughs-of-{kind}-as-{use}", partial(checkpoint, code), ()
         yield f"laughs-of-{kind}-as-arguments", partial(checkpoint, call(PWNED, value)), ("pwned.pwned",)
+        no_call = Code(ORDERED_DICT + value + b")\x81R")  # called with what a call of the laughs would make
+        yield f"laughs-of-{kind}-called-for-arguments", partial(checkpoint, no_call), ()
         yield f"laughs-of-{kind}-as-state", partial(checkpoint, build(call(PWNED), value)), ("pwned.pwned",)
-    of_records = _laughs(PWNED, PWNED + b"h\0h\0\x86R")
-    yield "laughs-of-records", partial(checkpoint, of_records), ("pwned.pwned",)
+    yield "laughs-of-records", partial(checkpoint, laughs("records")), ("pwned.pwned",)
     by_dup = b"(" * 10 + data("lol") + (b"2" * 9 + b"l") * 10
     by_memo = b"(" * 10 + data("lol") + b"".join(b"q%c" % n + b"h%c" % n * 9 + b"l" for n in range(10))
     yield "laughs-by-dup", partial(checkpoint, Code(by_dup)), ()
     yield "laughs-by-memo", partial(checkpoint, Code(by_memo)), ()
     # hash() of a tuple walks it whole.
-    tuples = laughs["tuples"]
+    tuples = values["tuples"]
     hashed: dict[str, bytes] = {
         "a-key": b"}" + tuples + b"Ns",
         "a-key-of-many": b"}(" + tuples + b"Nu",
@@ -149,7 +157,8 @@ def _bombs() -> Iterator[tuple[str, Callable[[], bytes], tuple[str, ...]]]:
     for kind in ("tuples", "lists", "dicts", "marks", "records", "persistent-ids"):
         for levels in (2_000, 100_000):
             spelled = ("pwned.pwned",) if kind == "records" else ()
-            yield f"deep-{kind}-{levels}", partial(lambda *of: checkpoint(_deep(*of)), kind, levels), spelled
+            yield f"deep-{kind}-{levels}", partial(lambda *of: checkpoint(deeply(*of)), kind, levels), spelled
+            yield f"deep-{kind}-{levels}-called-for-arguments", partial(_called_for_arguments, kind, levels), spelled
     million: dict[str, tuple[bytes, bytes]] = {
         "a-value": (b"", b""),
         "a-key": (b"}", b"Ns"),  # hash() recurses in C, without a limit: the process dies

@@ -23,6 +23,7 @@ from tests.hostile.assembler import (
     tensor,
     u64,
 )
+from tests.hostile.bomb_rows import deeply, laughs
 from tests.hostile.pickle_rows import DECEPTIVE
 from tests.hostile.zip_rows import torch_zip, variants_of
 
@@ -106,6 +107,10 @@ def legacy() -> Iterator[HostileFile]:
         "no-storages": legacy_file(storages=b""),
         "no-keys": legacy_file(keys=b"", storages=b""),
     }
+    for kind in ("tuples", "lists", "dicts", "records"):
+        lying[f"version-is-a-bomb-of-{kind}"] = legacy_file(protocol=stream(laughs(kind), 2))
+        lying[f"version-is-of-deep-{kind}"] = legacy_file(protocol=stream(deeply(kind, 2_000), 2))
+    lying["version-of-many-digits"] = legacy_file(protocol=stream(data(1 << 8_000), 2))
     yield from variants_of("legacy", lying, "refuse")
     whole = legacy_file(checkpoint=b"")
     cuts = {f"cut-at-{at}": whole[:at] for at in (1, 10, 20, 30, 60)}
@@ -193,6 +198,15 @@ def _many_entries(path: Path) -> None:
     path.write_bytes(safetensors(entries, bytes(800_000)))
 
 
+def _too_many_entries(path: Path) -> None:
+    entries = {f"{index:x}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for index in range(100_001)}
+    path.write_bytes(safetensors(entries))
+
+
+def _long_header(path: Path) -> None:
+    path.write_bytes(safetensors(json.dumps({"a": one_tensor()}).encode() + b" " * 2**23, bytes(8)))
+
+
 def safetensors_files() -> Iterator[HostileFile]:
     """Safetensors files whose header lies."""
     body = bytes(8)
@@ -265,6 +279,10 @@ def safetensors_files() -> Iterator[HostileFile]:
         "shape-bytes-wrap": one_tensor(shape=[2**62 + 2]),
         "shape-beyond-64-bits": one_tensor(shape=[2**64 + 2]),
         "shape-of-ten-thousand-twos": one_tensor(shape=[2] * 10_000),
+        "shape-overflows": one_tensor(shape=[2**62] * 300, data_offsets=[0, 0]),
+        "shape-overflows-but-for-a-zero": one_tensor(shape=[0] + [2**62] * 300, data_offsets=[0, 0]),
+        "shape-of-many-dimensions": one_tensor(shape=[2**62] * 60_000 + [0], data_offsets=[0, 0]),
+        "shape-of-many-dimensions-after-a-zero": one_tensor(shape=[0] + [2**62] * 8_000, data_offsets=[0, 0]),
         "offsets-missing": {"dtype": "F32", "shape": [2]},
         "offsets-null": one_tensor(data_offsets=None),
         "offsets-of-one": one_tensor(data_offsets=[8]),
@@ -319,6 +337,8 @@ def safetensors_files() -> Iterator[HostileFile]:
             content = safetensors(json.dumps({key: one_tensor()}, ensure_ascii=False).encode(), body)
             yield HostileFile(f"safetensors-key-{name}", content, name=EXPORTED, expect="open")
     yield HostileFile("safetensors-many-tensors", _many_entries, name=EXPORTED, expect="open")
+    yield HostileFile("safetensors-too-many-tensors", _too_many_entries, name=EXPORTED)
+    yield HostileFile("safetensors-long-header", _long_header, name=EXPORTED)
     # The metadata that says how to scale a LoRA is JSON within a string of the JSON.
     adapter: dict[str, str] = {
         "empty": "",

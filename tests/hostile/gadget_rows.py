@@ -121,6 +121,8 @@ CALLS: tuple[tuple[Any, ...], ...] = (
     # names that a dotted path reaches out of a harmless module
     ("builtins", "print.__self__.exec", PYTHON),
     ("pathlib", "os.system", COMMAND),
+    ("random", "_os.system", COMMAND),
+    ("statistics", "random._os.system", COMMAND),
     ("torch", "os.system", COMMAND),
     ("torch", "serialization.os.system", COMMAND),
 )

@@ -147,6 +147,12 @@ def _many_members(path: Path) -> None:
     path.write_bytes(torch_zip(checkpoint(), STORAGES | empty))
 
 
+def _long_directory(path: Path) -> None:
+    """A `.pt` file whose directory has 9 MB of what is beside the names in it."""
+    padded = (Member(b"archive/x/%d" % index, b"", central={"extra": bytes(65_000)}) for index in range(140))
+    path.write_bytes(zip_file([*members(checkpoint()).values(), *padded]))
+
+
 def variants_of(family: str, variants: Mapping[str, bytes], expect: Expectation, **more: Any) -> Iterator[HostileFile]:
     for name, content in variants.items():
         yield HostileFile(f"{family}-{name}", content, expect=expect, **more)
@@ -319,3 +325,4 @@ def zips() -> Iterator[HostileFile]:
     for name, member, declared in bombs:
         yield HostileFile(f"zip-bomb-{name}", partial(_bomb, name=member, declared=declared))
     yield HostileFile("zip-many-members", _many_members, expect="either")
+    yield HostileFile("zip-directory-of-many-bytes", _long_directory)
