@@ -3,11 +3,12 @@
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from cogtools.checkpoint.index import MAX_DEPTH, MAX_NAME, Checkpoint
+from cogtools.checkpoint.index import MAX_CONTAINER, MAX_DEPTH, MAX_NAME, Checkpoint
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.unpickler import Global, Record
 from cogtools.errors import CheckpointError
@@ -275,9 +276,11 @@ def test_tensors_beside_the_state_dict_are_found_to_a_bounded_depth(tmp_path: Pa
 
 
 def test_a_long_name_on_the_way_to_a_tensor_is_cut(tmp_path: Path) -> None:
+    beside = opened({"module": {"a": torch.ones(1)}, "x" * 5000: torch.arange(2)}, tmp_path).beside
+    assert list(beside) == ["x" * MAX_NAME]
     checkpoint = opened({"module": {"a": 1}, "x" * 5000: [torch.arange(2)]}, tmp_path)
 
-    assert list(checkpoint.beside) == ["x" * MAX_NAME + ".0"]
+    assert list(checkpoint.beside) == ["…" + "x" * MAX_CONTAINER + ".0"]
 
 
 def test_lists_four_hundred_thousand_deep_are_no_matter(tmp_path: Path) -> None:
@@ -285,6 +288,17 @@ def test_lists_four_hundred_thousand_deep_are_no_matter(tmp_path: Path) -> None:
     checkpoint = opened_pickle(b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b".", tmp_path)
 
     assert (checkpoint.tensors, checkpoint.beside) == ({}, {})
+
+
+def test_what_a_list_repeats_is_listed_once_and_long_ways_are_cut(tmp_path: Path) -> None:
+    tensor = torch.arange(2)
+    nested: Any = [tensor] * 3 + [torch.arange(3)]
+    for _ in range(4):
+        nested = {"k" * 150: nested}
+
+    checkpoint = opened({"module": {"a": torch.ones(1)}, "x": nested}, tmp_path)
+    way = "…" + f"x.{'.'.join(['k' * 150] * 4)}"[-MAX_CONTAINER:]
+    assert list(checkpoint.beside) == [f"{way}.0", f"{way}.3"]
 
 
 def test_a_tensor_mentioned_in_two_places_is_listed_at_each(tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ BARE_TENSOR = "<tensor>"
 MAX_NAME = 1000
 """How many characters of a key stand in the path to a tensor beside the state dict."""
 
+MAX_CONTAINER = 200
+"""How many characters of what leads to that key do: a few bytes can mention a tensor, and each mention has its path."""
+
 
 class Place(NamedTuple):
     """Where beside the state dict a tensor lies.
@@ -176,7 +179,8 @@ def _values_beside(root: object, wrapper: tuple[str, ...]) -> dict[str, object]:
 def walk_tensors(root: object, state_dict: object = None) -> Iterator[tuple[Place, TensorEntry]]:
     """Every tensor in nested containers and records, except those that are entries of the state dict.
 
-    A container that occurs more than once, or holds itself, is visited once; one deeper than `MAX_DEPTH` is not.
+    A container that occurs more than once, or holds itself, is visited once; one deeper than `MAX_DEPTH` is not. What
+    a list repeats is listed once.
     """
     visited: set[int] = set()
     # Plain tuples: a small file can hold a million containers, and each waits here.
@@ -192,7 +196,7 @@ def walk_tensors(root: object, state_dict: object = None) -> Iterator[tuple[Plac
         if depth == MAX_DEPTH:
             continue
         visited.add(id(value))
-        path = str(place)
+        path = _shortened(str(place))
         inside = [
             (depth + 1, path, _name(name)[:MAX_NAME], item)
             for name, item in _items(value)
@@ -234,4 +238,9 @@ def _items(
         return value.items()
     if isinstance(value, Record):
         return enumerate((value.arguments, value.state, value.items))
-    return enumerate(value)
+    first_places = {id(item): index for index, item in reversed(list(enumerate(value)))}
+    return ((index, item) for index, item in enumerate(value) if first_places[id(item)] == index)
+
+
+def _shortened(path: str) -> str:
+    return path if len(path) <= MAX_CONTAINER else f"…{path[-MAX_CONTAINER:]}"

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 MAX_PADDING = 120
 """Into a pipe, keys up to this length stand in a column."""
 
+MAX_ON_SCREEN = 4096
+"""Of a longer key, a screen gets only so much of its end; a hostile one has many millions of characters."""
+
 MIN_STATISTICS_WIDTH = 150
 """On a narrower terminal, statistics stand under their tensor."""
 
@@ -52,7 +55,7 @@ def _on_terminal(tensors: Sequence[TensorReport], style: Style, width: int) -> I
     offsets, statistics = _has_offsets(tensors), _has_statistics(tensors)
     below = statistics and width < MIN_STATISTICS_WIDTH
     headings = _headings("size", offsets=offsets, statistics=statistics and not below)
-    longest = max(len(printable(tensor.key)) for tensor in tensors)
+    longest = max(len(_on_screen(tensor.key)) for tensor in tensors)
     for section, members in groupby(tensors, key=lambda tensor: tensor.section):
         block = list(members)
         rows = []
@@ -64,7 +67,7 @@ def _on_terminal(tensors: Sequence[TensorReport], style: Style, width: int) -> I
         heading = _row(section, key_width, headings, widths)
         yield style.paint(section, CYAN) + style.paint(heading[len(section) :], DIM)
         rest = zip(block, rows, strict=True)
-        for beginning, keys in runs([printable(tensor.key) for tensor in block], key_width):
+        for beginning, keys in runs([_on_screen(tensor.key) for tensor in block], key_width):
             if beginning:
                 yield style.paint(f"(… is {without_beginning(beginning, max(width - 7, MIN_KEY_WIDTH))})", DIM)
             for key, (tensor, cells) in zip(keys, rest, strict=False):
@@ -72,6 +75,11 @@ def _on_terminal(tensors: Sequence[TensorReport], style: Style, width: int) -> I
                 yield _row(without_beginning(shown, key_width), key_width, cells, widths)
                 if below and tensor.statistics is not None:
                     yield from _statistics_below(tensor.statistics, style)
+
+
+def _on_screen(key: str) -> str:
+    """A key as a screen shows it: of one longer than any screen is wide, the end."""
+    return printable(key if len(key) <= MAX_ON_SCREEN else f"…{key[-MAX_ON_SCREEN:]}")
 
 
 def _has_offsets(tensors: Sequence[TensorReport]) -> bool:

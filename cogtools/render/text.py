@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 MAX_SHOWN_CHARS = 1000
 """The longest text that an error shows of a file."""
 
-_PIECE = 1 << 14
-
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 _BOLD_RED, _BOLD, _YELLOW, _RESET = "\x1b[1;31m", "\x1b[1m", "\x1b[33m", "\x1b[0m"
 
@@ -40,16 +38,19 @@ def printable(text: str) -> str:
 
     Control characters, escapes, bidirectional overrides and bytes that are no text are shown as their codes.
     """
-    if text.isprintable():
-        return text
-    # In pieces: a list of the characters of a text of many millions would take many times its memory.
-    return "".join(_escaped(text[start : start + _PIECE]) for start in range(0, len(text), _PIECE))
+    return text if text.isprintable() else text.translate(_ESCAPES)
 
 
-def _escaped(text: str) -> str:
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
-    )
+class _Escapes(dict[int, str]):
+    """What is shown for a character, by its code: itself if it can be printed, else an escape of Python's."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        self[code] = shown = char if char.isprintable() else char.encode("unicode_escape").decode()
+        return shown
+
+
+_ESCAPES = _Escapes()
 
 
 def emit(text: str) -> None:
