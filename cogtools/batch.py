@@ -24,9 +24,10 @@ from cogtools.checkpoint.folder import (
 from cogtools.checkpoint.indices import PIPELINE_INDEX, SHARD_INDEX_SUFFIXES
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.storage import is_file, is_folder
-from cogtools.convert import CASTS, ExportReport, export_lora
+from cogtools.convert import ExportReport, export_lora
 from cogtools.errors import CheckpointError, CogtoolsError, KilledError, OptionError, OutputError, command
 from cogtools.layouts import diffusers
+from cogtools.options import CASTS
 from cogtools.record import ExportRecord, read_record
 from cogtools.workers import Death, run_side_by_side
 
@@ -69,7 +70,7 @@ class BatchItem:
 
     Attributes:
         checkpoint: the file, or what the user gave if that is no checkpoint.
-        output: the file that was written, or was there and is right.
+        output: the file for its LoRA; None if there is no checkpoint, or it is the folder for the outputs.
         status: "done", "skipped" or "failed".
         report: of an export that was done.
         error: why it failed.
@@ -307,7 +308,7 @@ def _is_done(file: Path, output: Path, options: ExportOptions) -> bool:
 
 
 def _made(record: ExportRecord) -> _Made:
-    return _Made(record.scale, record.dtype, record.alpha if record.alpha_source == "--alpha" else None)
+    return _Made(record.scale, record.dtype, record.alpha_by_hand)
 
 
 def _wanted(record: ExportRecord, options: ExportOptions) -> _Made:

@@ -338,8 +338,6 @@ def _system_error(error: OSError) -> CogtoolsError:
     """What can be said of an error of the system that is about no file. Any other is a bug, and raised again."""
     if error.filename is None and error.errno in _CANNOT_PRINT:
         return PrintError(error)  # Typer prints the help itself
-    if error.filename is None and error.errno == errno.ENOENT:
-        return OptionError("the current folder no longer exists", hint="change to another folder")
     raise error
 
 

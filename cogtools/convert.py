@@ -15,7 +15,7 @@ from cogtools.crc32 import Crc32Check
 from cogtools.errors import OptionError
 from cogtools.layouts import diffusers
 from cogtools.notices import export_notices
-from cogtools.options import Cast, Scale
+from cogtools.options import CASTS, Cast, Scale
 from cogtools.planning import LoraPlan, plan_lora_export
 from cogtools.record import RECORD_KEY, ExportRecord
 from cogtools.writer import AtomicFile, TensorSpec, refuse_unwritable, safetensors_header
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from cogtools.checkpoint.index import Checkpoint
     from cogtools.checkpoint.storage import SourceFile
-
-CASTS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class PreparedExport(NamedTuple):

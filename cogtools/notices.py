@@ -1,18 +1,17 @@
-"""What the user of an export should know, beside its result."""
+"""What the user should know beside a result."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cogtools.checkpoint.shown import MAX_SHOWN_CHARS
 from cogtools.dangers import danger_of
 from cogtools.errors import SHOWN_PROBLEMS
+from cogtools.words import number
 
 if TYPE_CHECKING:
     from cogtools.checkpoint.index import Checkpoint
     from cogtools.planning import LoraPlan
-
-MAX_SHOWN_NAME = 100
-"""The longest name of a pickle that is shown whole."""
 
 
 def export_notices(checkpoint: Checkpoint, plan: LoraPlan, scale: str) -> tuple[str, ...]:
@@ -29,7 +28,7 @@ def export_notices(checkpoint: Checkpoint, plan: LoraPlan, scale: str) -> tuple[
 def _of_dangers(checkpoint: Checkpoint) -> list[str]:
     """Warn of a checkpoint that would run code if it were loaded: whoever exports from it may try that next."""
     names = sorted(str(name) for name in checkpoint.foreign if danger_of(*name) == "dangerous")
-    shown = ", ".join(name[:MAX_SHOWN_NAME] for name in names[:SHOWN_PROBLEMS])
+    shown = ", ".join(name[:MAX_SHOWN_CHARS] for name in names[:SHOWN_PROBLEMS])
     return [f"The checkpoint names what can run code: {shown}. Nothing was run; do not torch.load it."] if names else []
 
 
@@ -38,8 +37,9 @@ def choice_notices(checkpoint: Checkpoint) -> list[str]:
     run = checkpoint.run
     if run is None or run.twin is None:
         return []
-    kind, hint = ("EMA weights", "without --ema") if run.chosen.ema else ("plain weights", "with --ema")
-    return [f"Took the {kind} of iteration {run.chosen.number}; {run.twin} is there too ({hint})."]
+    if run.chosen.ema:
+        return [f"Took the EMA weights of iteration {run.chosen.number}. The plain ones are in {run.twin} beside them."]
+    return [f"Took the plain weights of iteration {run.chosen.number}. Its EMA weights are in {run.twin} beside them."]
 
 
 def _of_the_scale(plan: LoraPlan, scale: str) -> list[str]:
@@ -49,7 +49,7 @@ def _of_the_scale(plan: LoraPlan, scale: str) -> list[str]:
             "For ComfyUI and everything else, export with --scale fold."
         ]
     if scale == "none":
-        return [f"The file does not carry its scale: whoever loads it must use weight {plan.scaling:.10g}."]
+        return [f"The file does not carry its scale: whoever loads it must use weight {number(plan.scaling)}."]
     return []
 
 

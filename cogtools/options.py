@@ -10,6 +10,9 @@ Scale = Literal["metadata", "fold", "none"]
 Cast = Literal["keep", "fp32", "fp16", "bf16"]
 """What an exported file's tensors are cast to."""
 
+CASTS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""The dtypes that these words stand for, by PyTorch's names."""
+
 Sort = Literal["key", "size", "offset"]
 """The order in which `inspect` lists tensors."""
 

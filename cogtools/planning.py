@@ -18,7 +18,7 @@ from cogtools.layouts import cogvideox, diffusers, sat
 from cogtools.layouts.cogvideox import LoraKey, Transformer
 from cogtools.refusals import no_lora, refuse_unexportable, tensor_parallel
 from cogtools.training_config import TrainingConfig, find_training_config, read_training_config
-from cogtools.words import fold_names, fold_numbers
+from cogtools.words import BY_CONFIG, BY_DEFAULT, BY_HAND, fold_names, fold_numbers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -311,20 +311,20 @@ def _alpha(given: float | None, config: TrainingConfig | None) -> tuple[Alpha, l
     if given is not None:
         if not (math.isfinite(given) and given > 0):
             raise OptionError("alpha must be a number above 0", found=str(given), hint="leave --alpha out if unsure")
-        alpha = Alpha(int(given) if given == int(given) else given, "--alpha")
+        alpha = Alpha(int(given) if given == int(given) else given, BY_HAND)
         differs = stated is not None and stated != given
         return alpha, [f"alpha is {alpha.value}, as --alpha says; training_config.yaml says {stated}."] * differs
     if stated is not None:
-        return Alpha(stated, "training_config.yaml"), []
+        return Alpha(stated, BY_CONFIG), []
     why = "training_config.yaml sets no lora_alpha" if config else "There is no training_config.yaml with a lora_alpha"
     doubt = "" if config else " If the training had another one, say so with --alpha."
-    return Alpha(DEFAULT_ALPHA, "default"), [f"{why}, so alpha is {DEFAULT_ALPHA}, SAT's default.{doubt}"]
+    return Alpha(DEFAULT_ALPHA, BY_DEFAULT), [f"{why}, so alpha is {DEFAULT_ALPHA}, SAT's default.{doubt}"]
 
 
 def _partial(config: TrainingConfig | None) -> str:
     """The advice to accept the layers that are there."""
     aside = ", which sets layer_range aside" if config is not None and config.layers is not None else ""
-    return f"if only these layers were trained: --allow-partial{aside}; to see what is there: "
+    return f"if only these layers were trained, export with --allow-partial{aside}; to see what is there: "
 
 
 def _wrong(checkpoint: Checkpoint, problems: list[Problem], advice: str = "") -> ExportError:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from cogtools.checkpoint.dtypes import DTYPES
 from cogtools.layouts.cogvideox import MAX_LAYERS
 from cogtools.numbers import is_positive
+from cogtools.words import BY_HAND
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,6 +52,11 @@ class ExportRecord:
     scale: str | None = None
     source_dtype: str | None = None
     dtype: str | None = None
+
+    @property
+    def alpha_by_hand(self) -> float | None:
+        """Alpha, if it was given by --alpha."""
+        return self.alpha if self.alpha_source == BY_HAND else None
 
     def text(self) -> str:
         """The record as it stands in the header."""

@@ -9,6 +9,7 @@ import re
 from math import prod
 from typing import TYPE_CHECKING
 
+from cogtools.checkpoint.folder import TRAINER_FILES
 from cogtools.checkpoint.storage import is_file
 from cogtools.checkpoint.zero3 import true_shape
 from cogtools.errors import ExportError, command
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from cogtools.checkpoint.index import Checkpoint
 
 _RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt", re.ASCII)
-_FIRST_RANK = "mp_rank_00_model_states.pt"
+_FIRST_RANK, *_ = TRAINER_FILES
 _SECOND_RANK = "mp_rank_01_model_states.pt"
 
 

@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeGuard
 
+from cogtools.checkpoint.limits import MAX_ADAPTER_CONFIG_BYTES
 from cogtools.checkpoint.storage import SourceFile, is_file
 from cogtools.errors import CheckpointError, CogtoolsError, Problem, ProblemKind
 from cogtools.layouts import diffusers
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 
     from cogtools.checkpoint.index import Checkpoint
     from cogtools.layouts.cogvideox import LoraKey
-
-MAX_CONFIG_BYTES = 1 << 20
-"""The longest adapter_config.json that is read. Real ones have 1 kB."""
 
 _ABSENT = {
     "r": "diffusers and PEFT then take 8",
@@ -113,12 +111,12 @@ def _peft_config(path: Path) -> str | None:
     if not is_file(path):
         return None
     with SourceFile.open(path) as file:
-        if file.size_bytes > MAX_CONFIG_BYTES:
+        if file.size_bytes > MAX_ADAPTER_CONFIG_BYTES:
             raise CheckpointError(
                 "the adapter's configuration cannot be read",
                 file=path,
                 found=f"{file.size_bytes:,} bytes",
-                expected=f"at most {MAX_CONFIG_BYTES:,}",
+                expected=f"at most {MAX_ADAPTER_CONFIG_BYTES:,}",
             )
         return file.read(0, file.size_bytes).decode(errors="replace")
 

@@ -14,6 +14,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeGuard
 
+from cogtools.checkpoint.limits import MAX_TRAINING_CONFIG_BYTES
 from cogtools.checkpoint.storage import SourceFile, is_file
 from cogtools.errors import CheckpointError
 from cogtools.layouts.cogvideox import MAX_LAYERS
@@ -24,16 +25,13 @@ if TYPE_CHECKING:
 
 FILE_NAME = "training_config.yaml"
 
-MAX_BYTES = 1 << 17
-"""The longest file that is read. Real ones have 6 KB; PyYAML takes a second for this many."""
-
 MAX_NUMBER_CHARACTERS = 100
 """The longest number that is read. YAML has numbers to the base 60, which take long to make if they are long."""
 
 MAX_SHOWN_ITEMS = 8
 """How many items of a list an error shows."""
 
-_HINT = "fix it, or state the LoRA's alpha with --alpha"
+_HINT = "fix it; export-lora does without it if --alpha states the LoRA's alpha"
 
 _NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
@@ -138,8 +136,8 @@ def _load(path: Path) -> object:
             return str(super().construct_scalar(node))
 
     with SourceFile.open(path) as file:
-        if file.size_bytes > MAX_BYTES:
-            raise _unreadable(path, f"{file.size_bytes:,} bytes", f"at most {MAX_BYTES:,}")
+        if file.size_bytes > MAX_TRAINING_CONFIG_BYTES:
+            raise _unreadable(path, f"{file.size_bytes:,} bytes", f"at most {MAX_TRAINING_CONFIG_BYTES:,}")
         content = file.read(0, file.size_bytes)
     try:
         return yaml.load(content, Loader)  # noqa: S506 - the class is derived from SafeLoader

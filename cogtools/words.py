@@ -10,14 +10,21 @@ from cogtools.layouts.diffusers import MODULES
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+BY_HAND, BY_CONFIG, BY_DEFAULT = "--alpha", "training_config.yaml", "default"
+
 ALPHA_SOURCES = {
-    "--alpha": "given by --alpha",
-    "training_config.yaml": "from training_config.yaml",
-    "default": "SAT's default",
+    BY_HAND: "given by --alpha",
+    BY_CONFIG: "from training_config.yaml",
+    BY_DEFAULT: "SAT's default",
     "lora_adapter_metadata": "stated in the header",
     "adapter_config.json": "from adapter_config.json",
 }
 """Where a LoRA's alpha comes from, by the names that reports have for it."""
+
+
+def number(value: float) -> str:
+    """A number without needless digits: "1", "0.0078125"."""
+    return f"{value:.10g}"
 
 
 def counted(count: int, noun: str) -> str:

@@ -384,7 +384,7 @@ def test_notices_of_one_have_its_name_and_notices_of_all_are_said_once(
     ]
     assert notes[-1] == (
         f"note: {with_ema / '1000' / 'mp_rank_00_model_states.pt'}: "
-        "Took the plain weights of iteration 1000; 1000-ema is there too (with --ema)."
+        "Took the plain weights of iteration 1000. Its EMA weights are in 1000-ema beside them."
     )
 
 

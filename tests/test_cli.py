@@ -94,16 +94,6 @@ def test_an_interruption_before_the_command_runs_is_told_like_a_later_one(
     assert (result.code, result.out, result.err) == (130, "", "interrupted: nothing was left half-written\n")
 
 
-def test_a_current_folder_that_is_gone_is_an_error_like_others(tmp_path: Path) -> None:
-    (tmp_path / "gone").mkdir()
-    command = f"cd {tmp_path / 'gone'} && rmdir {tmp_path / 'gone'} && {sys.executable} -m cogtools inspect a.pt"
-    root = str(Path(cogtools.__file__).parent.parent)
-    done = subprocess.run(
-        ["sh", "-c", command], capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": root}
-    )
-    assert (done.returncode, done.stderr.splitlines()[0]) == (2, "error: the current folder no longer exists")
-
-
 def test_text_of_any_length_is_printed_inert() -> None:
     assert printable("a\x1b[31m\u202eb\udcff" * 5000) == r"a\x1b[31m\u202eb\udcff" * 5000
     assert printable("naïve 猫 😀") == "naïve 猫 😀"

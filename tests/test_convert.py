@@ -89,7 +89,7 @@ def test_ema_weights_are_exported_when_asked_for(real: Path, tmp_path: Path) -> 
     ema = real / "2b-fp16" / "1-ema" / "mp_rank_00_model_states.pt"
     assert_same(load_file(tmp_path / FILE_NAME), expected(ema))
     assert report.checkpoint == ema
-    assert report.notices[0] == "Took the EMA weights of iteration 1; 1 is there too (without --ema)."
+    assert report.notices[0] == "Took the EMA weights of iteration 1. The plain ones are in 1 beside them."
 
 
 @pytest.mark.parametrize("save", SAVERS)

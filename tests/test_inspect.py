@@ -607,7 +607,7 @@ def test_the_advice_to_inspect_is_not_given_by_inspect(inspect: CommandLine, tmp
     state = sat_state_dict(COGVIDEOX_2B, 4, base="telling")
     torch.save({key: value for key, value in state.items() if ".layers.3." not in key}, tmp_path / "a.pt")
     out = inspect(tmp_path / "a.pt").out
-    assert "  try: if only these layers were trained: --allow-partial\n" in out
+    assert "  try: if only these layers were trained, export with --allow-partial\n" in out
     assert "cogtools inspect" not in out
 
 

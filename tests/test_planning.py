@@ -263,7 +263,7 @@ def test_a_lora_of_some_layers_stops_the_export(partial: Path) -> None:
         "the LoRA in this checkpoint cannot be exported as it is\n"
         f"  file:      {partial}\n"
         "  problem:   missing: layer 1: all tensors\n"
-        "  try:       if only these layers were trained: --allow-partial; "
+        "  try:       if only these layers were trained, export with --allow-partial; "
         f"to see what is there: cogtools inspect {partial} --lora"
     )
 
@@ -323,7 +323,7 @@ def test_layers_that_the_declared_range_has_and_the_file_has_not_are_missing(tmp
         Problem("missing", "layers 1-2: all tensors", expected="layers 0-2 (layer_range in training_config.yaml)"),
     )
     assert caught.value.hint == (
-        "if only these layers were trained: --allow-partial, which sets layer_range aside; "
+        "if only these layers were trained, export with --allow-partial, which sets layer_range aside; "
         f"to see what is there: cogtools inspect {path} --lora"
     )
 

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from cogtools.checkpoint import limits
 from cogtools.errors import CheckpointError
-from cogtools.training_config import MAX_BYTES, TrainingConfig, find_training_config, read_training_config
+from cogtools.training_config import TrainingConfig, find_training_config, read_training_config
 from tests.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
 
-HINT = "fix it, or state the LoRA's alpha with --alpha"
+HINT = "fix it; export-lora does without it if --alpha states the LoRA's alpha"
 
 
 def lora_params(text: str) -> str:
@@ -198,7 +199,7 @@ def test_aliases_of_aliases_take_no_room(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_too_long_is_not_read(tmp_path: Path) -> None:
-    path = written(tmp_path, " " * (MAX_BYTES + 1))
+    path = written(tmp_path, " " * (limits.MAX_TRAINING_CONFIG_BYTES + 1))
 
     with pytest.raises(CheckpointError) as caught:
         read_training_config(path)

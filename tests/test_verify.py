@@ -332,7 +332,7 @@ def test_a_dtype_that_all_tensors_have_in_place_of_another_is_said_once(good: So
     report = verify_lora(variant(good, tmp_path, cast("F32"), unrecord), against=good.checkpoint)
 
     assert told(report, "against") == [
-        "dtype: layers 0-2: all tensors (found float32, expected float16, as no cast is stated)"
+        "dtype: layers 0-2: all tensors (found float32, expected float16, since the file states no cast)"
     ]
     assert len(check(report, "against").problems[0].keys) == 24
 
@@ -862,9 +862,7 @@ def test_an_alpha_given_by_hand_is_told_where_the_training_used_the_default(
         "scaling 2: alpha 8 (given by --alpha, as the file's record says) / rank 4; "
         "but training_config.yaml sets no lora_alpha, so the training used 1, SAT's default"
     )
-    assert check(report, "against-scale").hint == (
-        f"cogtools export-lora {run} {tmp_path}/out/{FILE_NAME} --alpha 8 --overwrite"
-    )
+    assert check(report, "against-scale").hint == "if training_config.yaml is right, export again without --alpha"
 
 
 def test_an_alpha_given_by_hand_does_without_a_configuration_that_cannot_be_read(
@@ -927,7 +925,7 @@ def test_a_file_of_the_ema_weights_is_told_where_to_look(run: Path, tmp_path: Pa
         "the training has EMA weights too: "
         f"cogtools verify {tmp_path}/{FILE_NAME} --against {run} --iteration 1000 --ema"
     )
-    assert report.notices == ("Took the plain weights of iteration 1000; 1000-ema is there too (with --ema).",)
+    assert report.notices == ("Took the plain weights of iteration 1000. Its EMA weights are in 1000-ema beside them.",)
 
 
 def test_a_file_of_another_iteration_is_told_which(run_of: Callable[..., Path], tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_weights_that_are_there_too_are_a_note(cogtools_cli: CommandLine, tmp_pa
     factories.save_run(tmp_path / "run", checkpoint, ema=checkpoint, rank=4)
     cogtools_cli("export-lora", tmp_path / "run", tmp_path / "out")
     words = ["verify", tmp_path / "out", "--against", tmp_path / "run"]
-    note = "Took the plain weights of iteration 1000; 1000-ema is there too (with --ema)."
+    note = "Took the plain weights of iteration 1000. Its EMA weights are in 1000-ema beside them."
 
     shown, quiet, printed = cogtools_cli(*words), cogtools_cli(*words, "--quiet"), cogtools_cli(*words, "--json")
 

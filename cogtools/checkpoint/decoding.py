@@ -73,6 +73,11 @@ def decode(raw: Array, dtype: DType) -> Array:
     return raw
 
 
+def doubles(data: bytes, dtype: DType) -> NDArray[np.float64]:
+    """The numbers of little-endian bytes, in double precision, which holds all floats here exactly."""
+    return decode(np.frombuffer(data, raw_code(dtype, big_endian=False)), dtype).astype(np.float64)
+
+
 @cache
 def _float8_numbers(name: str) -> Array:
     """What each of the 256 bit patterns of an 8-bit float stands for."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.checkpoint.indices import PIPELINE_INDEX, SHARD_INDEX_SUFFIXES, kind_of_index, read_index
+from cogtools.checkpoint.shown import MAX_SHOWN_CHARS
 from cogtools.checkpoint.sniffing import looks_like_checkpoint
 from cogtools.checkpoint.storage import SourceFile, is_file, is_folder
 from cogtools.errors import SHOWN_PROBLEMS, CheckpointError
@@ -51,9 +52,6 @@ _ITERATION = re.compile(rf"([0-9]{{1,12}})({EMA_SUFFIX})?")
 _OPTIMIZER_SHARD = re.compile(r"(bf16_)?zero_pp_rank_|.*optim_states\.pt$")
 _CHOOSE = "choose one with --iteration, and --ema for those named -ema"
 _MAX_LATEST_BYTES = 64
-
-_MAX_SHOWN_NAME = 100
-"""How many characters of a link's target an error shows."""
 
 _MOST_SNIFFED = 16
 """How many files of a folder are opened at most to see what they are, where no name tells."""
@@ -314,7 +312,7 @@ def _look_like_checkpoints(files: list[Path], *, most: int) -> list[Path]:
 def _described(child: Path) -> str:
     """The name of what is in a folder, and why it is no checkpoint where that can be seen."""
     if child.is_symlink() and not (is_file(child) or is_folder(child)):
-        return f"{child.name} (a link to {str(child.readlink())[:_MAX_SHOWN_NAME]}, which is not there)"
+        return f"{child.name} (a link to {str(child.readlink())[:MAX_SHOWN_CHARS]}, which is not there)"
     if _iteration(child) and is_folder(child) and any(is_optimizer_shard(item.name) for item in _children(child)):
         return f"{child.name} (an optimizer's state only)"
     return child.name

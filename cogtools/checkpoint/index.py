@@ -53,7 +53,7 @@ class Checkpoint:
     """What a checkpoint holds. Nothing of its weights is loaded and nothing of its pickle is run.
 
     Attributes:
-        path: the file or folder that was opened.
+        path: the file that was opened, or the index of several.
         format: what kind of file it is, such as "torch.save (zip)".
         files: its files, held open until `close`.
         tensors: the state dict.

@@ -12,15 +12,13 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from cogtools.checkpoint.limits import MAX_INDEX_BYTES
 from cogtools.checkpoint.safetensors import looks_like_safetensors
 from cogtools.checkpoint.storage import SourceFile
 from cogtools.errors import CheckpointError
 
 PIPELINE_INDEX = "model_index.json"
 SHARD_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
-
-_MAX_INDEX_BYTES = 32 << 20
-"""The longest index of shards. That of a model with 1,500 tensors has 0.1 MB."""
 
 _START_BYTES = 16
 
@@ -68,8 +66,8 @@ def read_index(path: Path) -> dict[str, object]:
         CheckpointError: if it is no JSON object, or too long.
     """
     with SourceFile.open(path) as file:
-        if file.size_bytes > _MAX_INDEX_BYTES:
-            raise _no_index(path, f"{file.size_bytes:,} bytes, more than {_MAX_INDEX_BYTES:,}")
+        if file.size_bytes > MAX_INDEX_BYTES:
+            raise _no_index(path, f"{file.size_bytes:,} bytes, more than {MAX_INDEX_BYTES:,}")
         content = file.read(0, file.size_bytes)
     try:
         value = json.loads(content)

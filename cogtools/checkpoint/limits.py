@@ -15,13 +15,22 @@ MAX_DIRECTORY_BYTES = 8 << 20
 """The directory of a zip archive. Real: 0.3 MB."""
 
 MAX_HEADER_BYTES = 8 << 20
-"""The header of a safetensors file. Real: 0.2 MB, of which some trainers fill 2 MB more with notes on their data."""
+"""The header of a safetensors file. Real: 0.2 MB; some trainers add 2 MB of notes on their data."""
 
 MAX_RECORDS = 100_000
 """The storages of a tar file, and its tensors. Real: some hundreds; the format ended in 2017."""
 
 MAX_TENSORS = 100_000
-"""The tensors of a file. Real: 3,000. What is told of one, as JSON, takes some 4 KB of memory."""
+"""The tensors of a safetensors file; a pickle's are bounded by its instructions. Real: 3,000."""
+
+MAX_INDEX_BYTES = 8 << 20
+"""An index of shards. Real: 0.1 MB for 1,500 tensors."""
+
+MAX_TRAINING_CONFIG_BYTES = 128 << 10
+"""training_config.yaml: PyYAML takes its time. Real: 8 kB."""
+
+MAX_ADAPTER_CONFIG_BYTES = 1 << 20
+"""adapter_config.json. Real: 1 kB, or some hundred for lists of full paths."""
 
 # What a pickle may ask for: a few bytes can ask for very much
 

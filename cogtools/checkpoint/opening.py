@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,6 @@ from cogtools.checkpoint.storage import SourceFile, is_folder
 from cogtools.errors import CheckpointError
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable
 
     from cogtools.checkpoint.storage import TensorEntry
@@ -49,7 +49,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, iteration: int | None = Non
     if is_folder(given):
         file = find_file(given, iteration=iteration, ema=ema)
     else:
-        refuse_choice(given, iteration=iteration, ema=ema)
+        if os.path.lexists(given):  # if not, that is what is wrong
+            refuse_choice(given, iteration=iteration, ema=ema)
         file = given
     checkpoint = _open_any(file)
     checkpoint.run = find_run(file) or find_run(file.resolve())

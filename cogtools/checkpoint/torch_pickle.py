@@ -13,7 +13,6 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from cogtools.checkpoint import limits
 from cogtools.checkpoint.dtypes import BY_STORAGE_CLASS, DTYPES, UNTYPED_STORAGE_CLASS, DType
 from cogtools.checkpoint.shapes import can_be_shape, can_be_steps
 from cogtools.checkpoint.shown import shown
@@ -32,9 +31,6 @@ from cogtools.errors import SHOWN_PROBLEMS, CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-MAX_DIMENSIONS, MAX_SIZE = limits.MAX_DIMENSIONS, limits.MAX_TENSOR_BYTES
-"""For `refusals`, until it asks `can_be_shape` too."""
 
 OpenStorage: TypeAlias = "Callable[[str, DType | None, int], Storage]"
 """Gives the storage of a key, for a dtype (None: untyped) and a number of elements."""

@@ -708,7 +708,7 @@ def _encode(machine: PickleMachine, arguments: tuple[object, ...]) -> object:
             try:
                 return text.encode("latin-1")
             except UnicodeEncodeError as error:
-                raise MalformedPickleError("it has bytes that are none") from error
+                raise MalformedPickleError("it has bytes written as characters above 255") from error
         case _:
             return Record(Global("_codecs", "encode"), arguments)
 

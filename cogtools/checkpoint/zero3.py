@@ -8,16 +8,15 @@ Source: DeepSpeed, runtime/zero/partition_parameters.py, and checkpoints that SA
 from __future__ import annotations
 
 from math import prod
-from typing import TypeGuard
 
+from cogtools.checkpoint.shapes import can_be_shape
 from cogtools.checkpoint.storage import TensorEntry, contiguous_strides
-from cogtools.checkpoint.torch_pickle import MAX_DIMENSIONS, MAX_SIZE
 
 
 def true_shape(entry: TensorEntry) -> tuple[int, ...] | None:
     """The shape that ZeRO-3 states for a tensor; None if it states none that a tensor can have."""
     shape = entry.attributes.get("ds_shape")
-    return shape if _is_shape(shape) else None
+    return shape if can_be_shape(shape, entry.dtype.itemsize) else None
 
 
 def whole_tensor(entry: TensorEntry) -> TensorEntry:
@@ -26,10 +25,3 @@ def whole_tensor(entry: TensorEntry) -> TensorEntry:
     if shape is None or len(entry.shape) != 1 or entry.numel != prod(shape) or not entry.is_contiguous:
         return entry
     return TensorEntry(entry.dtype, shape, contiguous_strides(shape), entry.storage, entry.storage_offset)
-
-
-def _is_shape(value: object) -> TypeGuard[tuple[int, ...]]:
-    """Whether this can be the shape of a tensor: sizes as large as PyTorch's, and no more than it has."""
-    if not isinstance(value, tuple) or len(value) > MAX_DIMENSIONS:
-        return False
-    return all(type(item) is int and 0 <= item < MAX_SIZE for item in value)

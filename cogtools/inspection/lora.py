@@ -11,12 +11,13 @@ from cogtools.errors import CogtoolsError
 from cogtools.inspection.report import ExportOutlook, LoraReport
 from cogtools.inspection.sections import is_lora_key
 from cogtools.layouts import diffusers, peft, sat
-from cogtools.layouts.cogvideox import LoraKey, lora_keys, rank_of
+from cogtools.layouts.cogvideox import LoraKey, hidden_of, lora_keys, rank_of
 from cogtools.layouts.naming import DIFFUSERS, PEFT, near_miss
 from cogtools.planning import DEFAULT_ALPHA, LoraPlan, plan_lora_export
+from cogtools.refusals import refuse_unexportable
 from cogtools.stated import Stated, read_stated
 from cogtools.training_config import find_training_config, read_training_config
-from cogtools.words import fold_names
+from cogtools.words import BY_CONFIG, BY_DEFAULT, fold_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,8 +71,8 @@ class Lora:
             module = name.layer, name.projection
             if self.stated is not None:
                 found[module] = self.stated.scaling_of(diffusers.module_path(name))
-            elif self.layout == "SAT" and name.factor == "A" and alpha is not None and entry.shape and entry.shape[0]:
-                found[module] = alpha / entry.shape[0]
+            elif self.layout == "SAT" and name.factor == "A" and alpha is not None and len(entry.shape) == 2:
+                found[module] = alpha / entry.shape[0] if entry.shape[0] else None
         return found
 
 
@@ -131,9 +132,7 @@ def describe_lora(checkpoint: Checkpoint, lora: Lora, model: Transformer | None)
         layers=tuple(sorted({name.layer for name in lora.tensors})),
         ranks=tuple(ranks),
         dtypes=tuple(sorted({entry.dtype.name for entry in factors})),
-        complete=None
-        if lora.layout == UNKNOWN
-        else not (missing or lora.unplaced) and _is_one_rank(ranks, lora.stated),
+        complete=None if lora.layout == UNKNOWN else _is_complete(checkpoint, lora, missing, ranks),
         missing=missing,
         unplaced=lora.unplaced,
         alpha=alpha,
@@ -187,12 +186,22 @@ def _alpha(checkpoint: Checkpoint, lora: Lora, plan: LoraPlan | None) -> tuple[f
 def _trainers_alpha(checkpoint: Checkpoint) -> tuple[float | None, str | None]:
     path = find_training_config(checkpoint.path)
     if path is None:
-        return DEFAULT_ALPHA, "default"
+        return DEFAULT_ALPHA, BY_DEFAULT
     try:
         alpha = read_training_config(path).alpha
     except CogtoolsError:
         return None, None
-    return (DEFAULT_ALPHA, "default") if alpha is None else (alpha, path.name)
+    return (DEFAULT_ALPHA, BY_DEFAULT) if alpha is None else (alpha, BY_CONFIG)
+
+
+def _is_complete(checkpoint: Checkpoint, lora: Lora, missing: tuple[str, ...], ranks: list[int]) -> bool:
+    if missing or lora.unplaced or not _is_one_rank(ranks, lora.stated):
+        return False
+    try:
+        refuse_unexportable(checkpoint)
+    except CogtoolsError:  # every layer is there, and of each a part only
+        return False
+    return True
 
 
 def _is_one_rank(ranks: list[int], stated: Stated | None) -> bool:
@@ -202,7 +211,5 @@ def _is_one_rank(ranks: list[int], stated: Stated | None) -> bool:
 
 def hidden_size_of(lora: Lora) -> int | None:
     """The hidden size that a LoRA's shapes have; None if they do not agree."""
-    sizes = {
-        entry.shape[1 if name.factor == "A" else 0] for name, entry in lora.tensors.items() if len(entry.shape) == 2
-    }
+    sizes = {hidden_of(name.factor, entry.shape) for name, entry in lora.tensors.items() if len(entry.shape) == 2}
     return sizes.pop() if len(sizes) == 1 else None

@@ -6,6 +6,7 @@ matplotlib is an extra, `cogtools[plot]`: it is imported here only, and asked fo
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -13,7 +14,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cogtools.checkpoint.storage import is_folder
-from cogtools.errors import ExportError, OptionError, OutputError
+from cogtools.errors import ExportError, OptionError, OutputError, command
 from cogtools.layouts.cogvideox import PROJECTIONS
 from cogtools.words import counted
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".svg")
 MAX_CHECKPOINTS = 2
-MAX_TITLE_CHARS = 40
+MAX_TITLE_CHARS = 24
 """The longest part of a path that stands over a picture."""
 
 _NORM, _UNSCALED_NORM = "norm of scaling · B A", "norm of B A (its scaling is not known)"
@@ -116,8 +117,10 @@ def _write(path: Path, content: bytes) -> None:
         unfinished.write_bytes(content)
         unfinished.replace(path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise OutputError(f"the picture cannot be written: {error.strerror}", file=path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def _norms(report: CheckpointReport) -> dict[tuple[int, str], float]:
@@ -143,7 +146,7 @@ def _norms(report: CheckpointReport) -> dict[tuple[int, str], float]:
 def _undrawable(
     report: CheckpointReport, what: str, *, found: str | None = None, expected: str | None = None
 ) -> ExportError:
-    hint = f"cogtools inspect {report.checkpoint}"
+    hint = command("inspect", report.checkpoint)
     return ExportError(what, file=report.checkpoint, found=found, expected=expected, hint=hint)
 
 

@@ -283,7 +283,7 @@ class CheckpointReport:
     """What a checkpoint holds.
 
     Attributes:
-        checkpoint: the file or folder.
+        checkpoint: the file, or the index of several.
         format: what kind of file it is.
         size_bytes: of its files.
         files: its files, if it has several.

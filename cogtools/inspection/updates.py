@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cogtools.checkpoint.decoding import Array, can_decode, decode, raw_code
+from cogtools.checkpoint.decoding import Array, can_decode, doubles
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.inspection.report import UpdateReport
 from cogtools.layouts.cogvideox import PROJECTIONS, LoraKey
@@ -131,7 +131,7 @@ def _checked(a: TensorEntry | None, b: TensorEntry | None) -> tuple[TensorEntry,
         raise NotComputedError("one factor only")
     for entry in (a, b):
         if len(entry.shape) != 2 or not entry.numel:
-            raise NotComputedError("factors that are no matrices")
+            raise NotComputedError("factors without two dimensions")
         if not can_decode(entry.dtype):
             raise NotComputedError(f"factors of dtype {entry.dtype.name}")
     if a.shape[0] != b.shape[1]:
@@ -143,5 +143,4 @@ def _checked(a: TensorEntry | None, b: TensorEntry | None) -> tuple[TensorEntry,
 
 def _load(entry: TensorEntry) -> Array:
     """The whole tensor in double precision."""
-    raw = np.frombuffer(b"".join(tensor_chunks(entry)), raw_code(entry.dtype, big_endian=False))
-    return decode(raw, entry.dtype).astype(np.float64).reshape(entry.shape)
+    return doubles(b"".join(tensor_chunks(entry)), entry.dtype).reshape(entry.shape)

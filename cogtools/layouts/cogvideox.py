@@ -121,6 +121,11 @@ def lora_shape(factor: str, rank: int, hidden: int) -> tuple[int, int]:
     return (rank, hidden) if factor == "A" else (hidden, rank)
 
 
+def hidden_of(factor: str, shape: tuple[int, ...]) -> int:
+    """The hidden size that a factor of this shape has: columns of lora_A, rows of lora_B."""
+    return shape[1] if factor == "A" else shape[0]
+
+
 def rank_of(factor: str, shape: tuple[int, ...]) -> int:
     """The rank that a factor of this shape has: rows of lora_A, columns of lora_B."""
     return shape[0] if factor == "A" else shape[1]

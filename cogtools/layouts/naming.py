@@ -96,7 +96,7 @@ _PATTERNS = tuple((spelling, re.compile(spelling.module + _FACTOR, re.ASCII)) fo
 
 
 class NearMiss(NamedTuple):
-    """A key that means a LoRA tensor and is not named as it should be.
+    """A key that means a LoRA tensor and is not named as its reader names it.
 
     Attributes:
         name: the tensor.

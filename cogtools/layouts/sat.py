@@ -17,10 +17,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from cogtools.layouts.cogvideox import LAYER_NUMBER, LoraKey, Transformer, recognise
+from cogtools.layouts.cogvideox import LAYER_NUMBER, LoraKey, Transformer, hidden_of, recognise
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
 PREFIX = "model.diffusion_model."
 """What the trainer puts before every key of the transformer. In files that people save again, a part of it or all may
@@ -126,18 +126,13 @@ def tensor_parallel_ranks(shapes: Mapping[LoraKey, tuple[int, ...]]) -> int:
     """
     if any(len(shape) != 2 for shape in shapes.values()):
         return 1
-    sides = {name: shape[1] if name.factor == "A" else shape[0] for name, shape in shapes.items()}
+    sides = {name: hidden_of(name.factor, shape) for name, shape in shapes.items()}
     divided = {side for name, side in sides.items() if (name.projection == "out") == (name.factor == "A")}
     whole = {side for name, side in sides.items() if (name.projection == "out") != (name.factor == "A")}
     if len(divided) != 1 or len(whole) != 1:
         return 1
     hidden, share = whole.pop(), divided.pop()
     return hidden // share if share and hidden % share == 0 else 1
-
-
-def lora_keys_in(keys: Iterable[str]) -> list[str]:
-    """Those of the keys that belong to a LoRA."""
-    return [key for key in keys if is_lora_key(key)]
 
 
 def _split_layer(bare: str) -> tuple[int | None, str]:

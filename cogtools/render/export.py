@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from cogtools.errors import Problem
 from cogtools.layouts.cogvideox import PROJECTIONS
-from cogtools.render.text import MAX_SHOWN_CHARS, emit, notice, number, printable, size, talk
-from cogtools.words import ALPHA_SOURCES
+from cogtools.render.text import emit, notice, printable, shortened, size, talk
+from cogtools.words import ALPHA_SOURCES, number
 
 if TYPE_CHECKING:
     from cogtools.batch import BatchItem, BatchReport
@@ -82,7 +82,7 @@ def show_batch_item(item: BatchItem, *, quiet: bool = False) -> None:
 
 
 def _shown(line: str) -> str:
-    return printable(line[:MAX_SHOWN_CHARS])
+    return shortened(printable(line))
 
 
 def _why(error: dict[str, Any]) -> str:
@@ -106,10 +106,14 @@ def show_batch(report: BatchReport) -> None:
     exports = [(item.checkpoint, item.report) for item in report.exports if item.report is not None]
     done = "would be written" if any(not export.written for _, export in exports) else "done"
     emit(f"{report.done} {done}, {report.skipped} skipped, {report.failed} failed")
-    common = set.intersection(*(set(export.notices) for _, export in exports)) if len(exports) > 1 else set()
-    for text in dict.fromkeys(text for _, export in exports for text in export.notices if text in common):
-        notice(text)
+    named: dict[str, list[str]] = {}
     for checkpoint, export in exports:
         for text in export.notices:
-            if text not in common:
-                notice(f"{checkpoint}: {text}")
+            named.setdefault(text, []).append(checkpoint)
+    for text, checkpoints in named.items():
+        if len(checkpoints) == len(exports):
+            notice(text)
+        elif len(checkpoints) == 1:
+            notice(f"{checkpoints[0]}: {text}")
+        else:
+            notice(f"{len(checkpoints)} of {len(exports)} checkpoints: {text}")

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.errors import SHOWN_PROBLEMS
 from cogtools.render.style import CYAN, DIM, GREEN, RED, YELLOW
-from cogtools.render.text import number, printable, size
-from cogtools.words import ALPHA_SOURCES, counted, fold_numbers
+from cogtools.render.text import printable, size
+from cogtools.words import ALPHA_SOURCES, counted, fold_numbers, number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.layouts.cogvideox import PROJECTIONS
 from cogtools.render.style import DIM, YELLOW
-from cogtools.render.text import number
-from cogtools.words import counted, fold_modules
+from cogtools.words import counted, fold_modules, number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

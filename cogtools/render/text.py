@@ -13,7 +13,7 @@ from cogtools.errors import InterruptedByUserError, PrintError
 if TYPE_CHECKING:
     from cogtools.errors import CogtoolsError
 
-MAX_SHOWN_CHARS = 1000
+MAX_ERROR_CHARS = 1000
 """The longest text that an error shows of a file."""
 
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
@@ -26,11 +26,6 @@ def size(size_bytes: int) -> str:
     while value >= 999.95 and unit < len(_UNITS) - 1:
         value, unit = value / 1000, unit + 1
     return f"{size_bytes} bytes" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
-
-
-def number(value: float) -> str:
-    """A number without needless digits: "1", "0.0078125"."""
-    return f"{value:.10g}"
 
 
 def printable(text: str) -> str:
@@ -104,9 +99,9 @@ def notice(text: str) -> None:
     talk(f"{label} {printable(text)}")
 
 
-def _shortened(text: str) -> str:
-    """At most `MAX_SHOWN_CHARS` of a text; a hostile file has keys of a million. `--json` has all of it."""
-    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]} … ({len(text):,} characters)"
+def shortened(text: str) -> str:
+    """At most `MAX_ERROR_CHARS` of a text; a hostile file has keys of a million. `--json` has all of it."""
+    return text if len(text) <= MAX_ERROR_CHARS else f"{text[:MAX_ERROR_CHARS]} … ({len(text):,} characters)"
 
 
 def error(problem: CogtoolsError) -> None:
@@ -117,5 +112,5 @@ def error(problem: CogtoolsError) -> None:
     colour = has_colour(sys.stderr)
     label, bold, reset = (f"{_BOLD_RED}error:{_RESET}", _BOLD, _RESET) if colour else ("error:", "", "")
     lines = [f"{label} {bold}{printable(problem.what)}{reset}"]
-    lines += [f"  {name + ':':<10} {_shortened(printable(value))}" for name, value in problem.fields()]
+    lines += [f"  {name + ':':<10} {shortened(printable(value))}" for name, value in problem.fields()]
     talk("\n".join(lines))

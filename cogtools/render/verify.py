@@ -6,7 +6,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from cogtools.errors import SHOWN_PROBLEMS
-from cogtools.render.text import emit, is_terminal, notice, number, printable, size
+from cogtools.render.text import emit, is_terminal, notice, printable, size
+from cogtools.words import number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,11 +34,9 @@ def _about(report: VerifyReport) -> list[str]:
     rank = ", ".join(map(str, report.rank)) or "unknown"
     scaling = ", ".join(map(number, report.scaling)) or "unknown"
     dtype = ", ".join(report.dtype) or "none"
-    rows = [
-        ("file", f"{report.path} ({size(report.size_bytes)})"),
-        ("model", report.model),
-        ("LoRA", f"{report.naming}, {len(report.layers)} layers, rank {rank}, {dtype}, effective scaling {scaling}"),
-    ]
+    lora = f"{report.naming}, {len(report.layers)} layers, rank {rank}, {dtype}, effective scaling {scaling}"
+    rows = [("file", f"{report.path} ({size(report.size_bytes)})")]
+    rows += [("model", report.model), ("LoRA", lora)] if report.layers else [("LoRA", "none")]
     if report.against is not None:
         rows.append(("against", str(report.against)))
     return [f"{name:<8} {value}" for name, value in rows]
@@ -79,7 +78,7 @@ def verdict_line(report: VerifyReport) -> str:
 
 
 def _show_table(report: VerifyReport, checks: list[Check]) -> None:
-    """The same on a terminal. Text of the file goes in as `Text`, in which rich reads no markup."""
+    """The same on a terminal: a table, and under it what is wrong. In `Text`, rich reads no markup of the file's."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -88,15 +87,19 @@ def _show_table(report: VerifyReport, checks: list[Check]) -> None:
     table.add_column("check", no_wrap=True)
     table.add_column("status", no_wrap=True)
     table.add_column("seen", overflow="fold")
-    for check, under in _with_details(checks):
-        seen = Text(printable(check.seen))
-        for line in under:
-            seen.append("\n" + printable(line), style="dim")
-        table.add_row(Text(check.name), Text(check.status, style=_STYLES[check.status]), seen)
-    console = Console(highlight=False)
+    for check in checks:
+        status = Text(check.status, style=_STYLES[check.status])
+        table.add_row(Text(check.name), status, Text(printable(check.seen)))
+    console = Console(highlight=False, soft_wrap=True)
     for line in _about(report):
         console.print(Text(printable(line)))
     console.print()
-    console.print(table)
+    console.print(table, soft_wrap=False)
     console.print()
+    for check, under in _with_details(checks):
+        if under:
+            console.print(Text(check.name, style=_STYLES[check.status]))
+        # Not wrapped: a command that is broken into lines cannot be pasted.
+        for line in under:
+            console.print(Text(f"  {printable(line)}"))
     console.print(Text(printable(verdict_line(report)), style=_STYLES[report.verdict]))

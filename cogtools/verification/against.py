@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from cogtools.checkpoint.decoding import doubles
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.errors import CheckpointError, Problem, command
@@ -21,8 +22,8 @@ from cogtools.training_config import FILE_NAME as CONFIG_FILE_NAME
 from cogtools.verification.checks import figures
 from cogtools.verification.hints import only_load_tells
 from cogtools.verification.result import Check, folded
-from cogtools.verification.values import FLOAT_FORMATS, decode, place
-from cogtools.words import ALPHA_SOURCES, counted
+from cogtools.verification.values import FLOAT_FORMATS, place
+from cogtools.words import ALPHA_SOURCES, BY_DEFAULT, BY_HAND, counted, number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -73,9 +74,9 @@ def _plan(checkpoint: Checkpoint, record: ExportRecord) -> LoraPlan:
         return plan_lora_export(checkpoint, allow_partial=True)
     except CheckpointError:
         # An alpha given by hand does without a training configuration, also one that cannot be read.
-        if record.alpha is None or record.alpha_source != "--alpha":
+        if record.alpha_by_hand is None:
             raise
-        return plan_lora_export(checkpoint, alpha=record.alpha, allow_partial=True)
+        return plan_lora_export(checkpoint, alpha=record.alpha_by_hand, allow_partial=True)
 
 
 def against_checks(
@@ -149,7 +150,7 @@ class _Comparison:
         if not self._computed:
             return " bit for bit"
         record = self._lora.record
-        done = [f"the scaling {self._folded_in:.10g} folded in"] if self._folded else []
+        done = [f"the scaling {number(self._folded_in)} folded in"] if self._folded else []
         if record.dtype != record.source_dtype:
             done.append(f"{record.source_dtype} cast to {record.dtype}")
         error = f"the largest relative error of a tensor is {max(self._computed):.2g}"
@@ -161,7 +162,9 @@ class _Comparison:
         if tensor.entry.shape != source.shape:
             return Problem("shape", tensor.key, str(tensor.entry.shape), str(source.shape))
         if tensor.entry.dtype != source.dtype and not self._is_stated_cast(tensor, planned):
-            return Problem("dtype", tensor.key, tensor.entry.dtype.name, f"{source.dtype.name}, as no cast is stated")
+            return Problem(
+                "dtype", tensor.key, tensor.entry.dtype.name, f"{source.dtype.name}, since the file states no cast"
+            )
         if tensor.entry.dtype == source.dtype and not self._folded:
             return self._compare_bits(tensor, planned)
         return self._compare_rounded(name, tensor, planned)
@@ -183,7 +186,7 @@ class _Comparison:
                 places = np.flatnonzero(np.frombuffer(found, bits) != np.frombuffer(expected, bits))
                 if not different:
                     index = position // dtype.itemsize + int(places[0])
-                    values = decode(found, dtype.name)[places[0]], decode(expected, dtype.name)[places[0]]
+                    values = doubles(found, dtype)[places[0]], doubles(expected, dtype)[places[0]]
                 different += len(places)
             position += len(expected)
             self._advance(len(expected))
@@ -192,7 +195,7 @@ class _Comparison:
     def _compare_rounded(self, name: LoraKey, tensor: WrittenTensor, planned: PlannedTensor) -> Problem | None:
         found, exact = (
             _values(tensor),
-            decode(b"".join(tensor_chunks(planned.source.entry)), planned.source.entry.dtype.name),
+            doubles(b"".join(tensor_chunks(planned.source.entry)), planned.source.entry.dtype),
         )
         self._advance(tensor.entry.size_bytes)
         exact = exact * self._factor(name, found, exact)
@@ -236,7 +239,7 @@ def _norm(values: NDArray[np.float64]) -> float:
 
 
 def _values(tensor: WrittenTensor) -> NDArray[np.float64]:
-    return decode(b"".join(tensor_chunks(tensor.entry)), tensor.entry.dtype.name)
+    return doubles(b"".join(tensor_chunks(tensor.entry)), tensor.entry.dtype)
 
 
 def _differs(tensor: WrittenTensor, index: int, found: float, expected: float, different: int) -> Problem:
@@ -251,38 +254,41 @@ def _check_scale(lora: WrittenLora, plan: LoraPlan, found: Mapping[str, float]) 
     in_weights = _folded_in(lora, plan)
     effective = {module: scaling * in_weights for module, scaling in found.items()}
     where = f" / rank {plan.rank}" + (", folded in" if record.scale == "fold" else "")
-    why = f"alpha {plan.alpha.value:.10g} ({ALPHA_SOURCES[plan.alpha.source]}){where}"
+    why = f"alpha {number(plan.alpha.value)} ({ALPHA_SOURCES[plan.alpha.source]}){where}"
     if not effective and lora.stated.unevaluated:
-        seen = f"not known without --load; the training's is {plan.scaling:.10g}: {why}"
+        seen = f"not known without --load; the training's is {number(plan.scaling)}: {why}"
         return Check(name, "warn", seen, hint=only_load_tells(lora))
     if not effective:
-        return Check(name, "fail", f"no scaling is stated; the training's is {plan.scaling:.10g}: {why}")
+        return Check(name, "fail", f"no scaling is stated; the training's is {number(plan.scaling)}: {why}")
     wrong = [scaling for scaling in effective.values() if not math.isclose(scaling, plan.scaling, rel_tol=1e-9)]
     if not wrong:
-        return Check(name, "pass", f"scaling {plan.scaling:.10g}: {why}")
+        return Check(name, "pass", f"scaling {number(plan.scaling)}: {why}")
     seen = f"scaling {figures(wrong)}" + ("" if len(wrong) == len(found) else f" in {counted(len(wrong), 'module')}")
     by_hand = _by_hand(record, plan.rank, wrong)
     if lora.stated.is_nothing and record.scale == "none":
         alpha = plan.alpha.value if plan.config is not None or record.alpha is None else record.alpha
-        return Check(name, "warn", f"left out, as the file's record says: load it at weight {alpha / plan.rank:.10g}")
+        weight = number(alpha / plan.rank)
+        return Check(name, "warn", f"left out, as the file's record says: load it at weight {weight}")
     if plan.config is None and by_hand:
         return Check(name, "pass", f"{seen}: {by_hand}{where}")
     if plan.config is None and not lora.stated.is_nothing:
         return Check(name, "warn", f"{seen}; {_not_known(record)}", hint=_KEEP_THE_CONFIG)
     if by_hand:
-        return Check(name, "warn", f"{seen}: {by_hand}{where}; but {_contradiction(plan)}")
-    return Check(name, "fail", f"{seen}, where the training's is {plan.scaling:.10g}: {why}")
+        return Check(name, "warn", f"{seen}: {by_hand}{where}; but {_contradiction(plan)}", hint=_WITHOUT_ALPHA)
+    return Check(name, "fail", f"{seen}, where the training's is {number(plan.scaling)}: {why}")
 
 
 def _by_hand(record: ExportRecord, rank: int, scalings: list[float]) -> str | None:
     """The alpha that was given to the exporter by hand, if the file's record says so and these scalings are its."""
-    if record.alpha is None or record.alpha_source != "--alpha":
+    if record.alpha_by_hand is None:
         return None
-    wanted = record.alpha / rank
+    wanted = record.alpha_by_hand / rank
     is_it = all(math.isclose(scaling, wanted, rel_tol=1e-9) for scaling in scalings)
-    return f"alpha {record.alpha:.10g} (given by --alpha, as the file's record says)" if is_it else None
+    source = f"{ALPHA_SOURCES[BY_HAND]}, as the file's record says"
+    return f"alpha {number(record.alpha_by_hand)} ({source})" if is_it else None
 
 
+_WITHOUT_ALPHA = f"if {CONFIG_FILE_NAME} is right, export again without --alpha"
 _KEEP_THE_CONFIG = f"put {CONFIG_FILE_NAME} back where the trainer wrote it: into the save folder"
 
 
@@ -291,10 +297,10 @@ def _not_known(record: ExportRecord) -> str:
     if record.alpha is None:
         return unknown
     source = ALPHA_SOURCES.get(record.alpha_source or "", "source not stated")
-    return f"{unknown}, the file's record says {record.alpha:.10g} ({source})"
+    return f"{unknown}, the file's record says {number(record.alpha)} ({source})"
 
 
 def _contradiction(plan: LoraPlan) -> str:
-    if plan.alpha.source == "default":
-        return f"{CONFIG_FILE_NAME} sets no lora_alpha, so the training used {plan.alpha.value:.10g}, SAT's default"
-    return f"{CONFIG_FILE_NAME} says alpha {plan.alpha.value:.10g}"
+    if plan.alpha.source == BY_DEFAULT:
+        return f"{CONFIG_FILE_NAME} sets no lora_alpha, so the training used {number(plan.alpha.value)}, SAT's default"
+    return f"{CONFIG_FILE_NAME} says alpha {number(plan.alpha.value)}"

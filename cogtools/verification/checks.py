@@ -18,7 +18,7 @@ from cogtools.layouts.peft import path_ends
 from cogtools.planning import FLOATS
 from cogtools.verification.hints import only_load_tells
 from cogtools.verification.result import Check, folded, judged
-from cogtools.words import counted, fold_names
+from cogtools.words import counted, fold_names, number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from cogtools.verification.written import WrittenLora
 
 SHOWN_FIGURES = 10
+
+_NO_TENSORS = "no tensors"
 
 
 def check_readable(lora: WrittenLora) -> Check:
@@ -148,6 +150,8 @@ def check_complete(lora: WrittenLora, expected: Expected) -> Check:
 
 def check_pairs(lora: WrittenLora) -> Check:
     """Every lora_A has its lora_B."""
+    if not lora.tensors:
+        return Check("pairs", "skipped", _NO_TENSORS)
     lone = [name for name in lora.tensors if _partner(name) not in lora.tensors]
     problems = lora.problems("alone", lone, expected="its partner beside it")
     pairs = (len(lora.tensors) - len(lone)) // 2
@@ -160,6 +164,8 @@ def _partner(name: LoraKey) -> LoraKey:
 
 def check_shapes(lora: WrittenLora, expected: Expected) -> Check:
     """lora_A is (rank, hidden) and lora_B (hidden, rank), with the transformer's hidden size."""
+    if not lora.tensors:
+        return Check("shapes", "skipped", _NO_TENSORS)
     hidden = expected.transformer.hidden
     fitting = ranks(lora, expected)
     wrong = [
@@ -185,7 +191,7 @@ def ranks(lora: WrittenLora, expected: Expected) -> dict[LoraKey, int]:
     found = {}
     for name, tensor in lora.tensors.items():
         shape = tensor.entry.shape
-        if len(shape) == 2 and (shape[1] if name.factor == "A" else shape[0]) == hidden:
+        if len(shape) == 2 and cogvideox.hidden_of(name.factor, shape) == hidden:
             found[name] = cogvideox.rank_of(name.factor, shape)
     return found
 
@@ -241,7 +247,7 @@ def scalings(lora: WrittenLora) -> dict[str, float]:
 
 def figures(values: Iterable[float]) -> str:
     """Some different numbers, the first ones of many."""
-    return ", ".join(f"{value:.10g}" for value in sorted(set(values))[:SHOWN_FIGURES])
+    return ", ".join(number(value) for value in sorted(set(values))[:SHOWN_FIGURES])
 
 
 def check_scale(lora: WrittenLora, found: Mapping[str, float], by_peft: Mapping[str, float]) -> Check:
@@ -257,9 +263,14 @@ def check_scale(lora: WrittenLora, found: Mapping[str, float], by_peft: Mapping[
         return Check(name, "fail", "what the file states does not work", (*stated.problems, *stated.doubts))
     seen = f"scaling {figures(found.values()) or 'unknown'}"
     config = stated.config
-    if config is not None and len(set(found.values())) == 1 and config.rank_pattern == config.alpha_pattern == ():
+    if (
+        config is not None
+        and config.alpha is not None
+        and len(set(found.values())) == 1
+        and config.rank_pattern == config.alpha_pattern == ()
+    ):
         root = "sqrt(rank)" if config.rank_stabilised else "rank"
-        seen += f": alpha {config.alpha:.10g} / {root} {config.rank}"
+        seen += f": alpha {number(config.alpha)} / {root} {config.rank}"
     idle = [] if config is None else config.idle_patterns(lora.modules)
     doubts = [
         *stated.doubts,
@@ -274,7 +285,7 @@ def _weight(record: ExportRecord) -> str | None:
     """How to load a file whose scale was left out on purpose."""
     if record.scale != "none" or record.alpha is None or record.rank is None:
         return None
-    return f"load it at weight {record.alpha / record.rank:.10g}, as it was exported with --scale none"
+    return f"load it at weight {number(record.alpha / record.rank)}, as it was exported with --scale none"
 
 
 def check_target_modules(lora: WrittenLora, expected: Expected, by_peft: Mapping[str, float]) -> Check:
@@ -313,12 +324,12 @@ def check_record(lora: WrittenLora, expected: Expected, found: Mapping[str, floa
     facts: list[str] = []
     problems: list[Problem] = []
     scaling = recorded_scaling(record)
-    if scaling is not None and not (record.scale == "none" and lora.stated.is_nothing):
-        facts.append(f"alpha {record.alpha:.10g} (scale: {record.scale})")
+    if scaling is not None and record.alpha is not None and not (record.scale == "none" and lora.stated.is_nothing):
+        facts.append(f"alpha {number(record.alpha)} (scale: {record.scale})")
         wrong = [value for value in found.values() if not math.isclose(value, scaling, rel_tol=1e-9)]
         if wrong:
             where = f"scaling {figures(wrong)} in {counted(len(wrong), 'module')}"
-            problems.append(Problem("scale", "the stated scale", where, f"scaling {scaling:.10g}"))
+            problems.append(Problem("scale", "the stated scale", where, f"scaling {number(scaling)}"))
     rank_found, dtypes = ranks(lora, expected), [tensor.entry.dtype.name for tensor in lora.tensors.values()]
     if record.rank is not None and rank_found:
         facts.append(f"rank {record.rank}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cogtools.errors import command
 from cogtools.layouts.naming import DIFFUSERS
+from cogtools.options import CASTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +28,7 @@ _OTHERS = {
     "untrained": "take a later iteration of the training",
 }
 
-_CASTS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_CASTS = {name: cast for cast, name in CASTS.items()}
 
 
 def with_hint(check: Check, lora: WrittenLora, source: Sequence[object]) -> Check:
@@ -40,6 +41,8 @@ def with_hint(check: Check, lora: WrittenLora, source: Sequence[object]) -> Chec
     """
     if check.status not in ("warn", "fail") or check.hint is not None:
         return check
+    if not lora.tensors:  # it is none of ours: it must not be replaced
+        return replace(check, hint=command("inspect", lora.path))
     hint = _export_again(lora, source) if check.name in _MADE_AGAIN else _OTHERS.get(check.name)
     return replace(check, hint=hint)
 
@@ -50,8 +53,8 @@ def _export_again(lora: WrittenLora, source: Sequence[object]) -> str:
         return "save it again with PEFT's save_pretrained"
     record = lora.record
     options: list[object] = []
-    if record.alpha is not None and record.alpha_source == "--alpha":
-        options += ["--alpha", f"{record.alpha:.10g}"]
+    if record.alpha_by_hand is not None:
+        options += ["--alpha", record.alpha_by_hand]
     if record.scale == "fold":
         options += ["--scale", "fold"]
     if record.dtype in _CASTS and record.dtype != record.source_dtype:

@@ -22,7 +22,7 @@ from cogtools.layouts.diffusers import module_path
 from cogtools.layouts.naming import DIFFUSERS
 from cogtools.verification.checks import figures, scalings
 from cogtools.verification.result import Check
-from cogtools.words import counted
+from cogtools.words import counted, number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -236,7 +236,8 @@ def _wrong_modules(lora: WrittenLora, expected: Expected, adapters: dict[str, tu
         if not works:
             problems.append(Problem("module", module, "an adapter that is not active", "an active one"))
         if module in wanted and not math.isclose(scaling, wanted[module], rel_tol=1e-9):
-            problems.append(Problem("scale", module, f"scaling {scaling:.10g}", f"{wanted[module]:.10g}, as stated"))
+            stated = f"{number(wanted[module])}, as stated"
+            problems.append(Problem("scale", module, f"scaling {number(scaling)}", stated))
     return problems
 
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cogtools.checkpoint import decoding
-from cogtools.checkpoint.dtypes import DTYPES
+from cogtools.checkpoint.decoding import doubles
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.errors import Problem
 from cogtools.verification.result import Check, judged
@@ -52,12 +51,6 @@ FLOAT_FORMATS = {
     "float32": Float("<u4", 0x7F80_0000, 23, -126),
     "float64": Float("<u8", 0x7FF0_0000_0000_0000, 52, -1022),
 }
-
-
-def decode(data: bytes, dtype: str) -> NDArray[np.float64]:
-    """The values of little-endian bytes, in double precision, which holds all formats exactly."""
-    form = DTYPES[dtype]
-    return decoding.decode(np.frombuffer(data, decoding.raw_code(form, big_endian=False)), form).astype(np.float64)
 
 
 def place(index: int, shape: tuple[int, ...]) -> str:
@@ -126,7 +119,7 @@ def _scan(scan: _Scan, name: LoraKey, key: str, entry: TensorEntry, advance: Cal
         if (bits & form.exponent).max() == form.exponent:
             wrong = np.flatnonzero((bits & form.exponent) == form.exponent)
             if not bad:
-                value = decode(chunk[wrong[0] * entry.dtype.itemsize :][: entry.dtype.itemsize], entry.dtype.name)[0]
+                value = doubles(chunk[wrong[0] * entry.dtype.itemsize :][: entry.dtype.itemsize], entry.dtype)[0]
                 first_bad = f"{value} at {place(position + int(wrong[0]), entry.shape)}"
             bad += len(wrong)
         if name.factor == "A" and is_constant:
@@ -141,7 +134,7 @@ def _scan(scan: _Scan, name: LoraKey, key: str, entry: TensorEntry, advance: Cal
     if name.factor == "B" and is_zero:
         scan.zero.append(name)
     if name.factor == "A" and is_constant and first_value is not None:
-        value = decode(first_value.tobytes(), entry.dtype.name)[0]
+        value = doubles(first_value.tobytes(), entry.dtype)[0]
         scan.constant.append(Problem("constant", key, f"{value:.6g} throughout"))
 
 

@@ -11,6 +11,7 @@ from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.storage import is_file, is_folder
 from cogtools.errors import CheckpointError, Problem, command
 from cogtools.layouts import diffusers, peft, sat
+from cogtools.layouts.cogvideox import hidden_of
 from cogtools.layouts.naming import DIFFUSERS, PEFT, Naming, NearMiss, near_miss
 from cogtools.record import ExportRecord, read_record
 from cogtools.stated import Stated, read_stated
@@ -87,7 +88,7 @@ class WrittenLora:
     def most_common_hidden(self) -> int | None:
         """The hidden size that most tensors have: columns of lora_A, rows of lora_B."""
         sizes = Counter(
-            tensor.entry.shape[1] if name.factor == "A" else tensor.entry.shape[0]
+            hidden_of(name.factor, tensor.entry.shape)
             for name, tensor in self.tensors.items()
             if len(tensor.entry.shape) == 2
         )
