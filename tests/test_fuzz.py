@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +15,8 @@ from hypothesis import strategies as st
 
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.planning import plan_lora_export
+from tests import hostile
+from tests.fuzz_commands import dumped, good_lora, run
 from tests.fuzz_readers import TARGETS, seeds
 
 if TYPE_CHECKING:
@@ -57,6 +61,30 @@ def test_nothing_but_a_cogtools_error_comes_out(target: str, tmp_path: Path) -> 
         TARGETS[target](content, tmp_path)
 
     holds()
+
+
+@pytest.mark.parametrize(
+    ("entry", "field"),
+    [
+        ("lora_adapter_metadata", "transformer.r"),
+        ("lora_adapter_metadata", "transformer.rank_pattern"),
+        ("cogtools", "alpha"),
+    ],
+)
+def test_what_is_as_deep_as_json_can_be_read_is_told(entry: str, field: str, tmp_path: Path) -> None:
+    # Where reading it just succeeds, printing it may fail: that goes deeper by a few calls.
+    content = good_lora()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    stated = json.loads(header["__metadata__"][entry])
+    limit = sys.getrecursionlimit()
+    for levels in range(limit - 100, limit):
+        stated[field] = f"deep {levels}"
+        header["__metadata__"][entry] = dumped(stated)
+        path = tmp_path / "pytorch_lora_weights.safetensors"
+        path.write_bytes(hostile.safetensors(header, content[8 + size :]))
+        run(("inspect", "--json"), path)
+        run(("verify", "--json"), path)
 
 
 @pytest.mark.parametrize("seed", ["zip", "zip-without-crc32"])

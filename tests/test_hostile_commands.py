@@ -75,6 +75,35 @@ def header(count: int) -> bytes:
     return hostile.safetensors({f"{index:x}": entry for index in range(count)})
 
 
+def nested(levels: int, value: bytes) -> bytes:
+    """Dicts in each other, each under a key of 1,000 characters."""
+    key = data("k" * 1000)
+    return b"}" + (key + b"}") * (levels - 1) + key + value + b"s" * levels
+
+
+def far_down() -> bytes:
+    """One tensor, 60,000 times in a list to which a path of 30,000 characters leads."""
+    return with_tensor(nested(30, b"](" + AGAIN * 60_000 + b"e"))
+
+
+def in_many_places(count: int) -> bytes:
+    """One tensor under many keys of the state dict."""
+    items = b"".join(data(f"k{index:x}") + AGAIN for index in range(count))
+    return hostile.checkpoint(Code(_ONCE + b"N"), module=Code(b"}(" + items + b"u"))
+
+
+def under_many_prefixes(count: int) -> bytes:
+    """A state dict of which no part is like another, and none can be told in one line."""
+    names = (f"p{index}.{below}" for index in range(count) for below in (f"a{index}", f"b{index}.c"))
+    items = b"".join(data(name) + AGAIN for name in names)
+    return hostile.checkpoint(Code(_ONCE + b"N"), module=Code(b"}(" + items + b"u"))
+
+
+def one_key(key: str) -> bytes:
+    """A state dict of one key, which may be long."""
+    return hostile.checkpoint(module={key: hostile.tensor()})
+
+
 def no_tensors() -> bytes:
     """A checkpoint with many entries that are none."""
     return with_tensor(b"}(" + b"".join(data(f"{index:x}") + b"]" for index in range(50_000)) + b"u")
@@ -108,6 +137,22 @@ BOMBS: dict[str, Bomb] = {
             )
         ),
     ),
+    # checkpoint/index.py: the path to a tensor has no end, and one that is in many places is told as often
+    "one-tensor-far-down-60,000-times": Bomb(lambda: packed(far_down())),
+    "one-tensor-in-a-list-990,000-times": Bomb(
+        lambda: packed(with_tensor(b"](" + AGAIN * 990_000 + b"e")), (TEXT, JSON)
+    ),
+    "one-tensor-under-490,000-keys": Bomb(lambda: packed(in_many_places(490_000)), (TEXT, JSON)),
+    # layouts/sat.py and inspection/sections.py: a prefix is taken off, and the rest copied, again and again
+    "key-of-640,000-modules": Bomb(lambda: packed(one_key("module." * 640_000 + "x")), (TERMINAL, TREE)),
+    "lora-key-of-640,000-modules": Bomb(lambda: packed(one_key("module." * 640_000 + hostile.KEY)), (TEXT,)),
+    # render/folding.py: what is still to be opened is sorted anew for each that is
+    "15,000-prefixes": Bomb(lambda: packed(under_many_prefixes(15_000)), (TREE, ("inspect", "--tree"))),
+    # render/inspect.py: a key is shortened segment by segment
+    "key-of-2-megabytes-of-dots": Bomb(lambda: packed(one_key("." * (2 << 20))), (TERMINAL, TREE)),
+    # render/text.py: a character that is not printed takes four, each of them an object
+    "key-of-30-megabytes-of-control-characters": Bomb(lambda: packed(one_key("\x01" * (30 << 20))), (TERMINAL, JSON)),
+    "key-of-7-million-faces": Bomb(lambda: packed(one_key("\U0001f600" * (7 << 20))), (TERMINAL, JSON)),
     "entries-that-are-no-tensors": Bomb(lambda: packed(no_tensors())),
 }
 
