@@ -203,5 +203,8 @@ def _is_rank(value: object) -> TypeGuard[int]:
 def _short(value: object) -> str:
     if isinstance(value, int) and abs(value) >= MAX_NUMBER:
         return f"a number of {len(str(abs(value)))} digits"
-    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        return "values nested without end"
     return text if len(text) <= 80 else text[:79] + "…"

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from cogtools.checkpoint.limits import MAX_TENSORS
 from cogtools.checkpoint.storage import SourceFile, TensorEntry
 from cogtools.checkpoint.unpickler import Global, Pickle, Record
+from cogtools.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -111,6 +113,8 @@ def index_pickle(pickle: Pickle, file: SourceFile, file_format: str) -> Checkpoi
         values=_values_beside(pickle.value, wrapper),
         foreign=pickle.foreign,
     )
+    if len(state_dict) > MAX_TENSORS:
+        raise _too_many(file, f"{len(state_dict):,} entries in its state dict")
     unused = _UnusedNames()
     for key, value in state_dict.items():
         name = unused(_name(key))
@@ -120,10 +124,22 @@ def index_pickle(pickle: Pickle, file: SourceFile, file_format: str) -> Checkpoi
             checkpoint.not_tensors[name] = value
     unused = _UnusedNames()
     for place, entry in walk_tensors(pickle.value, state_dict):
+        if len(checkpoint.beside) == MAX_TENSORS:
+            raise _too_many(file, f"more than {MAX_TENSORS:,} tensors beside its state dict")
         path = unused(str(place))
         checkpoint.beside[path] = entry
         checkpoint.places[path] = place
     return checkpoint
+
+
+def _too_many(file: SourceFile, found: str) -> CheckpointError:
+    return CheckpointError(
+        "the checkpoint has more in it than any real one",
+        file=file.path,
+        found=found,
+        expected=f"at most {MAX_TENSORS:,}",
+        hint="it was made to look like a checkpoint: do not torch.load it",
+    )
 
 
 def find_state_dict(root: object) -> tuple[tuple[str, ...], dict[object, object]]:

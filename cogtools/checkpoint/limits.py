@@ -21,7 +21,7 @@ MAX_RECORDS = 100_000
 """The storages of a tar file, and its tensors. Real: some hundreds; the format ended in 2017."""
 
 MAX_TENSORS = 100_000
-"""The tensors of a safetensors file; a pickle's are bounded by its instructions. Real: 3,000."""
+"""The tensors of a file, and the other entries of its state dict. Real: 3,000."""
 
 MAX_INDEX_BYTES = 8 << 20
 """An index of shards. Real: 0.1 MB for 1,500 tensors."""
