@@ -457,6 +457,14 @@ def test_an_index_of_shards_is_known_by_its_content(index: Path) -> None:
             assert described_by_cogtools(checkpoint.tensors) == described_by_torch(TENSORS)
 
 
+def test_a_folder_that_is_called_blobs_is_none_of_the_cache(index: Path, tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    shard = next(file for file in index.parent.iterdir() if file.suffix == ".safetensors")
+    shard.rename(tmp_path / "blobs" / "0")
+    shard.symlink_to(tmp_path / "blobs" / "0")
+    assert "a link to another folder" in error_of(index)
+
+
 def test_shards_of_a_hugging_face_cache_are_links_to_blobs(index: Path, tmp_path: Path) -> None:
     snapshot, blobs = tmp_path / "hub" / "snapshots" / "abc", tmp_path / "hub" / "blobs"
     snapshot.mkdir(parents=True)

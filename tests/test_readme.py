@@ -4,6 +4,8 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +13,10 @@ import pytest
 import typer
 
 from cogtools import cli
+from cogtools.checkpoint import limits
+from tests import hostile
 from tests.command_line import ROOT, surroundings
+from tests.damage import DAMAGES
 from tests.demo import make_sample
 
 README = (ROOT / "README.md").read_text()
@@ -72,3 +77,39 @@ def test_the_readme_names_every_option(command: str) -> None:
         if name.startswith("--") and name != "--help"
     }
     assert {name for name in names if f"`{name}" not in README} == set()
+
+
+def mebibytes(size_bytes: int) -> str:
+    return f"{size_bytes >> 20} MiB"
+
+
+def test_the_readme_states_the_limits_that_are_kept() -> None:
+    stated = {
+        "bytes of a pickle, unpacked": mebibytes(limits.MAX_PICKLE_BYTES),
+        "bytes of a zip archive's directory": mebibytes(limits.MAX_DIRECTORY_BYTES),
+        "bytes of a safetensors header": mebibytes(limits.MAX_HEADER_BYTES),
+        "bytes of an index of shards": mebibytes(limits.MAX_INDEX_BYTES),
+        "bytes of `training_config.yaml`": f"{limits.MAX_TRAINING_CONFIG_BYTES >> 10} KiB",
+        "tensors of a file, entries of a state dict": f"{limits.MAX_TENSORS:,}",
+        "instructions of a pickle": f"{limits.MAX_INSTRUCTIONS:,}",
+        "items that its calls may copy": f"{limits.MAX_COPIED_ITEMS:,}",
+        "different names in it": f"{limits.MAX_NAMES:,}",
+        "items in all keys that are tuples or very large numbers": f"{limits.MAX_CHOSEN_KEY_ITEMS:,}",
+        "dimensions of a tensor": str(limits.MAX_DIMENSIONS),
+    }
+    assert [row for name, value in stated.items() if (row := f"| {name} | {value} |") not in README] == []
+
+
+def test_the_readme_states_how_much_is_tested() -> None:
+    rows = Counter(type(row).__name__ for row in chain(hostile.pickles(), hostile.files()))
+    stated = f"{rows['HostilePickle']:,} hostile pickles and {rows['HostileFile']:,} hostile files and folders"
+    assert stated in " ".join(README.split())
+
+
+def test_the_readme_states_how_many_damages_are_found() -> None:
+    silent = sum(damage.diffusers.says == "silent" for damage in DAMAGES)
+    hidden = sum(damage.plain == "pass" for damage in DAMAGES)
+    text = " ".join(README.split())
+    assert f"damaged in {len(DAMAGES)} ways" in text
+    assert f"{silent} of them load without a word" in text
+    assert f"`verify` finds every one, {hidden} of them only with `--against` or `--load`" in text

@@ -79,18 +79,27 @@ def read_index(path: Path) -> dict[str, object]:
 
 
 def _refuse_outside(index: Path, folder: Path, name: str) -> None:
-    """Refuse a shard outside of the index's folder, links followed.
-
-    Hugging Face's cache keeps shards in a folder `blobs`, and links to them.
-    """
+    """Refuse a shard outside of the index's folder, links followed."""
     if not name or Path(name).name != name or "\\" in name or "\0" in name:
         raise _no_index(index, f"the file {name!r}, which is not beside it")
     try:
         shard = (folder / name).resolve()
     except (OSError, ValueError, RuntimeError) as error:  # half a surrogate pair; links in a circle
         raise _no_index(index, f"the file {name!r}, which no file can be called") from error
-    if shard.parent != folder and shard.parent.name != "blobs":
+    if shard.parent not in (folder, _blobs_of(folder)):
         raise _no_index(index, f"the file {name!r}, a link to another folder")
+
+
+def _blobs_of(folder: Path) -> Path | None:
+    """Where Hugging Face's cache keeps the files of a folder: it has links to them. None for any other folder.
+
+    The folder is `snapshots/REVISION`, or one of a pipeline's components in it; the files are in `blobs` beside
+    `snapshots`.
+    """
+    for snapshot in (folder, folder.parent):
+        if snapshot.parent.name == "snapshots":
+            return snapshot.parent.with_name("blobs")
+    return None
 
 
 def _no_index(path: Path, found: str) -> CheckpointError:
