@@ -13,7 +13,7 @@ import torch
 
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.storage import SourceFile
-from cogtools.checkpoint.torch_zip import read_directory, unpacked_range
+from cogtools.checkpoint.zip_archive import read_directory, unpacked_range
 from cogtools.errors import CheckpointError
 from tests.factories import SAVERS, TOY_5B, WRAPPERS, sat_checkpoint, sat_state_dict
 from tests.oracles import described_by_cogtools, described_by_torch, torch_load

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from cogtools.checkpoint import safetensors, torch_legacy, torch_tar, torch_zip
+from cogtools.checkpoint import safetensors, torch_legacy, torch_tar, torch_zip, zip_archive
 from cogtools.checkpoint.storage import SourceFile
 from cogtools.errors import CheckpointError
 
@@ -26,7 +26,7 @@ class FileFormat(NamedTuple):
 
 
 FORMATS = (
-    FileFormat(lambda start: start.startswith(torch_zip.MAGIC), torch_zip.open_torch_zip),
+    FileFormat(lambda start: start.startswith(zip_archive.MAGIC), torch_zip.open_torch_zip),
     FileFormat(safetensors.looks_like_safetensors, safetensors.open_safetensors),
     FileFormat(torch_legacy.looks_legacy, torch_legacy.open_torch_legacy),
     FileFormat(torch_tar.looks_like_tar, torch_tar.open_torch_tar),
@@ -45,6 +45,6 @@ def looks_like_checkpoint(path: Path) -> bool:
             start = read_start(file)
     except CheckpointError:
         return False
-    if start.startswith(torch_zip.MAGIC):
+    if start.startswith(zip_archive.MAGIC):
         return b"data.pkl" in start
     return any(file_format.fits(start) for file_format in FORMATS)
