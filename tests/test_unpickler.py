@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cogtools.checkpoint import limits
+from cogtools.checkpoint.plain_calls import PLAIN_ONLY
 from cogtools.checkpoint.unpickler import (
-    PLAIN_ONLY,
     Global,
     MalformedPickleError,
     Record,

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.index import Checkpoint, index_pickle
 from cogtools.checkpoint.limits import MAX_PICKLE_BYTES, SHORT_INSTRUCTIONS
+from cogtools.checkpoint.plain_calls import PLAIN_ONLY
 from cogtools.checkpoint.shown import shown
 from cogtools.checkpoint.storage import FileRange, SourceFile, Storage
 from cogtools.checkpoint.torch_pickle import OpenStorage, malformed, torch_vocabulary
 from cogtools.checkpoint.unpickler import (
-    PLAIN_ONLY,
     MalformedPickleError,
     Pickle,
     all_foreign,

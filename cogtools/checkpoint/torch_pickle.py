@@ -14,11 +14,11 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from cogtools.checkpoint.dtypes import BY_STORAGE_CLASS, DTYPES, UNTYPED_STORAGE_CLASS, DType
+from cogtools.checkpoint.plain_calls import PLAIN_CALLS
 from cogtools.checkpoint.shapes import can_be_shape, can_be_steps
 from cogtools.checkpoint.shown import shown
 from cogtools.checkpoint.storage import Storage, TensorEntry
 from cogtools.checkpoint.unpickler import (
-    PLAIN_CALLS,
     Global,
     MalformedPickleError,
     PickleMachine,

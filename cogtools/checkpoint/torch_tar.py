@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from cogtools.checkpoint.dtypes import BY_STORAGE_CLASS, DType
 from cogtools.checkpoint.index import Checkpoint, index_pickle
 from cogtools.checkpoint.limits import MAX_DIMENSIONS, MAX_PICKLE_BYTES, MAX_RECORDS, SHORT_INSTRUCTIONS
+from cogtools.checkpoint.plain_calls import PLAIN_CALLS
 from cogtools.checkpoint.storage import FileRange, SourceFile, Storage
 from cogtools.checkpoint.torch_pickle import ORDINARY_NAMES, StorageReference, malformed, tensor_entry
 from cogtools.checkpoint.unpickler import (
-    PLAIN_CALLS,
     Global,
     MalformedPickleError,
     Vocabulary,
