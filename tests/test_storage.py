@@ -45,6 +45,21 @@ def _has_typed_storage(tensor: torch.Tensor) -> bool:
     return DTYPES[str(tensor.dtype).removeprefix("torch.")].storage_class is not None
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, 8, 20, 100, 1000])
+def test_no_piece_of_a_tensor_is_larger_than_asked_for(chunk_bytes: int, tmp_path: Path) -> None:
+    tensors = {
+        "transposed": torch.arange(60.0).reshape(3, 4, 5).permute(2, 0, 1),
+        "repeated": torch.arange(3.0).reshape(3, 1).expand(3, 40),
+        "whole": torch.arange(60.0),
+    }
+    torch.save(tensors, tmp_path / "x.pt")
+    with open_checkpoint(tmp_path / "x.pt") as checkpoint:
+        for key, entry in checkpoint.tensors.items():
+            pieces = list(tensor_chunks(entry, chunk_bytes))
+            assert b"".join(pieces) == tensors[key].contiguous().numpy().tobytes()
+            assert max(map(len, pieces)) <= max(chunk_bytes, entry.dtype.itemsize)
+
+
 def test_tensors_that_share_a_storage_in_torch_share_it_in_the_index(tmp_path: Path) -> None:
     torch.save(zoo(), tmp_path / "zoo.pt")
     loaded = torch_load(tmp_path / "zoo.pt")

@@ -13,6 +13,7 @@ from cogtools.checkpoint.storage import FileRange
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from cogtools.checkpoint.decoding import Array
     from cogtools.checkpoint.storage import TensorEntry
 
 CHUNK_BYTES = 8 << 20
@@ -52,6 +53,16 @@ def _rearranged(entry: TensorEntry, chunk_bytes: int) -> Iterator[bytes]:
         strides=[step * itemsize for step in entry.stride] or (itemsize,),
         writeable=False,
     )
-    rows = max(chunk_bytes // (entry.size_bytes // view.shape[0]), 1)
+    yield from _pieces(view, chunk_bytes)
+
+
+def _pieces(view: Array, piece_bytes: int) -> Iterator[bytes]:
+    """The bytes of a view in row-major order: as many rows at a time as fit, or parts of a row that is larger."""
+    row_bytes = view[0].nbytes
+    if row_bytes > piece_bytes and view.ndim > 1:
+        for row in view:
+            yield from _pieces(row, piece_bytes)
+        return
+    rows = max(piece_bytes // row_bytes, 1)
     for first in range(0, view.shape[0], rows):
         yield view[first : first + rows].tobytes()
