@@ -102,4 +102,6 @@ def _show_table(report: VerifyReport, checks: list[Check]) -> None:
         # Not wrapped: a command that is broken into lines cannot be pasted.
         for line in under:
             console.print(Text(f"  {printable(line)}"))
+        if under:
+            console.print()
     console.print(Text(printable(verdict_line(report)), style=_STYLES[report.verdict]))

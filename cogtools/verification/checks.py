@@ -253,6 +253,8 @@ def figures(values: Iterable[float]) -> str:
 def check_scale(lora: WrittenLora, found: Mapping[str, float], by_peft: Mapping[str, float]) -> Check:
     """The scale is stated, where and how the program that loads the file reads it."""
     name = "scale"
+    if not lora.tensors:
+        return Check(name, "skipped", _NO_TENSORS)
     stated = lora.stated
     if stated.is_nothing:
         if lora.naming is DIFFUSERS:
