@@ -131,8 +131,8 @@ def export_lora(
     """
     target = output_path(Path(out))
     output = AtomicFile(target, overwrite=overwrite)
-    output.refuse_existing()
     with open_checkpoint(checkpoint, iteration=iteration, ema=ema) as opened:
+        output.refuse_existing()
         prepared = prepare_export(opened, alpha=alpha, scale=scale, dtype=dtype, allow_partial=allow_partial)
         output.refuse_source(opened.files)
         refuse_unwritable(target, prepared.size_bytes)

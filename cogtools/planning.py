@@ -7,7 +7,6 @@ tensor of the checkpoint it is; so it serves `inspect` (what would this become?)
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,6 +15,7 @@ from cogtools.checkpoint.zero3 import whole_tensor
 from cogtools.errors import CheckpointError, ExportError, OptionError, Problem, command
 from cogtools.layouts import cogvideox, diffusers, sat
 from cogtools.layouts.cogvideox import LoraKey, Transformer
+from cogtools.numbers import is_positive
 from cogtools.refusals import no_lora, refuse_unexportable, tensor_parallel
 from cogtools.training_config import TrainingConfig, find_training_config, read_training_config
 from cogtools.words import BY_CONFIG, BY_DEFAULT, BY_HAND, fold_names, fold_numbers
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 DEFAULT_ALPHA = 1
 """SAT's alpha where the user set none (sat/model/finetune/lora2.py, `LoraMixin.__init__`)."""
+
+
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+"""The dtypes that a LoRA can have."""
 
 
 class Alpha(NamedTuple):
@@ -240,10 +244,6 @@ def _differing(sources: dict[LoraKey, Source], facts: _Facts | None) -> list[Pro
     return problems
 
 
-FLOATS = ("float32", "float16", "bfloat16", "float64")
-"""The dtypes that a LoRA can have."""
-
-
 def _transformer(
     checkpoint: Checkpoint, sources: dict[LoraKey, Source], facts: _Facts
 ) -> tuple[Transformer, list[str]]:
@@ -309,7 +309,7 @@ def _alpha(given: float | None, config: TrainingConfig | None) -> tuple[Alpha, l
     """The training's alpha, and what to say if nothing states it, or two do and differ."""
     stated = config.alpha if config is not None else None
     if given is not None:
-        if not (math.isfinite(given) and given > 0):
+        if not is_positive(given):
             raise OptionError("alpha must be a number above 0", found=str(given), hint="leave --alpha out if unsure")
         alpha = Alpha(int(given) if given == int(given) else given, BY_HAND)
         differs = stated is not None and stated != given

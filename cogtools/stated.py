@@ -125,7 +125,7 @@ def _read_fields(fields: Mapping[str, object], *, is_diffusers: bool) -> Stated:
     problems = [Problem("missing", name, _ABSENT[name], "the value") for name in _ABSENT if name not in fields]
     rank, alpha, targets = fields.get("r"), fields.get("lora_alpha"), fields.get("target_modules")
     if "r" in fields and not _is_rank(rank):
-        problems.append(Problem("wrong", "r", _short(rank), "a whole number from 1 on"))
+        problems.append(Problem("wrong", "r", _short(rank), "a whole number, 1 or more"))
     if "lora_alpha" in fields and not is_positive(alpha):
         problems.append(Problem("wrong", "lora_alpha", _short(alpha), "a number above 0"))
     problems += [
@@ -168,7 +168,7 @@ def _patterns(
     """A rank_pattern or alpha_pattern; None if some of its keys are not evaluated."""
     value = fields.get(name, {})
     if not isinstance(value, dict) or not all(map(is_value, value.values())):
-        what = "whole numbers from 1 on" if is_value is _is_rank else "numbers above 0"
+        what = "whole numbers, 1 or more" if is_value is _is_rank else "numbers above 0"
         problems.append(Problem("wrong", name, _short(value), f"an object of {what}, by module"))
         return ()
     if len(value) > MAX_PATTERNS:

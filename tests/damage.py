@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,22 +25,6 @@ PREFIX = "transformer."
 ADAPTER_KEY = "lora_adapter_metadata"
 RECORD_KEY = "cogtools"
 DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-PLAIN_CHECKS = (
-    "readable",
-    "names",
-    "complete",
-    "pairs",
-    "shapes",
-    "rank",
-    "dtype",
-    "finite",
-    "untrained",
-    "constant",
-    "scale",
-    "target_modules",
-    "record",
-)
-"""The checks of ``verify`` that need neither the checkpoint nor diffusers, in its order."""
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 Floats = NDArray[np.float32]
@@ -530,6 +514,9 @@ Check = Literal[
     "against-scale",
     "load",
 ]
+
+PLAIN_CHECKS = tuple(name for name in get_args(Check) if name not in ("against", "against-scale", "load"))
+"""The checks of ``verify`` that need neither the checkpoint nor diffusers, in its order."""
 
 
 @dataclass(frozen=True)

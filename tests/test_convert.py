@@ -425,3 +425,9 @@ def test_a_checkpoint_that_is_written_to_while_it_is_read_is_refused(tmp_path: P
     with pytest.raises(CheckpointError, match="the file was changed while it was read"):
         export_lora(tmp_path / "a.pt", tmp_path / "out", progress=meddle)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_checkpoint_is_told_first_where_the_output_exists_too(tmp_path: Path) -> None:
+    (tmp_path / "out.safetensors").touch()
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        export_lora(tmp_path / "nowhere.pt", tmp_path / "out.safetensors")

@@ -410,7 +410,7 @@ def test_without_a_training_configuration_the_default_is_said_to_be_a_guess(tmp_
     )
 
 
-@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("alpha", [0.0, -1.0, 1e300, float("nan"), float("inf")])
 def test_an_alpha_that_cannot_be_is_refused(tmp_path: Path, alpha: float) -> None:
     with pytest.raises(OptionError, match="alpha must be a number above 0"):
         plan(saved(tmp_path / "a.pt", toy()), alpha=alpha)

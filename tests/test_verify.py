@@ -623,7 +623,7 @@ HUGE = 10**400
     ("name", "problem"),
     [
         ("lora_alpha", "wrong: lora_alpha (found a number of 401 digits, expected a number above 0)"),
-        ("r", "wrong: r (found a number of 401 digits, expected a whole number from 1 on)"),
+        ("r", "wrong: r (found a number of 401 digits, expected a whole number, 1 or more)"),
     ],
 )
 def test_a_number_too_large_to_be_meant_is_a_failure(name: str, problem: str, good: Source, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from cogtools.checkpoint.shown import MAX_SHOWN_CHARS
 from cogtools.errors import SHOWN_PROBLEMS
 from cogtools.render.style import CYAN, DIM, GREEN, RED, YELLOW
 from cogtools.render.text import printable, size
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
         SecondCopy,
     )
     from cogtools.render.style import Style
-
-MAX_SHOWN_CHARS = 100
-"""How much of a text from the file, other than a key, is shown."""
 
 SHOWN_ITERATIONS = 3
 """Of many iterations so many are named at the beginning and at the end, besides the marked ones."""

@@ -114,7 +114,8 @@ def _check_tensors(lora: WrittenLora, source: Source, advance: Callable[[int], N
         *([f"{len(missing)} of the checkpoint's {counted(len(planned), 'tensor')} missing"] if missing else []),
         *([f"{counted(len(unexpected), 'tensor')} that the checkpoint does not have"] if unexpected else []),
     ]
-    hint = _other_weights(lora, source) if 2 * len(different) > len(shared) else None
+    other_values = sum(problem.kind == "value" for _, problem in different)
+    hint = _other_weights(lora, source) if 2 * other_values > len(shared) else None
     return Check("against", "fail", ", ".join(seen), tuple(problems), hint)
 
 
