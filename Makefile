@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 demo: $(READY)  ## Make a sample checkpoint, then export, verify and inspect it.
-	@$(BIN)/python -m tests.demo $(BIN)/cogtools .demo
+	@$(BIN)/python -m tools.demo $(BIN)/cogtools .demo
 
 test: $(READY)  ## Run the tests.
 	$(BIN)/python -m pytest -q
@@ -35,11 +35,11 @@ bench: $(READY)  ## Measure speed and memory against torch and diffusers, as rat
 	$(BIN)/python -m benchmarks.bench .bench
 
 stress: $(READY)  ## Kill hundreds of exports at random moments.
-	$(BIN)/python -m tests.interruption --rounds 300
+	$(BIN)/python -m tests.support.interruption --rounds 300
 
 fuzz: $(READY)  ## Fuzz all that reads files, for SECONDS=300 in all.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
-	$(BIN)/python -m tests.fuzz_readers .fuzz --seconds $(SECONDS)
+	$(BIN)/python -m tests.support.fuzz_readers .fuzz --seconds $(SECONDS)
 
 clean:  ## Remove everything that make and the tools made.
 	rm -rf .venv .demo .bench .fuzz build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

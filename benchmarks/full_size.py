@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 import torch
 
-from tests.factories import (
+from tests.support.factories import (
     COGVIDEOX_1_5_5B,
     COGVIDEOX_1_5_5B_I2V,
     COGVIDEOX_2B,

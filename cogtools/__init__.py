@@ -10,26 +10,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from cogtools.version import __version__
 
 if TYPE_CHECKING:
     from cogtools.checkpoint.opening import open_checkpoint
-    from cogtools.convert import ExportReport, export_lora
     from cogtools.errors import CogtoolsError
-    from cogtools.inspection.analysis import inspect_checkpoint
+    from cogtools.export.export import ExportReport, export_lora
+    from cogtools.inspection.inspect import inspect_checkpoint
     from cogtools.inspection.report import CheckpointReport
     from cogtools.inspection.selection import Selection
-    from cogtools.verification.result import VerifyReport
+    from cogtools.verification.report import VerifyReport
     from cogtools.verification.verify import verify_lora
 
 _HOME = {
     "CheckpointReport": "cogtools.inspection.report",
     "CogtoolsError": "cogtools.errors",
-    "ExportReport": "cogtools.convert",
-    "VerifyReport": "cogtools.verification.result",
+    "ExportReport": "cogtools.export.export",
+    "VerifyReport": "cogtools.verification.report",
     "Selection": "cogtools.inspection.selection",
-    "export_lora": "cogtools.convert",
-    "inspect_checkpoint": "cogtools.inspection.analysis",
+    "export_lora": "cogtools.export.export",
+    "inspect_checkpoint": "cogtools.inspection.inspect",
     "open_checkpoint": "cogtools.checkpoint.opening",
     "verify_lora": "cogtools.verification.verify",
 }

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from cogtools import cli
-from tests.command_line import CommandLine, Result
-from tests.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
+from tests.support.command_line import CommandLine, Result
+from tests.support.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
 
 
 @pytest.fixture(scope="session")

@@ -17,15 +17,15 @@ from __future__ import annotations
 import contextlib
 import heapq
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.indices import PIPELINE_INDEX, SHARD_INDEX_SUFFIXES, kind_of_index, read_index
-from cogtools.checkpoint.shown import MAX_SHOWN_CHARS
-from cogtools.checkpoint.sniffing import looks_like_checkpoint
-from cogtools.checkpoint.storage import SourceFile, is_file, is_folder
+from cogtools.checkpoint.files import SourceFile, is_file, is_folder
+from cogtools.checkpoint.formats.kinds import looks_like_checkpoint
+from cogtools.checkpoint.run import Iteration, Run
+from cogtools.checkpoint.shards import PIPELINE_INDEX, SHARD_INDEX_SUFFIXES, kind_of_index, read_index
 from cogtools.errors import SHOWN_PROBLEMS, CheckpointError
+from cogtools.formatting import MAX_SHOWN_CHARS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -55,42 +55,6 @@ _MAX_LATEST_BYTES = 64
 
 _MOST_SNIFFED = 16
 """How many files of a folder are opened at most to see what they are, where no name tells."""
-
-
-class Iteration(NamedTuple):
-    """The folder of one iteration in a trainer's save folder."""
-
-    number: int
-    ema: bool
-    folder: Path
-
-    def __str__(self) -> str:
-        return self.folder.name
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A trainer's save folder, and which of its iterations was taken.
-
-    Attributes:
-        folder: the save folder.
-        iterations: all there are, by number, those with EMA weights after those without.
-        latest: what its file `latest` says; None if there is none.
-        chosen: the one that was taken.
-    """
-
-    folder: Path
-    iterations: tuple[Iteration, ...]
-    latest: str | None
-    chosen: Iteration
-
-    @property
-    def twin(self) -> Iteration | None:
-        """The same iteration with EMA weights, if the chosen one is without, and the other way round."""
-        return next(
-            (item for item in self.iterations if item.number == self.chosen.number and item.ema != self.chosen.ema),
-            None,
-        )
 
 
 def find_run(file: Path) -> Run | None:

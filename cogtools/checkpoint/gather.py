@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.storage import FileRange
+from cogtools.checkpoint.files import FileRange
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cogtools.checkpoint.decoding import Array
-    from cogtools.checkpoint.storage import TensorEntry
+    from cogtools.checkpoint.tensors import TensorEntry
 
 CHUNK_BYTES = 8 << 20
 

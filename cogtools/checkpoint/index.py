@@ -6,15 +6,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from cogtools.checkpoint.limits import MAX_TENSORS
-from cogtools.checkpoint.storage import SourceFile, TensorEntry
-from cogtools.checkpoint.unpickler import Global, Pickle, Record
+from cogtools.checkpoint.pickle.machine import Global, Pickle, Record
+from cogtools.checkpoint.tensors import TensorEntry
 from cogtools.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from cogtools.checkpoint.folder import Run
+    from cogtools.checkpoint.files import SourceFile
+    from cogtools.checkpoint.run import Run
 
 WRAPPERS = ("module", "model", "state_dict")
 """The keys under which a state dict is kept, by DeepSpeed and by people who save one again."""

@@ -17,9 +17,6 @@ MAX_DIRECTORY_BYTES = 8 << 20
 MAX_HEADER_BYTES = 8 << 20
 """The header of a safetensors file. Real: 0.2 MB; some trainers add 2 MB of notes on their data."""
 
-MAX_RECORDS = 100_000
-"""The storages of a tar file, and its tensors. Real: some hundreds; the format ended in 2017."""
-
 MAX_TENSORS = 100_000
 """The tensors of a file, and the other entries of its state dict. Real: 3,000."""
 

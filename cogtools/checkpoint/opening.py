@@ -7,17 +7,17 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cogtools.checkpoint.files import SourceFile, is_folder
 from cogtools.checkpoint.folder import find_file, find_run, pipeline_components, refuse_choice
+from cogtools.checkpoint.formats.kinds import FORMATS, START_BYTES, read_start
 from cogtools.checkpoint.index import Checkpoint
-from cogtools.checkpoint.indices import kind_of_index, read_shard_index
-from cogtools.checkpoint.sniffing import FORMATS, START_BYTES, read_start
-from cogtools.checkpoint.storage import SourceFile, is_folder
+from cogtools.checkpoint.shards import kind_of_index, read_shard_index
 from cogtools.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cogtools.checkpoint.storage import TensorEntry
+    from cogtools.checkpoint.tensors import TensorEntry
 
 _OTHER_FILES = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch the file with: git lfs pull"),

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.storage import TensorEntry
-from cogtools.checkpoint.unpickler import Global, Record
-from cogtools.dangers import danger_of
+from cogtools.checkpoint.pickle.dangers import danger_of
+from cogtools.checkpoint.pickle.machine import Global, Record
+from cogtools.checkpoint.plausible import is_number
+from cogtools.checkpoint.tensors import TensorEntry
 from cogtools.inspection.report import EntryReport, FileReport, GlobalReport, IterationReport
-from cogtools.numbers import is_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from cogtools.checkpoint.folder import Run
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.run import Run
 
 TRAINER_FACTS = (
     "iteration",

@@ -6,25 +6,26 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-from cogtools.checkpoint.zero3 import whole_tensor
+from cogtools.checkpoint.tensors import whole_tensor
+from cogtools.conversion.adapter_config import Stated, read_stated
+from cogtools.conversion.plan import DEFAULT_ALPHA, LoraPlan, plan_lora_export
+from cogtools.conversion.refusals import refuse_unexportable
+from cogtools.conversion.scale import BY_CONFIG, BY_DEFAULT
+from cogtools.conversion.training_config import find_training_config, read_training_config
 from cogtools.errors import CogtoolsError
 from cogtools.inspection.report import ExportOutlook, LoraReport
 from cogtools.inspection.sections import is_lora_key
 from cogtools.layouts import diffusers, peft, sat
-from cogtools.layouts.cogvideox import LoraKey, hidden_of, lora_keys, rank_of
+from cogtools.layouts.family import LoraKey, hidden_of, lora_keys, rank_of
+from cogtools.layouts.folded import fold_names
 from cogtools.layouts.naming import DIFFUSERS, PEFT, near_miss
-from cogtools.planning import DEFAULT_ALPHA, LoraPlan, plan_lora_export
-from cogtools.refusals import refuse_unexportable
-from cogtools.stated import Stated, read_stated
-from cogtools.training_config import find_training_config, read_training_config
-from cogtools.words import BY_CONFIG, BY_DEFAULT, fold_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cogtools.checkpoint.index import Checkpoint
-    from cogtools.checkpoint.storage import TensorEntry
-    from cogtools.layouts.cogvideox import Transformer
+    from cogtools.checkpoint.tensors import TensorEntry
+    from cogtools.layouts.family import Transformer
 
 _LAYOUTS: dict[str, Callable[[str], LoraKey | None]] = {
     "SAT": sat.parse_lora_key,

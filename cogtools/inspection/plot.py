@@ -13,10 +13,10 @@ import os
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cogtools.checkpoint.storage import is_folder
+from cogtools.checkpoint.files import is_folder
 from cogtools.errors import ExportError, OptionError, OutputError, command
-from cogtools.layouts.cogvideox import PROJECTIONS
-from cogtools.words import counted
+from cogtools.formatting import counted
+from cogtools.layouts.family import PROJECTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

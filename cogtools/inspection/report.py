@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from cogtools.dangers import Danger
+    from cogtools.checkpoint.pickle.dangers import Danger
     from cogtools.errors import Problem
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import fnmatch
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from cogtools.errors import OptionError
 from cogtools.inspection.sections import SECTIONS
-from cogtools.options import Sort
 
 if TYPE_CHECKING:
     from cogtools.inspection.report import TensorReport
+
+Sort = Literal["key", "size", "offset"]
+"""The order in which `inspect` lists tensors."""
 
 _GLOB = frozenset("*?[")
 _DIGITS = re.compile(r"([0-9]{1,18})")

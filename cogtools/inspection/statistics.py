@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cogtools.checkpoint.decoding import Array, can_decode, decode, raw_code
-from cogtools.checkpoint.storage import FileRange
+from cogtools.checkpoint.files import FileRange
 from cogtools.inspection.report import Statistics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cogtools.checkpoint.storage import TensorEntry
+    from cogtools.checkpoint.tensors import TensorEntry
 
 PIECE_ELEMENTS = 1 << 17
 """How many elements are looked at at a time: in double precision they take 1 MB, and stay in the processor's cache."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
     from cogtools.checkpoint.index import Checkpoint
-    from cogtools.checkpoint.storage import Storage, TensorEntry
+    from cogtools.checkpoint.tensors import Storage, TensorEntry
     from cogtools.inspection.listing import Listed
 
 

@@ -16,12 +16,12 @@ import numpy as np
 from cogtools.checkpoint.decoding import Array, can_decode, doubles
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.inspection.report import UpdateReport
-from cogtools.layouts.cogvideox import PROJECTIONS, LoraKey
+from cogtools.layouts.family import PROJECTIONS, LoraKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from cogtools.checkpoint.storage import TensorEntry
+    from cogtools.checkpoint.tensors import TensorEntry
     from cogtools.inspection.lora import Module
 
 MAX_RANK = 4096

@@ -17,7 +17,7 @@ import json
 import re
 from typing import TYPE_CHECKING
 
-from cogtools.layouts.cogvideox import LAYER_NUMBER, LoraKey, Transformer, recognise
+from cogtools.layouts.family import LAYER_NUMBER, LoraKey, Transformer, recognise
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -10,7 +10,7 @@ import re
 from typing import NamedTuple
 
 from cogtools.layouts import diffusers, peft, sat
-from cogtools.layouts.cogvideox import LAYER_NUMBER, LoraKey
+from cogtools.layouts.family import LAYER_NUMBER, LoraKey
 
 
 class Naming(NamedTuple):

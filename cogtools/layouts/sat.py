@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from cogtools.layouts.cogvideox import LAYER_NUMBER, LoraKey, Transformer, hidden_of, recognise
+from cogtools.layouts.family import LAYER_NUMBER, LoraKey, Transformer, hidden_of, recognise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

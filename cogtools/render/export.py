@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from cogtools.conversion.scale import ALPHA_SOURCES
 from cogtools.errors import Problem
-from cogtools.layouts.cogvideox import PROJECTIONS
+from cogtools.formatting import number
+from cogtools.layouts.family import PROJECTIONS
 from cogtools.render.text import emit, notice, printable, shortened, size, talk
-from cogtools.words import ALPHA_SOURCES, number
 
 if TYPE_CHECKING:
-    from cogtools.batch import BatchItem, BatchReport
-    from cogtools.convert import ExportReport
+    from cogtools.export.batch import BatchItem, BatchReport
+    from cogtools.export.export import ExportReport
 
 
 def show_export(report: ExportReport) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
-from cogtools.words import counted, fold_numbers
+from cogtools.formatting import counted, fold_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

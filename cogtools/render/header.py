@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from cogtools.checkpoint.shown import MAX_SHOWN_CHARS
+from cogtools.conversion.scale import ALPHA_SOURCES
 from cogtools.errors import SHOWN_PROBLEMS
+from cogtools.formatting import MAX_SHOWN_CHARS, counted, fold_numbers, number
 from cogtools.render.style import CYAN, DIM, GREEN, RED, YELLOW
 from cogtools.render.text import printable, size
-from cogtools.words import ALPHA_SOURCES, counted, fold_numbers, number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

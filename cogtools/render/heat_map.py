@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
-from cogtools.layouts.cogvideox import PROJECTIONS
+from cogtools.formatting import counted, number
+from cogtools.layouts.family import PROJECTIONS
+from cogtools.layouts.folded import fold_modules
 from cogtools.render.style import DIM, YELLOW
-from cogtools.words import counted, fold_modules, number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cogtools.formatting import counted
 from cogtools.render.header import header_lines, section_lines
 from cogtools.render.heat_map import heat_map_lines
 from cogtools.render.style import BOLD, Style
 from cogtools.render.table import table_lines
 from cogtools.render.text import emit, notice, printable
 from cogtools.render.tree import tree_lines
-from cogtools.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

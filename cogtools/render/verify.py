@@ -6,13 +6,13 @@ import sys
 from typing import TYPE_CHECKING
 
 from cogtools.errors import SHOWN_PROBLEMS
+from cogtools.formatting import number
 from cogtools.render.text import emit, is_terminal, notice, printable, size
-from cogtools.words import number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cogtools.verification.result import Check, VerifyReport
+    from cogtools.verification.report import Check, VerifyReport
 
 _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "skipped": "dim"}
 

@@ -16,14 +16,15 @@ import numpy as np
 from cogtools.checkpoint.decoding import doubles
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.conversion.plan import plan_lora_export
+from cogtools.conversion.scale import ALPHA_SOURCES, BY_DEFAULT, BY_HAND
+from cogtools.conversion.training_config import FILE_NAME as CONFIG_FILE_NAME
 from cogtools.errors import CheckpointError, Problem, command
-from cogtools.planning import plan_lora_export
-from cogtools.training_config import FILE_NAME as CONFIG_FILE_NAME
+from cogtools.formatting import counted, number
 from cogtools.verification.checks import figures
 from cogtools.verification.hints import only_load_tells
-from cogtools.verification.result import Check, folded
+from cogtools.verification.report import Check, folded
 from cogtools.verification.values import FLOAT_FORMATS, place
-from cogtools.words import ALPHA_SOURCES, BY_DEFAULT, BY_HAND, counted, number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from cogtools.checkpoint.index import Checkpoint
-    from cogtools.layouts.cogvideox import LoraKey
-    from cogtools.planning import LoraPlan, PlannedTensor
-    from cogtools.record import ExportRecord
+    from cogtools.conversion.plan import LoraPlan, PlannedTensor
+    from cogtools.conversion.record import ExportRecord
+    from cogtools.layouts.family import LoraKey
     from cogtools.verification.written import WrittenLora, WrittenTensor
 
 _SLACK = 1 + 2**-12

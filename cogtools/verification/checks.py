@@ -10,20 +10,22 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from cogtools.conversion.plan import FLOATS
 from cogtools.errors import Problem, command
-from cogtools.layouts import cogvideox, diffusers
-from cogtools.layouts.cogvideox import LoraKey
+from cogtools.formatting import counted, number
+from cogtools.layouts import diffusers
+from cogtools.layouts import family as cogvideox
+from cogtools.layouts.family import LoraKey
+from cogtools.layouts.folded import fold_names
 from cogtools.layouts.naming import DIFFUSERS
 from cogtools.layouts.peft import path_ends
-from cogtools.planning import FLOATS
 from cogtools.verification.hints import only_load_tells
-from cogtools.verification.result import Check, folded, judged
-from cogtools.words import counted, fold_names, number
+from cogtools.verification.report import Check, folded, judged
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from cogtools.record import ExportRecord
+    from cogtools.conversion.record import ExportRecord
     from cogtools.verification.expected import Expected
     from cogtools.verification.written import WrittenLora
 

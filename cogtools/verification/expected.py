@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cogtools.errors import OptionError
-from cogtools.layouts import cogvideox, diffusers
-from cogtools.layouts.cogvideox import MAX_LAYERS, MODELS, LoraKey, Transformer, recognise
+from cogtools.layouts import diffusers
+from cogtools.layouts import family as cogvideox
+from cogtools.layouts.family import MAX_LAYERS, MODELS, LoraKey, Transformer, recognise
 
 if TYPE_CHECKING:
     from collections.abc import Collection

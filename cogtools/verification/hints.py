@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cogtools.conversion.options import CASTS
 from cogtools.errors import command
 from cogtools.layouts.naming import DIFFUSERS
-from cogtools.options import CASTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cogtools.verification.result import Check
+    from cogtools.verification.report import Check
     from cogtools.verification.written import WrittenLora
 
 _MADE_AGAIN = frozenset(

@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from cogtools.errors import Problem
-from cogtools.layouts.cogvideox import MODELS
+from cogtools.formatting import counted, number
 from cogtools.layouts.diffusers import module_path
+from cogtools.layouts.family import MODELS
 from cogtools.layouts.naming import DIFFUSERS
 from cogtools.verification.checks import figures, scalings
-from cogtools.verification.result import Check
-from cogtools.words import counted, number
+from cogtools.verification.report import Check
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from cogtools.layouts.cogvideox import Model, Transformer
+    from cogtools.layouts.family import Model, Transformer
     from cogtools.verification.expected import Expected
-    from cogtools.verification.result import Status
+    from cogtools.verification.report import Status
     from cogtools.verification.written import WrittenLora
 
 LIBRARIES = ("diffusers", "peft", "transformers", "huggingface_hub", "accelerate")

@@ -13,16 +13,16 @@ import numpy as np
 from cogtools.checkpoint.decoding import doubles
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.errors import Problem
-from cogtools.verification.result import Check, judged
-from cogtools.words import counted
+from cogtools.formatting import counted
+from cogtools.verification.report import Check, judged
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
-    from cogtools.checkpoint.storage import TensorEntry
-    from cogtools.layouts.cogvideox import LoraKey
+    from cogtools.checkpoint.tensors import TensorEntry
+    from cogtools.layouts.family import LoraKey
     from cogtools.verification.written import WrittenLora
 
 SCAN_BYTES = 2 << 20

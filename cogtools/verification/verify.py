@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cogtools.conversion.notices import choice_notices
 from cogtools.errors import OptionError
-from cogtools.notices import choice_notices
 from cogtools.verification.checks import (
     check_complete,
     check_dtype,
@@ -25,7 +25,7 @@ from cogtools.verification.checks import (
 )
 from cogtools.verification.expected import expect
 from cogtools.verification.hints import with_hint
-from cogtools.verification.result import Check, VerifyReport, verdict_of
+from cogtools.verification.report import Check, VerifyReport, verdict_of
 from cogtools.verification.written import open_written
 
 if TYPE_CHECKING:

@@ -6,25 +6,25 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from cogtools.checkpoint import safetensors
+from cogtools.checkpoint.files import is_file, is_folder
+from cogtools.checkpoint.formats import safetensors
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.checkpoint.storage import is_file, is_folder
+from cogtools.conversion.adapter_config import Stated, read_stated
+from cogtools.conversion.record import ExportRecord, read_record
 from cogtools.errors import CheckpointError, Problem, command
 from cogtools.layouts import diffusers, peft, sat
-from cogtools.layouts.cogvideox import hidden_of
+from cogtools.layouts.family import hidden_of
+from cogtools.layouts.folded import folded_names
 from cogtools.layouts.naming import DIFFUSERS, PEFT, Naming, NearMiss, near_miss
-from cogtools.record import ExportRecord, read_record
-from cogtools.stated import Stated, read_stated
-from cogtools.words import folded_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from cogtools.checkpoint.index import Checkpoint
-    from cogtools.checkpoint.storage import TensorEntry
+    from cogtools.checkpoint.tensors import TensorEntry
     from cogtools.errors import ProblemKind
-    from cogtools.layouts.cogvideox import LoraKey
+    from cogtools.layouts.family import LoraKey
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""The file formats of checkpoints: headers, directories, and how files begin."""

@@ -1,0 +1,111 @@
+"""Indices: JSON files that say which files make up one checkpoint.
+
+    model.safetensors.index.json, pytorch_model.bin.index.json    {"weight_map": {key: the shard that has it}}
+    model_index.json                                              {"_class_name": "…Pipeline", component: […]}
+
+They are known by these names, and under others by what they hold.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from cogtools.checkpoint.files import SourceFile
+from cogtools.checkpoint.formats.safetensors import looks_like_safetensors
+from cogtools.checkpoint.limits import MAX_INDEX_BYTES
+from cogtools.errors import CheckpointError
+
+PIPELINE_INDEX = "model_index.json"
+SHARD_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+
+_START_BYTES = 16
+
+
+def kind_of_index(path: Path) -> Literal["pipeline", "shards"] | None:
+    """What sort of index a file is; None if it is none."""
+    if path.name == PIPELINE_INDEX:
+        return "pipeline"
+    if path.name.endswith(SHARD_INDEX_SUFFIXES):
+        return "shards"
+    try:
+        content = read_index(path) if _may_be_json(path) else {}
+    except CheckpointError:
+        return None
+    if str(content.get("_class_name")).endswith("Pipeline"):
+        return "pipeline"
+    return "shards" if isinstance(content.get("weight_map"), dict) else None
+
+
+def _may_be_json(path: Path) -> bool:
+    with SourceFile.open(path) as file:
+        start = file.read(0, min(file.size_bytes, _START_BYTES))
+    return start.lstrip().startswith(b"{") and not looks_like_safetensors(start)
+
+
+def read_shard_index(path: Path) -> dict[str, str]:
+    """Which file each tensor of sharded weights is in.
+
+    Raises:
+        CheckpointError: if the index is no such thing, or names a file outside of its folder.
+    """
+    weight_map = read_index(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise _no_index(path, "no weight_map of names and files")
+    folder = path.parent.resolve()
+    for name in set(weight_map.values()):
+        _refuse_outside(path, folder, name)
+    return weight_map
+
+
+def read_index(path: Path) -> dict[str, object]:
+    """What stands in an index.
+
+    Raises:
+        CheckpointError: if it is no JSON object, or too long.
+    """
+    with SourceFile.open(path) as file:
+        if file.size_bytes > MAX_INDEX_BYTES:
+            raise _no_index(path, f"{file.size_bytes:,} bytes, more than {MAX_INDEX_BYTES:,}")
+        content = file.read(0, file.size_bytes)
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise _no_index(path, f"no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise _no_index(path, "no JSON object")
+    return value
+
+
+def _refuse_outside(index: Path, folder: Path, name: str) -> None:
+    """Refuse a shard outside of the index's folder, links followed."""
+    if not name or Path(name).name != name or "\\" in name or "\0" in name:
+        raise _no_index(index, f"the file {name!r}, which is not beside it")
+    try:
+        shard = (folder / name).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # half a surrogate pair; links in a circle
+        raise _no_index(index, f"the file {name!r}, which no file can be called") from error
+    if shard.parent not in (folder, _blobs_of(folder)):
+        raise _no_index(index, f"the file {name!r}, a link to another folder")
+
+
+def _blobs_of(folder: Path) -> Path | None:
+    """Where Hugging Face's cache keeps the files of a folder: it has links to them. None for any other folder.
+
+    The folder is `snapshots/REVISION`, or one of a pipeline's components in it; the files are in `blobs` beside
+    `snapshots`.
+    """
+    for snapshot in (folder, folder.parent):
+        if snapshot.parent.name == "snapshots":
+            return snapshot.parent.with_name("blobs")
+    return None
+
+
+def _no_index(path: Path, found: str) -> CheckpointError:
+    return CheckpointError(
+        "this is no index of a checkpoint's files",
+        file=path,
+        found=found,
+        expected="a JSON object that names the files beside it",
+    )

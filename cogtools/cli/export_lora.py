@@ -1,0 +1,139 @@
+"""`cogtools export-lora`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cogtools.cli.options import COULD_NOT, Ema, Iteration, Json, Quiet
+from cogtools.conversion.options import Cast, ExportOptions, Scale, WriteOptions
+from cogtools.errors import OptionError
+from cogtools.render import text
+
+if TYPE_CHECKING:
+    from cogtools.export.batch import BatchChoice
+
+
+def export_lora_command(
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CHECKPOINT... OUT_DIR",
+            show_default=False,
+            help="A checkpoint (a file, an iteration's folder or the trainer's save folder), and where to write: a "
+            "folder, or a file named .safetensors. With several checkpoints, or a folder and an OUT_DIR that ends "
+            "in a slash, each gets a folder of its own in OUT_DIR.",
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(metavar="A", help="The training's lora_alpha, if training_config.yaml does not say.")
+    ] = None,
+    scale: Annotated[
+        Scale,
+        typer.Option(
+            metavar="metadata|fold|none",
+            help="How alpha/rank travels: stated in the header (for diffusers >= 0.34), multiplied into the weights "
+            "(for everything else), or not at all.",
+        ),
+    ] = "metadata",
+    dtype: Annotated[Cast, typer.Option(metavar="keep|fp32|fp16|bf16", help="Cast the tensors.")] = "keep",
+    iteration: Iteration = None,
+    ema: Ema = False,
+    every: Annotated[bool, typer.Option("--all", help="Export every iteration of a save folder.")] = False,
+    allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Accept a LoRA of some layers.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.")] = False,
+    sha256: Annotated[bool, typer.Option("--sha256", help="Print the output's SHA-256.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    sat_pt_path: Annotated[str | None, typer.Option("--sat_pt_path", hidden=True)] = None,
+    lora_save_directory: Annotated[str | None, typer.Option("--lora_save_directory", hidden=True)] = None,
+) -> None:
+    """Export the LoRA of a SAT checkpoint as a file that diffusers loads at the right strength.
+
+    \b
+    Examples:
+      cogtools export-lora ckpts/lora-disney out
+      cogtools export-lora mp_rank_00_model_states.pt a.safetensors --scale fold
+      cogtools export-lora ckpts/*/ loras/
+    """
+    from cogtools.checkpoint.files import is_folder
+    from cogtools.export.export import export_lora
+    from cogtools.render.export import show_export
+    from cogtools.render.json_object import report_json
+    from cogtools.render.progress import Progress
+
+    *sources, out = _sources_and_output(paths or [], sat_pt_path, lora_save_directory)
+    options = ExportOptions(
+        alpha=alpha,
+        scale=scale,
+        dtype=dtype,
+        allow_partial=allow_partial,
+    )
+    writing = WriteOptions(overwrite=overwrite, dry_run=dry_run, sha256=sha256)
+    # As `cp` has it: a folder that goes into another one keeps a name of its own there.
+    if len(sources) > 1 or every or (is_folder(Path(sources[0])) and out.endswith(("/", os.sep))):
+        from cogtools.export.batch import BatchChoice
+
+        chosen = BatchChoice(iteration=iteration, ema=ema, every=every)
+        _export_many(sources, out, options, writing, chosen, json=json, quiet=quiet)
+        return
+    with Progress("writing", hidden=quiet or json) as progress:
+        report = export_lora(
+            sources[0],
+            out,
+            **options,
+            **writing,
+            iteration=iteration,
+            ema=ema,
+            progress=progress.update,
+        )
+    if json:
+        text.emit(report_json("export-lora", "ok", report))
+    elif not quiet:
+        show_export(report)
+
+
+def _sources_and_output(paths: list[str], sat_pt_path: str | None, lora_save_directory: str | None) -> list[str]:
+    """The checkpoints and, last, the output, given as arguments or by the flags of CogVideo's own exporter."""
+    words = [*filter(None, [sat_pt_path]), *paths, *filter(None, [lora_save_directory])]
+    by_flags = sat_pt_path is not None or lora_save_directory is not None
+    if len(words) < 2 or (by_flags and len(words) > 2):
+        raise OptionError(
+            "export-lora takes a checkpoint and a place for the output",
+            found=" ".join(words) or "neither",
+            expected="cogtools export-lora CHECKPOINT OUT_DIR",
+            hint="cogtools export-lora --help",
+        )
+    return words
+
+
+def _export_many(
+    sources: list[str],
+    out: str,
+    options: ExportOptions,
+    writing: WriteOptions,
+    chosen: BatchChoice,
+    *,
+    json: bool,
+    quiet: bool,
+) -> None:
+    from cogtools.export.batch import batch_report, export_many, plan_batch
+    from cogtools.render.export import show_batch, show_batch_item
+    from cogtools.render.json_object import report_json
+
+    items = []
+    for item in export_many(plan_batch(sources, Path(out), **chosen), options, writing):
+        items.append(item)
+        if not json:
+            show_batch_item(item, quiet=quiet)
+    report = batch_report(items)
+    if json:
+        text.emit(report_json("export-lora", "error" if report.failed else "ok", report))
+    elif not quiet:
+        show_batch(report)
+    if report.failed:
+        raise typer.Exit(COULD_NOT)

@@ -1,0 +1,19 @@
+"""The options that commands share, and the exit codes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+DONE = 0
+WRONG = 1
+COULD_NOT = 2
+INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Iteration = Annotated[
+    int | None, typer.Option(metavar="N", help="Take this iteration of a save folder, not the latest.")
+]
+Ema = Annotated[bool, typer.Option("--ema", help="Take the EMA weights (the folder N-ema).")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]

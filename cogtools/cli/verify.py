@@ -1,0 +1,70 @@
+"""`cogtools verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cogtools.cli.options import WRONG, Ema, Iteration, Json, Quiet
+from cogtools.layouts.family import MODELS
+from cogtools.render import text
+
+
+def verify_command(
+    out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="The LoRA: a folder or a file.")],
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="CHECKPOINT", help="Compare every value, and the scale, with the checkpoint's."),
+    ] = None,
+    iteration: Iteration = None,
+    ema: Ema = False,
+    load: Annotated[
+        bool, typer.Option("--load", help="Load it with diffusers and PEFT, into a model of the real size.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="|".join(model.slug for model in MODELS), help="The model, if the file does not tell."),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(metavar="N", help="The number of layers of a model that is none of those.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as failures.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check that a LoRA is complete, equals its checkpoint, and loads at the right strength.
+
+    Exit code: 0 verified, 1 something is wrong with it, 2 it could not be opened.
+
+    \b
+    Examples:
+      cogtools verify out
+      cogtools verify out --against ckpts/lora-disney --load
+    """
+    from cogtools.render.json_object import report_json
+    from cogtools.render.progress import Progress
+    from cogtools.render.verify import show_verification
+    from cogtools.verification.verify import verify_lora
+
+    with Progress("verifying", hidden=quiet or json) as progress:
+        report = verify_lora(
+            out,
+            against=against,
+            iteration=iteration,
+            ema=ema,
+            load=load,
+            model=model,
+            layers=layers,
+            strict=strict,
+            progress=progress.update,
+            say=progress.say,
+        )
+    wrong = report.verdict == "fail"
+    if json:
+        text.emit(report_json("verify", "wrong" if wrong else "ok", report))
+    else:
+        show_verification(report, quiet=quiet)
+    if wrong:
+        raise typer.Exit(WRONG)

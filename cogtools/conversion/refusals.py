@@ -1,0 +1,141 @@
+"""Checkpoints of which no right LoRA can be made, and why.
+
+Each is recognised by what is in the file and answered with what it is and what to do instead.
+"""
+
+from __future__ import annotations
+
+import re
+from math import prod
+from typing import TYPE_CHECKING
+
+from cogtools.checkpoint.files import is_file
+from cogtools.checkpoint.folder import TRAINER_FILES
+from cogtools.checkpoint.tensors import true_shape
+from cogtools.errors import ExportError, command
+from cogtools.formatting import counted
+from cogtools.layouts import diffusers, peft, sat
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from cogtools.checkpoint.index import Checkpoint
+
+_RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt", re.ASCII)
+_FIRST_RANK, *_ = TRAINER_FILES
+_SECOND_RANK = "mp_rank_01_model_states.pt"
+
+
+def refuse_unexportable(checkpoint: Checkpoint) -> None:
+    """Raise an `ExportError` for a checkpoint that holds a LoRA which cannot be exported right."""
+    _refuse_tensor_parallel(checkpoint)
+    _refuse_parts(checkpoint)
+
+
+def _refuse_tensor_parallel(checkpoint: Checkpoint) -> None:
+    ranks = checkpoint.values.get("mp_world_size")
+    if isinstance(ranks, int) and ranks > 1:
+        raise tensor_parallel(checkpoint, f"mp_world_size {ranks} in the checkpoint")
+    for path in dict.fromkeys((checkpoint.path, checkpoint.path.resolve())):
+        found = _other_rank(path)
+        if found is not None:
+            raise tensor_parallel(checkpoint, found)
+
+
+def _other_rank(path: Path) -> str | None:
+    """What a file's name, or the file beside it, says of another tensor-parallel rank."""
+    match = _RANK_FILE.fullmatch(path.name)
+    if match is None:
+        return None
+    if int(match[1]) > 0:
+        return f"{path.name}, the file of rank {int(match[1])}"
+    return f"{_SECOND_RANK} beside it" if is_file(path.with_name(_SECOND_RANK)) else None
+
+
+def tensor_parallel(checkpoint: Checkpoint, found: str) -> ExportError:
+    """The error for one rank of a tensor-parallel training; `found` is what tells that it is one."""
+    return ExportError(
+        "this is one part of a tensor-parallel training, whose LoRA cannot be put together",
+        file=checkpoint.path,
+        found=found,
+        expected="a training with model_parallel_size 1",
+        hint="train again with model_parallel_size 1: SAT never adds up the ranks' shares of attention.dense's LoRA, "
+        "so they have drifted apart and no merge gives back what was trained",
+    )
+
+
+def _refuse_parts(checkpoint: Checkpoint) -> None:
+    """Refuse a ZeRO-3 file of one rank of several: the rest of every tensor is in files that were not kept."""
+    for key, entry in checkpoint.tensors.items():
+        shape = true_shape(entry)
+        if shape is not None and sat.is_lora_key(key) and entry.numel != prod(shape):
+            raise ExportError(
+                "this is one part of a ZeRO-3 training: the rest of every tensor is missing",
+                file=checkpoint.path,
+                found=f"{entry.numel:,} elements of {key}",
+                expected=f"{prod(shape):,} elements, for its shape {tuple(shape)}",
+                hint="train with ZeRO stage 2, or with one data-parallel rank: SAT keeps one rank's file only",
+            )
+
+
+def no_lora(checkpoint: Checkpoint) -> ExportError:
+    """The error for a checkpoint without a SAT LoRA: what it holds instead, and what to do with that."""
+    found, hint = _what_it_holds(checkpoint, [*checkpoint.tensors, *checkpoint.not_tensors])
+    return ExportError(
+        "there is no LoRA of the SAT trainer in this checkpoint",
+        file=checkpoint.path,
+        found=found,
+        expected="keys such as …layers.0.attention.query_key_value.matrix_A.0",
+        hint=hint,
+    )
+
+
+def _what_it_holds(checkpoint: Checkpoint, keys: list[str]) -> tuple[str, str]:
+    look, verify = command("inspect", checkpoint.path), command("verify", checkpoint.path)
+    if any(diffusers.parse_key(key) for key in keys):
+        return "a LoRA in diffusers' layout already", verify
+    if any(diffusers.parse_key(key, peft.PREFIX) for key in keys):
+        return "a LoRA in PEFT's layout", verify
+    elsewhere = _lora_elsewhere(checkpoint)
+    if elsewhere is not None:
+        return elsewhere
+    if any(map(sat.is_lora_key, keys)):
+        return f"a LoRA in another layout: {next(filter(sat.is_lora_key, keys))} …", look
+    if "optimizer_state_dict" in checkpoint.values or "optimizer_state_dict" in keys:
+        return _optimizer(checkpoint.path)
+    count = counted(len(keys), "tensor")
+    bare = [sat.bare_key(key) for key in keys]
+    if any(key.startswith("transformer.layers.") for key in bare):
+        return f"a base model without a LoRA ({count})", look
+    model = diffusers.recognise_transformer({key: entry.shape for key, entry in checkpoint.tensors.items()})
+    if model is not None or _starts(keys, "transformer_blocks.", "transformer.transformer_blocks."):
+        name = f"{model.name}, " if model is not None else ""
+        return f"a base model in diffusers' layout, without a LoRA ({name}{count})", look
+    if _starts(keys, "encoder.block.", "conditioner."):
+        return f"a text encoder ({count})", look
+    if _starts(keys, "first_stage_model.", "encoder.", "decoder."):
+        return f"a VAE ({count})", look
+    return count + (f": {keys[0]} …" if keys else ""), look
+
+
+def _lora_elsewhere(checkpoint: Checkpoint) -> tuple[str, str] | None:
+    """Where SAT's LoRA lies if it is not in the state dict: under a name that nobody else uses for one."""
+    prefixes = [prefix for path in checkpoint.beside if (prefix := sat.unknown_prefix(path)) is not None]
+    if not prefixes:
+        return None
+    name = prefixes[0].rstrip(".")
+    found = f"{counted(prefixes.count(prefixes[0]), 'tensor')} of such a LoRA under {name!r}"
+    return found, f"save what is under {name!r} as a checkpoint of its own"
+
+
+def _optimizer(path: Path) -> tuple[str, str]:
+    found = "an optimizer's state (a zero_pp_rank file of DeepSpeed)"
+    weights = path.with_name(_FIRST_RANK)
+    if is_file(weights):
+        return found, f"give the weights: {weights}"
+    return found, f"give the weights: the trainer saves them as {_FIRST_RANK}, which is not in this folder"
+
+
+def _starts(keys: Iterable[str], *prefixes: str) -> bool:
+    return any(key.startswith(prefixes) for key in keys)

@@ -1,0 +1,282 @@
+"""Exporting a LoRA: carrying out the plan by copying byte ranges from the checkpoint into a safetensors file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+
+from cogtools.checkpoint.dtypes import DTYPES, DType
+from cogtools.checkpoint.files import FileRange
+from cogtools.checkpoint.formats.safetensors import TensorSpec, safetensors_header
+from cogtools.checkpoint.gather import tensor_chunks
+from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.conversion.crc32 import Crc32Check
+from cogtools.conversion.notices import export_notices
+from cogtools.conversion.options import CASTS, Cast, Scale
+from cogtools.conversion.output import AtomicFile, refuse_unwritable
+from cogtools.conversion.plan import LoraPlan, plan_lora_export
+from cogtools.conversion.record import RECORD_KEY, ExportRecord
+from cogtools.errors import OptionError
+from cogtools.layouts import diffusers
+from cogtools.version import __version__
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterable
+
+    from cogtools.checkpoint.files import SourceFile
+    from cogtools.checkpoint.index import Checkpoint
+
+
+class PreparedExport(NamedTuple):
+    """An export that is ready to be carried out.
+
+    Attributes:
+        plan: what is written.
+        scale: how the output carries the scale.
+        dtype: of the output's tensors.
+        header: the output up to where its tensors begin.
+        size_bytes: of the whole output.
+    """
+
+    plan: LoraPlan
+    scale: Scale
+    dtype: DType
+    header: bytes
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What an export found and wrote.
+
+    Attributes:
+        checkpoint: the file that was read.
+        output: the file that was written, or would be.
+        written: false for a dry run.
+        model: name of the model, or of what can be said of it.
+        layers: the adapted layers.
+        rank: the rank of every module.
+        alpha: the training's alpha.
+        alpha_source: where alpha comes from: "--alpha", "training_config.yaml" or "default".
+        scaling: alpha / rank.
+        scale: how the output carries it: "metadata", "fold" or "none".
+        dtype: of the output's tensors.
+        source_dtype: of the checkpoint's.
+        tensors: how many tensors the output has.
+        size_bytes: the size of the output file.
+        crc32: "checked", "not checked" in a dry run, or "not recorded" if the checkpoint has no CRC-32s to check.
+        largest_relative_error: of any tensor, where folding or casting changed the values; else None.
+        sha256: of the output file, if asked for.
+        notices: what the user should know.
+    """
+
+    checkpoint: Path
+    output: Path
+    written: bool
+    model: str
+    layers: tuple[int, ...]
+    rank: int
+    alpha: float
+    alpha_source: str
+    scaling: float
+    scale: Scale
+    dtype: str
+    source_dtype: str
+    tensors: int
+    size_bytes: int
+    crc32: Literal["checked", "not checked", "not recorded"]
+    largest_relative_error: float | None
+    sha256: str | None
+    notices: tuple[str, ...]
+
+
+def export_lora(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    alpha: float | None = None,
+    scale: Scale = "metadata",
+    dtype: Cast = "keep",
+    iteration: int | None = None,
+    ema: bool = False,
+    allow_partial: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    sha256: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> ExportReport:
+    """Export the LoRA in a SAT checkpoint as a file that diffusers loads at the right strength.
+
+    Load it at weight 1.0: the file carries the scale.
+
+    Args:
+        checkpoint: a file of the trainer, the folder of an iteration, or the save folder.
+        out: a folder, in which `pytorch_lora_weights.safetensors` is written, or a file name ending in .safetensors.
+        alpha: the training's alpha; None takes it from `training_config.yaml` beside the checkpoint, and 1, SAT's
+            default, where that does not say.
+        scale: "metadata" states alpha / rank in the header, where diffusers reads it from 0.34 on; "fold" multiplies
+            it into the weights, for everything else; "none" leaves it out.
+        dtype: "keep" copies the bytes; the others cast.
+        iteration: which iteration of a save folder; None takes the latest.
+        ema: take its EMA weights.
+        allow_partial: accept a LoRA that adapts some of the layers only.
+        overwrite: replace a file that is there already.
+        dry_run: find out everything, write nothing.
+        sha256: compute the SHA-256 of the output.
+        progress: called with the bytes written so far and the bytes in all.
+
+    Raises:
+        CogtoolsError: if it cannot be done. The target is then as it was before.
+    """
+    target = output_path(Path(out))
+    output = AtomicFile(target, overwrite=overwrite)
+    with open_checkpoint(checkpoint, iteration=iteration, ema=ema) as opened:
+        output.refuse_existing()
+        prepared = prepare_export(opened, alpha=alpha, scale=scale, dtype=dtype, allow_partial=allow_partial)
+        output.refuse_source(opened.files)
+        refuse_unwritable(target, prepared.size_bytes)
+        written = _Written()
+        if not dry_run:
+            written = _write(output, prepared, opened.files, progress, sha256=sha256)
+    plan = prepared.plan
+    return ExportReport(
+        checkpoint=opened.path,
+        output=target,
+        written=not dry_run,
+        model=plan.transformer.name,
+        layers=plan.layers,
+        rank=plan.rank,
+        alpha=plan.alpha.value,
+        alpha_source=plan.alpha.source,
+        scaling=plan.scaling,
+        scale=scale,
+        dtype=prepared.dtype.name,
+        source_dtype=plan.dtype.name,
+        tensors=len(plan.tensors),
+        size_bytes=prepared.size_bytes,
+        crc32="not recorded" if not plan.has_crc32 else "not checked" if dry_run else "checked",
+        largest_relative_error=written.largest_relative_error,
+        sha256=written.sha256,
+        notices=export_notices(opened, plan, scale),
+    )
+
+
+def output_path(out: Path) -> Path:
+    """The file that an export writes: `out` itself if it is named .safetensors, else the usual name in that folder."""
+    return out if out.suffix == ".safetensors" else out / diffusers.FILE_NAME
+
+
+def prepare_export(
+    checkpoint: Checkpoint, *, alpha: float | None, scale: Scale, dtype: Cast, allow_partial: bool
+) -> PreparedExport:
+    """Find out all about an export without reading weights; the options as for `export_lora`.
+
+    Raises:
+        CogtoolsError: if it cannot be done.
+    """
+    if scale not in get_args(Scale):
+        raise OptionError("there is no such way to carry the scale", found=scale, expected=", ".join(get_args(Scale)))
+    plan = plan_lora_export(checkpoint, alpha=alpha, allow_partial=allow_partial)
+    target_dtype = _target_dtype(plan, dtype)
+    tensors = [TensorSpec(tensor.key, target_dtype, tensor.source.entry.shape) for tensor in plan.tensors]
+    header = safetensors_header(tensors, _metadata(plan, checkpoint, scale, target_dtype))
+    size_bytes = len(header) + sum(tensor.size_bytes for tensor in tensors)
+    return PreparedExport(plan, scale, target_dtype, header, size_bytes)
+
+
+def _target_dtype(plan: LoraPlan, dtype: Cast) -> DType:
+    if dtype == "keep":
+        return plan.dtype
+    if dtype not in CASTS:
+        raise OptionError("there is no such dtype", found=dtype, expected="keep, " + ", ".join(CASTS))
+    return DTYPES[CASTS[dtype]]
+
+
+def _metadata(plan: LoraPlan, checkpoint: Checkpoint, scale: Scale, dtype: DType) -> dict[str, str]:
+    """The text entries of the output's header: the scale, and how the file was made."""
+    iteration = checkpoint.values.get("iteration")
+    record = ExportRecord(
+        version=__version__,
+        source=checkpoint.path.name,
+        iteration=iteration if isinstance(iteration, int) else None,
+        models=tuple(model.slug for model in plan.transformer.models),
+        transformer_layers=plan.transformer.layers,
+        hidden_size=plan.transformer.hidden,
+        rank=plan.rank,
+        alpha=plan.alpha.value,
+        alpha_source=plan.alpha.source,
+        scale=scale,
+        source_dtype=plan.dtype.name,
+        dtype=dtype.name,
+    )
+    metadata = {"format": "pt", RECORD_KEY: record.text()}
+    if scale != "none":
+        alpha = plan.alpha.value if scale == "metadata" else plan.rank  # folded in: what is left is a scaling of 1
+        metadata[diffusers.ADAPTER_METADATA_KEY] = diffusers.adapter_metadata(plan.rank, alpha, plan.modules)
+    return metadata
+
+
+class _Written(NamedTuple):
+    """What is known of an output only when it is written."""
+
+    largest_relative_error: float | None = None
+    sha256: str | None = None
+
+
+def _write(
+    output: AtomicFile,
+    prepared: PreparedExport,
+    sources: Iterable[SourceFile],
+    progress: Callable[[int, int], None] | None,
+    *,
+    sha256: bool,
+) -> _Written:
+    """Write the output, and publish it only when the checkpoint's CRC-32s are known to be right.
+
+    They are computed beside the copying, from what is read a second time; so it must not have changed in between.
+    """
+    errors: list[float] = []
+    with output, Crc32Check(prepared.plan.storages) as check:
+        output.reserve(prepared.size_bytes)
+        output.write(prepared.header)
+        done = len(prepared.header)
+        for part in _payload(prepared, errors):
+            if isinstance(part, FileRange):
+                output.copy(part)
+                done += part.size_bytes
+            else:
+                output.write(part)
+                done += len(part)
+            if progress is not None:
+                progress(done, prepared.size_bytes)
+        output.sync()
+        check.finish()
+        for source in sources:
+            source.refuse_changed()
+        digest = output.sha256() if sha256 else None
+        output.publish()
+    return _Written(max(errors, default=None), digest)
+
+
+def _payload(prepared: PreparedExport, errors: list[float]) -> Iterable[FileRange | bytes]:
+    """The bytes of the output after its header: ranges of the checkpoint where they can be copied as they are.
+
+    Args:
+        prepared: the export.
+        errors: takes the relative error of every tensor, where arithmetic changes the values.
+    """
+    plan, scale, dtype, *_ = prepared
+    if scale == "fold" or dtype != plan.dtype:
+        from cogtools.conversion.arithmetic import scaled_and_cast
+
+        yield from scaled_and_cast(plan, plan.scaling if scale == "fold" else 1.0, dtype, errors)
+        return
+    for tensor in plan.tensors:
+        entry = tensor.source.entry
+        source = entry.range()
+        if source is None:
+            yield from tensor_chunks(entry)
+        else:
+            yield source

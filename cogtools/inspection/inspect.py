@@ -1,0 +1,191 @@
+"""What `inspect` does: find out what checkpoints hold.
+
+No weights are read unless asked for; the result is plain data.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.checkpoint.tensors import whole_tensor
+from cogtools.inspection.contents import files_of, iterations_of, judged, kinds_of, trainer_facts
+from cogtools.inspection.listing import add_offsets, add_statistics, list_tensors, select
+from cogtools.inspection.lora import OTHER, UNKNOWN, describe_lora, find_lora, hidden_size_of
+from cogtools.inspection.report import CheckpointReport, InspectReport, ModelReport
+from cogtools.inspection.selection import Selection
+from cogtools.inspection.totals import dtype_totals, second_copy, section_totals, stored_bytes, unviewed_bytes
+from cogtools.layouts import diffusers, sat
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from cogtools.checkpoint.index import Checkpoint
+    from cogtools.inspection.lora import Lora
+    from cogtools.inspection.report import LoraReport
+    from cogtools.layouts.family import Transformer
+
+
+def inspect_checkpoint(
+    path: str | os.PathLike[str],
+    selection: Selection | None = None,
+    *,
+    iteration: int | None = None,
+    ema: bool = False,
+    updates: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> CheckpointReport:
+    """Find out what a checkpoint holds.
+
+    Args:
+        path: the checkpoint.
+        selection: which tensors to list; None lists all.
+        iteration: which iteration of a save folder; None takes the latest.
+        ema: take its EMA weights.
+        updates: compute how strongly a LoRA changes each module. Its weights are read.
+        progress: called with the bytes read so far and the bytes in all, where weights are read.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+        OptionError: if the selection makes no sense.
+    """
+    selection = selection or Selection()
+    selection.check()
+    with open_checkpoint(path, iteration=iteration, ema=ema) as checkpoint:
+        return describe(checkpoint, selection, updates=updates, progress=progress)
+
+
+def describe(
+    checkpoint: Checkpoint,
+    selection: Selection,
+    *,
+    updates: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> CheckpointReport:
+    """What an open checkpoint holds; arguments as for `inspect_checkpoint`."""
+    tensors = list_tensors(checkpoint)
+    entries = [tensor.entry for tensor in tensors]
+    selected = select(tensors, selection)
+    listed = selected[: selection.limit]
+    if selection.offsets:
+        add_offsets(listed)
+    if selection.statistics and not selection.tree:
+        add_statistics(listed, progress)
+    lora = find_lora(checkpoint)
+    model = _model(checkpoint, lora)
+    lora_report = None if lora is None else describe_lora(checkpoint, lora, model)
+    if lora is not None and lora_report is not None and updates:
+        lora_report = _with_updates(lora, lora_report, progress)
+    dtypes = dtype_totals((checkpoint.tensors or checkpoint.beside).values())
+    return CheckpointReport(
+        checkpoint=checkpoint.path,
+        format=checkpoint.format,
+        size_bytes=checkpoint.size_bytes,
+        files=tuple(files_of(checkpoint)),
+        iterations=iterations_of(checkpoint.run),
+        wrapper=".".join(checkpoint.wrapper),
+        state_dict_tensors=len(checkpoint.tensors),
+        beside_tensors=len(checkpoint.beside),
+        parameters=sum(dtype.parameters for dtype in dtypes),
+        stored_bytes=stored_bytes(entries),
+        unviewed_bytes=unviewed_bytes(entries),
+        dtypes=dtypes,
+        sections=section_totals(tensors),
+        second_copy=second_copy(checkpoint),
+        trainer=trainer_facts({**checkpoint.not_tensors, **checkpoint.values}),
+        entries=kinds_of(checkpoint.values),
+        not_tensors=kinds_of(checkpoint.not_tensors),
+        globals=judged(checkpoint.foreign),
+        metadata=checkpoint.metadata,
+        model=None if model is None else _model_report(model),
+        lora=lora_report,
+        tensors=tuple(tensor.report for tensor in listed),
+        selected=len(selected),
+    )
+
+
+def _model(checkpoint: Checkpoint, lora: Lora | None) -> Transformer | None:
+    """The transformer that the base weights are, else the one that the LoRA fits."""
+    shapes = {key: whole_tensor(entry).shape for key, entry in checkpoint.tensors.items()}
+    known = diffusers.recognise_transformer(shapes)
+    hidden = sat.hidden_size(shapes) or (hidden_size_of(lora) if lora is not None else None)
+    return known or (sat.recognise_transformer(shapes, hidden) if hidden else None)
+
+
+def _model_report(model: Transformer) -> ModelReport:
+    return ModelReport(model.name, tuple(one.slug for one in model.models), model.layers, model.hidden)
+
+
+def _with_updates(lora: Lora, report: LoraReport, progress: Callable[[int, int], None] | None) -> LoraReport:
+    """The report of a LoRA with the strength of its updates: none where its layout's scale is not read."""
+    if lora.layout in (OTHER, UNKNOWN):
+        return replace(report, updates=())
+    from cogtools.inspection.updates import lora_updates
+
+    return replace(report, updates=lora_updates(lora.tensors, lora.scalings(report.alpha), progress))
+
+
+_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+"""By these NumPy's linear algebra is told how many threads to use: when it is imported, never later."""
+
+
+def inspect_checkpoints(
+    paths: Sequence[str | os.PathLike[str]],
+    selection: Selection | None = None,
+    *,
+    iteration: int | None = None,
+    ema: bool = False,
+    plot: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> InspectReport:
+    """Find out what checkpoints hold.
+
+    Args:
+        paths: the checkpoints.
+        selection: which tensors to list; None lists all.
+        iteration: which iteration of a save folder; None takes the latest.
+        ema: take its EMA weights.
+        plot: draw how strong the updates of the LoRA are, of one checkpoint or of two, into this file.
+        progress: called with the bytes read so far and the bytes in all, where weights are read.
+
+    Raises:
+        CogtoolsError: if one of them cannot be read, or the picture cannot be drawn.
+    """
+    selection = selection or Selection()
+    selection.check()
+    if selection.statistics or plot is not None:
+        _use_one_thread()
+    if plot is not None:
+        from cogtools.inspection.plot import refuse_unplottable
+
+        refuse_unplottable(Path(plot), len(paths))
+    reports = tuple(
+        inspect_checkpoint(
+            path,
+            selection,
+            iteration=iteration,
+            ema=ema,
+            updates=selection.statistics or plot is not None,
+            progress=progress,
+        )
+        for path in paths
+    )
+    if plot is None:
+        return InspectReport(reports)
+    from cogtools.inspection.plot import plot_updates
+
+    plot_updates(reports, Path(plot))
+    return InspectReport(reports, Path(plot))
+
+
+def _use_one_thread() -> None:
+    """Keep NumPy from starting threads, unless the user has said how many.
+
+    The matrices are small: its threads spend most of their time waiting for each other, ten times as long as the
+    work takes if another program is running.
+    """
+    for name in _THREADS:
+        os.environ.setdefault(name, "1")

@@ -1,0 +1,78 @@
+"""Names in a pickle that can run code where it is loaded are judged dangerous, those of honest checkpoints are not."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cogtools.checkpoint.dtypes import DType
+from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.checkpoint.pickle.dangers import danger_of
+from cogtools.checkpoint.pickle.machine import Global, MalformedPickleError, read_pickle
+from cogtools.checkpoint.pickle.torch_calls import torch_vocabulary
+from cogtools.checkpoint.tensors import Storage
+from cogtools.errors import CheckpointError
+from tests.support import hostile
+
+
+def names_in(pickled: bytes) -> set[Global]:
+    def open_storage(key: str, dtype: DType | None, numel: int) -> Storage:
+        return Storage(key, numel * (dtype.itemsize if dtype else 1), None, pytest.fail)
+
+    try:
+        return set(read_pickle(pickled, torch_vocabulary(open_storage)).foreign)
+    except MalformedPickleError as error:
+        return set(error.foreign)
+
+
+def firing(scratch: Path) -> Iterator[tuple[str, set[Global]]]:
+    """Every row of the corpus that runs code where it is loaded (shown by another test), and the names in it."""
+    for row in hostile.pickles():
+        if row.fires:
+            yield row.id, names_in(row.pickle)
+    for number, file in enumerate(file for file in hostile.files() if file.fires):
+        folder = scratch / str(number)
+        folder.mkdir()
+        try:
+            with open_checkpoint(file.write(folder)) as checkpoint:
+                yield file.id, set(checkpoint.foreign)
+        except CheckpointError:
+            continue  # refused: what it names is in the error, whatever it is
+
+
+def test_every_gadget_that_fires_is_judged_dangerous(tmp_path: Path) -> None:
+    own = Global(hostile.CANARY, "canary")  # a module of the attacker's: nobody can know what is in it
+    missed = [
+        identifier
+        for identifier, names in firing(tmp_path)
+        if own not in names and not any(danger_of(*name) == "dangerous" for name in names)
+    ]
+    assert missed == []
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        *(("random", "_os"), ("random", "_os.system"), ("secrets", "random._os.system"), ("heapq", "sys")),
+        *(("collections", "_sys"), ("collections", "_sys.modules"), ("uuid", "os"), ("mine", "_subprocess")),
+        *(("cgitb", "lookup"), ("uuid", "_get_command_stdout"), ("_osx_support", "_read_output")),
+        *(("_pyrepl.pager", "pipe_pager"), ("_aix_support", "_read_cmd_output"), ("_xxsubinterpreters", "create")),
+        *(("__builtins__", "eval"), ("mailcap", "findmatch"), ("dataclasses", "make_dataclass"), ("gettext", "c2py")),
+        *(("lzma", "LZMAFile"), ("gzip", "GzipFile"), ("typing", "get_type_hints"), ("xml.sax", "make_parser")),
+        *(("numpy", "ndarray.tofile"), ("pathlib", "Path.touch"), ("mine", "Config.Inner"), ("mine", "__loader__")),
+        *(("torch.ops", "load_library"), ("torch._ops", "load_library"), ("torch._utils", "_import_dotted_name")),
+    ],
+)
+def test_what_can_run_code_or_reach_a_module_that_can_is_dangerous(module: str, name: str) -> None:
+    assert danger_of(module, name) == "dangerous"
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        *(("__main__", "Config"), ("mine", "Config"), ("torch.nn.modules.linear", "Linear"), ("enum", "Enum")),
+        *(("collections", "ChainMap"), ("random", "Random"), ("re", "_compile"), ("math", "sqrt")),
+    ],
+)
+def test_what_is_not_known_to_do_either_is_unknown(module: str, name: str) -> None:
+    assert danger_of(module, name) == "unknown"
