@@ -20,7 +20,7 @@ demo: $(READY)  ## Make a sample checkpoint, then export, verify and inspect it.
 	@$(BIN)/python -m tools.demo $(BIN)/cogtools .demo
 
 test: $(READY)  ## Run the tests.
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 check: $(READY)  ## Check format, lint and types.
 	$(BIN)/ruff format --check .

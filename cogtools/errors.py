@@ -19,22 +19,22 @@ SHOWN_PROBLEMS = 10
 
 
 ProblemKind = Literal[
-    "alone",  # one factor of a LoRA without the other
     "collision",  # two keys for one tensor
     "constant",  # one value throughout
     "dtype",
     "error",  # what a library raised
+    "invalid",  # a stated setting that cannot be, or changes what the LoRA does
+    "library_warning",
     "missing",
     "module",  # no adapter where one should be, or one that does nothing
     "not_finite",
     "rank",
-    "said",  # what a library warned of
     "scale",
     "shape",
     "unexpected",
+    "unpaired",  # one factor of a LoRA without the other
     "unreadable",
     "value",
-    "wrong",  # a stated setting that cannot be, or changes what the LoRA does
     "zero",
 ]
 """What sort of thing is wrong; the schema `error.json` lists the same."""
@@ -67,6 +67,27 @@ class Problem:
         return f"{self.kind.replace('_', ' ')}: {self.subject}" + (f" ({', '.join(details)})" if details else "")
 
 
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """What to do about something.
+
+    Attributes:
+        advice: in plain words.
+        command: a command line of cogtools to paste, which does it or shows more.
+    """
+
+    advice: str | None = None
+    command: str | None = None
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.advice, self.command)))
+
+
+def command(*words: object, advice: str | None = None) -> Hint:
+    """A hint with a command line of cogtools, made of these words: paths with spaces are quoted."""
+    return Hint(advice, shlex.join(["cogtools", *map(str, words)]))
+
+
 class CogtoolsError(Exception):
     """Something that the user can act on.
 
@@ -88,7 +109,7 @@ class CogtoolsError(Exception):
         file: str | os.PathLike[str] | None = None,
         found: str | None = None,
         expected: str | None = None,
-        hint: str | None = None,
+        hint: Hint | str | None = None,
         problems: Sequence[Problem] = (),
     ) -> None:
         super().__init__(what)
@@ -96,7 +117,7 @@ class CogtoolsError(Exception):
         self.file = None if file is None else str(file)
         self.found = found
         self.expected = expected
-        self.hint = hint
+        self.hint = Hint(hint) if isinstance(hint, str) else hint
         self.problems = tuple(problems)
 
     def fields(self) -> list[tuple[str, str]]:
@@ -107,7 +128,7 @@ class CogtoolsError(Exception):
         if len(self.problems) > SHOWN_PROBLEMS:
             shown.append(("problem", f"… and {len(self.problems) - SHOWN_PROBLEMS} more (--json lists all)"))
         if self.hint is not None:
-            shown.append(("try", self.hint))
+            shown.append(("try", str(self.hint)))
         return shown
 
     def to_dict(self) -> dict[str, object]:
@@ -118,17 +139,12 @@ class CogtoolsError(Exception):
             "file": self.file,
             "found": self.found,
             "expected": self.expected,
-            "hint": self.hint,
+            "hint": None if self.hint is None else asdict(self.hint),
             "problems": [asdict(problem) for problem in self.problems],
         }
 
     def __str__(self) -> str:
         return "\n".join([self.what, *(f"  {label + ':':<10} {text}" for label, text in self.fields())])
-
-
-def command(*words: object) -> str:
-    """A command line of cogtools to paste, for hints: paths with spaces are quoted."""
-    return shlex.join(["cogtools", *map(str, words)])
 
 
 class CheckpointError(CogtoolsError):

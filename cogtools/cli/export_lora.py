@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cogtools.cli.options import COULD_NOT, Ema, Iteration, Json, Quiet
-from cogtools.conversion.options import Cast, ExportOptions, Scale, WriteOptions
+from cogtools.conversion.options import Cast, ExportOptions, Scale
 from cogtools.errors import OptionError
 from cogtools.render import text
-
-if TYPE_CHECKING:
-    from cogtools.export.batch import BatchChoice
 
 
 def export_lora_command(
@@ -61,7 +58,7 @@ def export_lora_command(
       cogtools export-lora ckpts/*/ loras/
     """
     from cogtools.checkpoint.files import is_folder
-    from cogtools.export.export import export_lora
+    from cogtools.export.export import export_checkpoint
     from cogtools.render.export import show_export
     from cogtools.render.json_object import report_json
     from cogtools.render.progress import Progress
@@ -71,26 +68,19 @@ def export_lora_command(
         alpha=alpha,
         scale=scale,
         dtype=dtype,
+        iteration=iteration,
+        ema=ema,
         allow_partial=allow_partial,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        sha256=sha256,
     )
-    writing = WriteOptions(overwrite=overwrite, dry_run=dry_run, sha256=sha256)
     # As `cp` has it: a folder that goes into another one keeps a name of its own there.
     if len(sources) > 1 or every or (is_folder(Path(sources[0])) and out.endswith(("/", os.sep))):
-        from cogtools.export.batch import BatchChoice
-
-        chosen = BatchChoice(iteration=iteration, ema=ema, every=every)
-        _export_many(sources, out, options, writing, chosen, json=json, quiet=quiet)
+        _export_many(sources, out, options, every=every, json=json, quiet=quiet)
         return
     with Progress("writing", hidden=quiet or json) as progress:
-        report = export_lora(
-            sources[0],
-            out,
-            **options,
-            **writing,
-            iteration=iteration,
-            ema=ema,
-            progress=progress.update,
-        )
+        report = export_checkpoint(sources[0], out, options, progress=progress.update)
     if json:
         text.emit(report_json("export-lora", "ok", report))
     elif not quiet:
@@ -115,9 +105,8 @@ def _export_many(
     sources: list[str],
     out: str,
     options: ExportOptions,
-    writing: WriteOptions,
-    chosen: BatchChoice,
     *,
+    every: bool,
     json: bool,
     quiet: bool,
 ) -> None:
@@ -126,7 +115,7 @@ def _export_many(
     from cogtools.render.json_object import report_json
 
     items = []
-    for item in export_many(plan_batch(sources, Path(out), **chosen), options, writing):
+    for item in export_many(plan_batch(sources, Path(out), options, every=every), options):
         items.append(item)
         if not json:
             show_batch_item(item, quiet=quiet)

@@ -125,11 +125,11 @@ def _read_fields(fields: Mapping[str, object], *, is_diffusers: bool) -> Stated:
     problems = [Problem("missing", name, _ABSENT[name], "the value") for name in _ABSENT if name not in fields]
     rank, alpha, targets = fields.get("r"), fields.get("lora_alpha"), fields.get("target_modules")
     if "r" in fields and not _is_rank(rank):
-        problems.append(Problem("wrong", "r", _short(rank), "a whole number, 1 or more"))
+        problems.append(Problem("invalid", "r", _short(rank), "a whole number, 1 or more"))
     if "lora_alpha" in fields and not is_positive(alpha):
-        problems.append(Problem("wrong", "lora_alpha", _short(alpha), "a number above 0"))
+        problems.append(Problem("invalid", "lora_alpha", _short(alpha), "a number above 0"))
     problems += [
-        Problem("wrong", name, _short(fields[name]), "false") for name in _CHANGES_THE_LORA if fields.get(name)
+        Problem("invalid", name, _short(fields[name]), "false") for name in _CHANGES_THE_LORA if fields.get(name)
     ]
     unknown = sorted(fields.keys() - CONFIG_FIELDS)
     doubts = []
@@ -140,7 +140,7 @@ def _read_fields(fields: Mapping[str, object], *, is_diffusers: bool) -> Stated:
     else:
         doubts += [Problem("unexpected", name, expected="a field of PEFT's LoraConfig") for name in unknown]
         if fields.get("peft_type") != TYPE:
-            kind: ProblemKind = "wrong" if "peft_type" in fields else "missing"
+            kind: ProblemKind = "invalid" if "peft_type" in fields else "missing"
             found = _short(fields["peft_type"]) if "peft_type" in fields else None
             problems.append(Problem(kind, "peft_type", found, TYPE))
     unevaluated: list[Problem] = []
@@ -169,7 +169,7 @@ def _patterns(
     value = fields.get(name, {})
     if not isinstance(value, dict) or not all(map(is_value, value.values())):
         what = "whole numbers, 1 or more" if is_value is _is_rank else "numbers above 0"
-        problems.append(Problem("wrong", name, _short(value), f"an object of {what}, by module"))
+        problems.append(Problem("invalid", name, _short(value), f"an object of {what}, by module"))
         return ()
     if len(value) > MAX_PATTERNS:
         unevaluated.append(Problem("unreadable", name, f"{len(value):,} keys", f"at most {MAX_PATTERNS:,}"))

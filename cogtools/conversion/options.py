@@ -1,8 +1,9 @@
-"""The options that the commands and the Python API share."""
+"""What a user can ask of an export: one record that the commands, the Python API and a batch share."""
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from dataclasses import dataclass
+from typing import Literal
 
 Scale = Literal["metadata", "fold", "none"]
 """How an exported file carries alpha / rank: stated in its header, multiplied into its weights, or not at all."""
@@ -14,18 +15,30 @@ CASTS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """The dtypes that these words stand for, by PyTorch's names."""
 
 
-class ExportOptions(TypedDict):
-    """Those options of `export_lora` that shape the output."""
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """The options of an export.
 
-    alpha: float | None
-    scale: Scale
-    dtype: Cast
-    allow_partial: bool
+    Attributes:
+        alpha: the training's alpha; None takes it from `training_config.yaml` beside the checkpoint, and 1, SAT's
+            default, where that does not say.
+        scale: "metadata" states alpha / rank in the header, where diffusers reads it from 0.34 on; "fold" multiplies
+            it into the weights, for everything else; "none" leaves it out.
+        dtype: "keep" copies the bytes; the others cast.
+        iteration: which iteration of a save folder; None takes the latest.
+        ema: take its EMA weights.
+        allow_partial: accept a LoRA that adapts some of the layers only.
+        overwrite: replace a file that is there already.
+        dry_run: find out everything, write nothing.
+        sha256: compute the SHA-256 of the output.
+    """
 
-
-class WriteOptions(TypedDict):
-    """Those options of `export_lora` that say how the output is written."""
-
-    overwrite: bool
-    dry_run: bool
-    sha256: bool
+    alpha: float | None = None
+    scale: Scale = "metadata"
+    dtype: Cast = "keep"
+    iteration: int | None = None
+    ema: bool = False
+    allow_partial: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    sha256: bool = False

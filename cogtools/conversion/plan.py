@@ -143,7 +143,7 @@ def plan_lora_export(checkpoint: Checkpoint, *, alpha: float | None = None, allo
     layers, layer_problems, layer_notices = _layers(lora, transformer, config, allow_partial=allow_partial)
     if problems or layer_problems:
         helps = not (problems or allow_partial) and not _layers(lora, transformer, config, allow_partial=True)[1]
-        raise _wrong(checkpoint, [*problems, *layer_problems], _partial(config) if helps else "")
+        raise _wrong(checkpoint, [*problems, *layer_problems], _partial(config) if helps else None)
     tensors = [
         PlannedTensor(name, diffusers.diffusers_key(name), lora.sources[name]) for name in cogvideox.lora_keys(layers)
     ]
@@ -327,13 +327,13 @@ def _alpha(given: float | None, config: TrainingConfig | None) -> tuple[Alpha, l
 def _partial(config: TrainingConfig | None) -> str:
     """The advice to accept the layers that are there."""
     aside = ", which sets layer_range aside" if config is not None and config.layers is not None else ""
-    return f"if only these layers were trained, export with --allow-partial{aside}; to see what is there: "
+    return f"if only these layers were trained, export with --allow-partial{aside}"
 
 
-def _wrong(checkpoint: Checkpoint, problems: list[Problem], advice: str = "") -> ExportError:
+def _wrong(checkpoint: Checkpoint, problems: list[Problem], advice: str | None = None) -> ExportError:
     return ExportError(
         "the LoRA in this checkpoint cannot be exported as it is",
         file=checkpoint.path,
         problems=problems,
-        hint=advice + command("inspect", checkpoint.path, "--lora"),
+        hint=advice or command("inspect", checkpoint.path, "--lora"),
     )

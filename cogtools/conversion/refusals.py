@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from cogtools.checkpoint.files import is_file
 from cogtools.checkpoint.folder import TRAINER_FILES
 from cogtools.checkpoint.tensors import true_shape
-from cogtools.errors import ExportError, command
+from cogtools.errors import ExportError, Hint, command
 from cogtools.formatting import counted
 from cogtools.layouts import diffusers, peft, sat
 
@@ -91,7 +91,7 @@ def no_lora(checkpoint: Checkpoint) -> ExportError:
     )
 
 
-def _what_it_holds(checkpoint: Checkpoint, keys: list[str]) -> tuple[str, str]:
+def _what_it_holds(checkpoint: Checkpoint, keys: list[str]) -> tuple[str, Hint]:
     look, verify = command("inspect", checkpoint.path), command("verify", checkpoint.path)
     if any(diffusers.parse_key(key) for key in keys):
         return "a LoRA in diffusers' layout already", verify
@@ -119,22 +119,22 @@ def _what_it_holds(checkpoint: Checkpoint, keys: list[str]) -> tuple[str, str]:
     return count + (f": {keys[0]} …" if keys else ""), look
 
 
-def _lora_elsewhere(checkpoint: Checkpoint) -> tuple[str, str] | None:
+def _lora_elsewhere(checkpoint: Checkpoint) -> tuple[str, Hint] | None:
     """Where SAT's LoRA lies if it is not in the state dict: under a name that nobody else uses for one."""
     prefixes = [prefix for path in checkpoint.beside if (prefix := sat.unknown_prefix(path)) is not None]
     if not prefixes:
         return None
     name = prefixes[0].rstrip(".")
     found = f"{counted(prefixes.count(prefixes[0]), 'tensor')} of such a LoRA under {name!r}"
-    return found, f"save what is under {name!r} as a checkpoint of its own"
+    return found, Hint(f"save what is under {name!r} as a checkpoint of its own")
 
 
-def _optimizer(path: Path) -> tuple[str, str]:
+def _optimizer(path: Path) -> tuple[str, Hint]:
     found = "an optimizer's state (a zero_pp_rank file of DeepSpeed)"
     weights = path.with_name(_FIRST_RANK)
     if is_file(weights):
-        return found, f"give the weights: {weights}"
-    return found, f"give the weights: the trainer saves them as {_FIRST_RANK}, which is not in this folder"
+        return found, Hint(f"give the weights: {weights}")
+    return found, Hint(f"give the weights: the trainer saves them as {_FIRST_RANK}, which is not in this folder")
 
 
 def _starts(keys: Iterable[str], *prefixes: str) -> bool:

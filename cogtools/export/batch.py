@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from cogtools.checkpoint.files import is_file, is_folder
 from cogtools.checkpoint.folder import (
@@ -27,23 +27,15 @@ from cogtools.checkpoint.shards import PIPELINE_INDEX, SHARD_INDEX_SUFFIXES
 from cogtools.conversion.options import CASTS
 from cogtools.conversion.record import ExportRecord, read_record
 from cogtools.errors import CheckpointError, CogtoolsError, KilledError, OptionError, OutputError, command
-from cogtools.export.export import ExportReport, export_lora
+from cogtools.export.export import ExportReport, export_checkpoint
 from cogtools.export.workers import Death, run_side_by_side
 from cogtools.layouts import diffusers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from cogtools.conversion.options import ExportOptions, WriteOptions
+    from cogtools.conversion.options import ExportOptions
     from cogtools.verification.report import VerifyReport
-
-
-class BatchChoice(TypedDict):
-    """Which iterations of save folders are meant, as `plan_batch` takes it."""
-
-    iteration: int | None
-    ema: bool
-    every: bool
 
 
 class Job(NamedTuple):
@@ -81,7 +73,7 @@ class BatchItem:
     output: Path | None
     status: Literal["done", "skipped", "failed"]
     report: ExportReport | None = None
-    error: dict[str, object] | None = None
+    error: CogtoolsError | None = None
     reason: str | None = None
 
 
@@ -101,28 +93,25 @@ def batch_report(items: Sequence[BatchItem]) -> BatchReport:
     return BatchReport(tuple(items), counts["done"], counts["skipped"], counts["failed"])
 
 
-def plan_batch(
-    sources: Sequence[str], out: Path, *, iteration: int | None = None, ema: bool = False, every: bool = False
-) -> list[Job]:
+def plan_batch(sources: Sequence[str], out: Path, options: ExportOptions, *, every: bool = False) -> list[Job]:
     """Find the checkpoint that each source stands for, and the folder in `out` that its LoRA goes to.
 
     Args:
         sources: checkpoint files and folders.
         out: the folder for all of them.
-        iteration: which iteration of a save folder; None takes the latest.
-        ema: take its EMA weights.
+        options: among them, which iteration of a save folder is meant.
         every: take every iteration of a save folder.
 
     Raises:
         OptionError: if two of them would be written to one place, or `out` is no place to write to.
     """
-    if every and iteration is not None:
+    if every and options.iteration is not None:
         raise OptionError("--all takes every iteration: --iteration does not go with it", hint="leave one of them out")
     _refuse_as_output(out)
     jobs: list[Job] = []
     taken: dict[Path | str, Job] = {}
     for source in sources:
-        for job in _jobs(source, out, iteration, ema=ema, every=every):
+        for job in _jobs(source, out, options, every=every):
             other = taken.setdefault(job.output or job.given, job)
             if other is job:
                 jobs.append(job)
@@ -156,7 +145,7 @@ def _refuse_as_output(out: Path) -> None:
         )
 
 
-def _jobs(source: str, out: Path, iteration: int | None, *, ema: bool, every: bool) -> list[Job]:
+def _jobs(source: str, out: Path, options: ExportOptions, *, every: bool) -> list[Job]:
     path = Path(source)
     if not is_folder(path):
         return [_job(source, out, lambda: path)]
@@ -164,12 +153,12 @@ def _jobs(source: str, out: Path, iteration: int | None, *, ema: bool, every: bo
         return [Job(source, reason="this is the folder for the outputs")]
     try:
         save_folder = find_save_folder(path) if every else None
-        chosen = [item.folder for item in iterations_in(save_folder) if item.ema == ema] if save_folder else []
+        chosen = [item.folder for item in iterations_in(save_folder) if item.ema == options.ema] if save_folder else []
     except CheckpointError as error:
         return [Job(source, error=error)]
     if chosen:
         return [_job(str(folder), out, partial(find_file, folder)) for folder in chosen]
-    return [_job(source, out, lambda: find_file(path, iteration=iteration, ema=ema))]
+    return [_job(source, out, lambda: find_file(path, iteration=options.iteration, ema=options.ema))]
 
 
 def _job(given: str, out: Path, find: Callable[[], Path]) -> Job:
@@ -206,7 +195,7 @@ def _folder_name(folder: Path) -> str:
     return folder.resolve().name if name == ".." else name
 
 
-def export_many(jobs: Sequence[Job], options: ExportOptions, writing: WriteOptions) -> Iterator[BatchItem]:
+def export_many(jobs: Sequence[Job], options: ExportOptions) -> Iterator[BatchItem]:
     """Export the jobs' checkpoints, as many side by side as there are processors; yields each as it ends.
 
     A process that is killed takes its own job with it only. A `KeyboardInterrupt` ends all of them, and none leaves a
@@ -218,7 +207,7 @@ def export_many(jobs: Sequence[Job], options: ExportOptions, writing: WriteOptio
         elif job.reason is not None:
             yield BatchItem(job.given, None, "skipped", reason=job.reason)
     todo = [job for job in jobs if job.file is not None]
-    work = partial(export_one, options=options, writing=writing)
+    work = partial(export_one, options=options)
     processes = min(len(todo), os.cpu_count() or 1)
     if processes < 2:
         yield from map(work, todo)
@@ -228,7 +217,7 @@ def export_many(jobs: Sequence[Job], options: ExportOptions, writing: WriteOptio
 
 
 def _failed(job: Job, error: CogtoolsError) -> BatchItem:
-    return BatchItem(job.given, job.output, "failed", error=error.to_dict())
+    return BatchItem(job.given, job.output, "failed", error=error)
 
 
 def _killed(job: Job, death: Death) -> BatchItem:
@@ -241,14 +230,15 @@ def _killed(job: Job, death: Death) -> BatchItem:
     return _failed(job, error)
 
 
-def export_one(job: Job, options: ExportOptions, writing: WriteOptions) -> BatchItem:
+def export_one(job: Job, options: ExportOptions) -> BatchItem:
     """Export one checkpoint of a batch; whatever is wrong with it is in the result."""
     if job.file is None or job.output is None:
         raise ValueError("a job without a checkpoint")
     try:
-        if not writing["overwrite"] and _is_done(job.file, job.output, options):
+        if not options.overwrite and _is_done(job.file, job.output, options):
             return BatchItem(job.given, job.output, "skipped", reason="there already, and verifies")
-        report = export_lora(job.file, job.output, **options, **writing)
+        # The file says which iteration it is.
+        report = export_checkpoint(job.file, job.output, replace(options, iteration=None, ema=False))
     except CogtoolsError as error:
         return _failed(job, error)
     except Exception as error:  # noqa: BLE001 - a bug, or no memory: that ends this job, and not the others
@@ -312,8 +302,8 @@ def _made(record: ExportRecord) -> _Made:
 
 
 def _wanted(record: ExportRecord, options: ExportOptions) -> _Made:
-    dtype = record.source_dtype if options["dtype"] == "keep" else CASTS.get(options["dtype"])
-    return _Made(options["scale"], dtype, options["alpha"])
+    dtype = record.source_dtype if options.dtype == "keep" else CASTS.get(options.dtype)
+    return _Made(options.scale, dtype, options.alpha)
 
 
 def _first_failure(report: VerifyReport) -> str:
@@ -325,5 +315,5 @@ def _not_right(file: Path, output: Path, found: str) -> OutputError:
         "the output is there already, and does not verify",
         file=output,
         found=found,
-        hint=f"replace it with --overwrite; to see more: {command('verify', output, '--against', file)}",
+        hint=command("verify", output, "--against", file, advice="replace it with --overwrite; to see more"),
     )

@@ -13,7 +13,7 @@ from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.conversion.crc32 import Crc32Check
 from cogtools.conversion.notices import export_notices
-from cogtools.conversion.options import CASTS, Cast, Scale
+from cogtools.conversion.options import CASTS, Cast, ExportOptions, Scale
 from cogtools.conversion.output import AtomicFile, refuse_unwritable
 from cogtools.conversion.plan import LoraPlan, plan_lora_export
 from cogtools.conversion.record import RECORD_KEY, ExportRecord
@@ -130,36 +130,48 @@ def export_lora(
     Raises:
         CogtoolsError: if it cannot be done. The target is then as it was before.
     """
+    options = ExportOptions(alpha, scale, dtype, iteration, ema, allow_partial, overwrite, dry_run, sha256)
+    return export_checkpoint(checkpoint, out, options, progress=progress)
+
+
+def export_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    options: ExportOptions,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> ExportReport:
+    """The same as `export_lora`, with the options as one record."""
     target = output_path(Path(out))
-    output = AtomicFile(target, overwrite=overwrite)
-    with open_checkpoint(checkpoint, iteration=iteration, ema=ema) as opened:
+    output = AtomicFile(target, overwrite=options.overwrite)
+    with open_checkpoint(checkpoint, iteration=options.iteration, ema=options.ema) as opened:
         output.refuse_existing()
-        prepared = prepare_export(opened, alpha=alpha, scale=scale, dtype=dtype, allow_partial=allow_partial)
+        prepared = prepare_export(opened, options)
         output.refuse_source(opened.files)
         refuse_unwritable(target, prepared.size_bytes)
         written = _Written()
-        if not dry_run:
-            written = _write(output, prepared, opened.files, progress, sha256=sha256)
+        if not options.dry_run:
+            written = _write(output, prepared, opened.files, progress, sha256=options.sha256)
     plan = prepared.plan
     return ExportReport(
         checkpoint=opened.path,
         output=target,
-        written=not dry_run,
+        written=not options.dry_run,
         model=plan.transformer.name,
         layers=plan.layers,
         rank=plan.rank,
         alpha=plan.alpha.value,
         alpha_source=plan.alpha.source,
         scaling=plan.scaling,
-        scale=scale,
+        scale=options.scale,
         dtype=prepared.dtype.name,
         source_dtype=plan.dtype.name,
         tensors=len(plan.tensors),
         size_bytes=prepared.size_bytes,
-        crc32="not recorded" if not plan.has_crc32 else "not checked" if dry_run else "checked",
+        crc32="not recorded" if not plan.has_crc32 else "not checked" if options.dry_run else "checked",
         largest_relative_error=written.largest_relative_error,
         sha256=written.sha256,
-        notices=export_notices(opened, plan, scale),
+        notices=export_notices(opened, plan, options.scale),
     )
 
 
@@ -168,18 +180,17 @@ def output_path(out: Path) -> Path:
     return out if out.suffix == ".safetensors" else out / diffusers.FILE_NAME
 
 
-def prepare_export(
-    checkpoint: Checkpoint, *, alpha: float | None, scale: Scale, dtype: Cast, allow_partial: bool
-) -> PreparedExport:
-    """Find out all about an export without reading weights; the options as for `export_lora`.
+def prepare_export(checkpoint: Checkpoint, options: ExportOptions) -> PreparedExport:
+    """Find out all about an export without reading weights.
 
     Raises:
         CogtoolsError: if it cannot be done.
     """
+    scale = options.scale
     if scale not in get_args(Scale):
         raise OptionError("there is no such way to carry the scale", found=scale, expected=", ".join(get_args(Scale)))
-    plan = plan_lora_export(checkpoint, alpha=alpha, allow_partial=allow_partial)
-    target_dtype = _target_dtype(plan, dtype)
+    plan = plan_lora_export(checkpoint, alpha=options.alpha, allow_partial=options.allow_partial)
+    target_dtype = _target_dtype(plan, options.dtype)
     tensors = [TensorSpec(tensor.key, target_dtype, tensor.source.entry.shape) for tensor in plan.tensors]
     header = safetensors_header(tensors, _metadata(plan, checkpoint, scale, target_dtype))
     size_bytes = len(header) + sum(tensor.size_bytes for tensor in tensors)

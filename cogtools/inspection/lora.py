@@ -12,7 +12,7 @@ from cogtools.conversion.plan import DEFAULT_ALPHA, LoraPlan, plan_lora_export
 from cogtools.conversion.refusals import refuse_unexportable
 from cogtools.conversion.scale import BY_CONFIG, BY_DEFAULT
 from cogtools.conversion.training_config import find_training_config, read_training_config
-from cogtools.errors import CogtoolsError
+from cogtools.errors import CogtoolsError, Hint
 from cogtools.inspection.report import ExportOutlook, LoraReport
 from cogtools.inspection.sections import is_lora_key
 from cogtools.layouts import diffusers, peft, sat
@@ -155,10 +155,11 @@ def _export_outlook(checkpoint: Checkpoint) -> tuple[LoraPlan | None, ExportOutl
     return plan, ExportOutlook(possible=True, tensors=len(plan.tensors), size_bytes=size_bytes, notices=plan.notices)
 
 
-def _elsewhere(hint: str | None) -> str | None:
+def _elsewhere(hint: Hint | None) -> Hint | None:
     """What an error advises besides to inspect the checkpoint, which is what is being done."""
-    advice = [part for part in (hint or "").split("; ") if part and "cogtools inspect" not in part]
-    return "; ".join(advice) or None
+    if hint is None or hint.command is None or not hint.command.startswith("cogtools inspect"):
+        return hint
+    return None if hint.advice is None else Hint(hint.advice)
 
 
 def _expected(lora: Lora, model: Transformer | None, plan: LoraPlan | None) -> list[LoraKey]:

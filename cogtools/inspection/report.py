@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cogtools.checkpoint.pickle.dangers import Danger
-    from cogtools.errors import Problem
+    from cogtools.errors import Hint, Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,7 @@ class ExportOutlook:
     notices: tuple[str, ...] = ()
     reason: str | None = None
     found: str | None = None
-    hint: str | None = None
+    hint: Hint | None = None
     problems: tuple[Problem, ...] = ()
 
 

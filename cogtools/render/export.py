@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cogtools.conversion.scale import ALPHA_SOURCES
-from cogtools.errors import Problem
 from cogtools.formatting import number
 from cogtools.layouts.family import PROJECTIONS
 from cogtools.render.text import emit, notice, printable, shortened, size, talk
 
 if TYPE_CHECKING:
+    from cogtools.errors import CogtoolsError
     from cogtools.export.batch import BatchItem, BatchReport
     from cogtools.export.export import ExportReport
 
@@ -72,8 +72,8 @@ def show_batch_item(item: BatchItem, *, quiet: bool = False) -> None:
     """Print what became of one checkpoint of several: a line, and one more that helps if it failed."""
     if item.error is not None:
         talk(_shown(f"failed   {item.checkpoint}: {_why(item.error)}"))
-        if item.error["hint"]:
-            talk(_shown(f"         try: {item.error['hint']}"))
+        if item.error.hint is not None:
+            talk(_shown(f"         try: {item.error.hint}"))
     elif not quiet:
         report = item.report
         if report is None:
@@ -86,14 +86,13 @@ def _shown(line: str) -> str:
     return shortened(printable(line))
 
 
-def _why(error: dict[str, Any]) -> str:
+def _why(error: CogtoolsError) -> str:
     """What failed, what was found, and the first of the problems."""
-    problems = error["problems"]
-    details = [f"found: {error['found']}"] if error["found"] else []
-    if problems:
-        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        details.append(f"{Problem(**problems[0])}{more}")
-    return str(error["what"]) + (f" ({'; '.join(details)})" if details else "")
+    details = [f"found: {error.found}"] if error.found else []
+    if error.problems:
+        more = f" and {len(error.problems) - 1} more" if len(error.problems) > 1 else ""
+        details.append(f"{error.problems[0]}{more}")
+    return error.what + (f" ({'; '.join(details)})" if details else "")
 
 
 def _in_short(report: ExportReport) -> str:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from cogtools.errors import CogtoolsError
+from cogtools.errors import CogtoolsError
 
 SCHEMA_VERSION = 1
 
@@ -33,6 +32,8 @@ def plain(value: object) -> object:
     """Dataclasses, paths and tuples as what JSON has: objects, strings and arrays."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, CogtoolsError):
+        return value.to_dict()
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, dict):

@@ -12,6 +12,7 @@ from cogtools.render.text import emit, is_terminal, notice, printable, size
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from cogtools.errors import Hint
     from cogtools.verification.report import Check, VerifyReport
 
 _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "skipped": "dim"}
@@ -53,7 +54,7 @@ def _lines(checks: list[Check]) -> list[str]:
 
 def _with_details(checks: list[Check]) -> Iterator[tuple[Check, list[str]]]:
     """Every check, and the lines under it: what is wrong, the first ones of many, and what to do, each hint once."""
-    hints: set[str] = set()
+    hints: set[Hint] = set()
     for check in checks:
         lines = [str(problem) for problem in check.problems[:SHOWN_PROBLEMS]]
         more = len(check.problems) - SHOWN_PROBLEMS

@@ -19,7 +19,7 @@ from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.conversion.plan import plan_lora_export
 from cogtools.conversion.scale import ALPHA_SOURCES, BY_DEFAULT, BY_HAND
 from cogtools.conversion.training_config import FILE_NAME as CONFIG_FILE_NAME
-from cogtools.errors import CheckpointError, Problem, command
+from cogtools.errors import CheckpointError, Hint, Problem, command
 from cogtools.formatting import counted, number
 from cogtools.verification.checks import figures
 from cogtools.verification.hints import only_load_tells
@@ -120,20 +120,20 @@ def _check_tensors(lora: WrittenLora, source: Source, advance: Callable[[int], N
     return Check("against", "fail", ", ".join(seen), tuple(problems), hint)
 
 
-def _other_weights(lora: WrittenLora, source: Source) -> str | None:
+def _other_weights(lora: WrittenLora, source: Source) -> Hint | None:
     """Where most tensors differ, the weights of the training that the file may have been made of; None if unknown."""
     run, made_of = source.checkpoint.run, lora.record.iteration
     iteration = source.checkpoint.values.get("iteration")
     if made_of is not None and isinstance(iteration, int) and made_of != iteration:
         said = f"the file's record says iteration {made_of}, and this is iteration {iteration}"
         if run is None or all(item.number != made_of for item in run.iterations):
-            return said
-        return f"{said}: {command('verify', lora.path, '--against', run.folder, '--iteration', made_of)}"
+            return Hint(said)
+        return command("verify", lora.path, "--against", run.folder, "--iteration", made_of, advice=said)
     if run is None or run.twin is None:
         return None
     kind, option = ("plain", []) if run.chosen.ema else ("EMA", ["--ema"])
     words = ["--against", run.folder, "--iteration", run.chosen.number, *option]
-    return f"the training has {kind} weights too: {command('verify', lora.path, *words)}"
+    return command("verify", lora.path, *words, advice=f"the training has {kind} weights too")
 
 
 class _Comparison:
@@ -290,8 +290,8 @@ def _by_hand(record: ExportRecord, rank: int, scalings: list[float]) -> str | No
     return f"alpha {number(record.alpha_by_hand)} ({source})" if is_it else None
 
 
-_WITHOUT_ALPHA = f"if {CONFIG_FILE_NAME} is right, export again without --alpha"
-_KEEP_THE_CONFIG = f"put {CONFIG_FILE_NAME} back where the trainer wrote it: into the save folder"
+_WITHOUT_ALPHA = Hint(f"if {CONFIG_FILE_NAME} is right, export again without --alpha")
+_KEEP_THE_CONFIG = Hint(f"put {CONFIG_FILE_NAME} back where the trainer wrote it: into the save folder")
 
 
 def _not_known(record: ExportRecord) -> str:

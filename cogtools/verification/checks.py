@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cogtools.conversion.plan import FLOATS
-from cogtools.errors import Problem, command
+from cogtools.errors import Hint, Problem, command
 from cogtools.formatting import counted, number
 from cogtools.layouts import diffusers
 from cogtools.layouts import family as cogvideox
@@ -107,24 +108,24 @@ def _bad_names(lora: WrittenLora, beyond: int) -> str:
     return f"{counted(wrong, 'key')} of {len(lora.file.tensors)} with no place in the model"
 
 
-def _who_reads_them(lora: WrittenLora) -> str:
+def _who_reads_them(lora: WrittenLora) -> Hint:
     """What can be done with a file whose names are another program's."""
     if not lora.tensors:
         return _look(lora)
-    again = f"for {lora.naming.reader}: {command('export-lora', 'CHECKPOINT', 'OUT_DIR')}"
+    again = command("export-lora", "CHECKPOINT", "OUT_DIR", advice=f"for {lora.naming.reader}")
     readers = {miss.reader for miss in lora.misnamed.values()}
     if not lora.misnamed or len(lora.misnamed) < len(lora.tensors):
-        return again if lora.naming is DIFFUSERS else f"name it {lora.naming.file_name}"
+        return again if lora.naming is DIFFUSERS else Hint(f"name it {lora.naming.file_name}")
     (reader, *others) = readers
     if reader is None or others:
         return again
     if reader == "cogtools export-lora":
         return command("export-lora", lora.path, "OUT_DIR")
-    return f"load it with {reader}; {again}"
+    return replace(again, advice=f"load it with {reader}; {again.advice}")
 
 
-def _look(lora: WrittenLora) -> str:
-    return f"{command('inspect', lora.path)} shows what the file holds"
+def _look(lora: WrittenLora) -> Hint:
+    return command("inspect", lora.path, advice="to see what the file holds")
 
 
 def check_complete(lora: WrittenLora, expected: Expected) -> Check:
@@ -146,7 +147,7 @@ def check_complete(lora: WrittenLora, expected: Expected) -> Check:
         return Check(name, "fail", seen, problems)
     if expected.known_by is None:
         seen += f"; nothing tells how many layers the model has: taken to be {expected.transformer.layers}"
-        return Check(name, "warn", seen, hint="say it with --model or --layers")
+        return Check(name, "warn", seen, hint=Hint("state it with --model or --layers"))
     return Check(name, "pass", seen)
 
 
@@ -155,7 +156,7 @@ def check_pairs(lora: WrittenLora) -> Check:
     if not lora.tensors:
         return Check("pairs", "skipped", _NO_TENSORS)
     lone = [name for name in lora.tensors if _partner(name) not in lora.tensors]
-    problems = lora.problems("alone", lone, expected="its partner beside it")
+    problems = lora.problems("unpaired", lone, expected="its partner beside it")
     pairs = (len(lora.tensors) - len(lone)) // 2
     return judged("pairs", problems, counted(pairs, "pair"), f"{counted(len(lone), 'tensor')} without a partner")
 
@@ -285,11 +286,11 @@ def check_scale(lora: WrittenLora, found: Mapping[str, float], by_peft: Mapping[
     return judged(name, doubts, seen, seen, status="warn")
 
 
-def _weight(record: ExportRecord) -> str | None:
+def _weight(record: ExportRecord) -> Hint | None:
     """How to load a file whose scale was left out on purpose."""
     if record.scale != "none" or record.alpha is None or record.rank is None:
         return None
-    return f"load it at weight {number(record.alpha / record.rank)}, as it was exported with --scale none"
+    return Hint(f"load it at weight {number(record.alpha / record.rank)}, as it was exported with --scale none")
 
 
 def check_target_modules(lora: WrittenLora, expected: Expected, by_peft: Mapping[str, float]) -> Check:
@@ -300,7 +301,7 @@ def check_target_modules(lora: WrittenLora, expected: Expected, by_peft: Mapping
         return Check(name, "skipped", "not stated")
     if config.targets is None and not isinstance(stated, str):
         found = None if stated is None else type(stated).__name__
-        problem = Problem("missing" if found is None else "wrong", name, found, "a list of the adapted modules")
+        problem = Problem("missing" if found is None else "invalid", name, found, "a list of the adapted modules")
         return Check(name, "fail", f"{name} is missing" if found is None else f"{name} is no list", (problem,))
     if config.has_expression:
         if by_peft:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cogtools.conversion.options import CASTS
-from cogtools.errors import command
+from cogtools.errors import Hint, command
 from cogtools.layouts.naming import DIFFUSERS
 
 if TYPE_CHECKING:
@@ -24,8 +24,10 @@ _MADE_AGAIN = frozenset(
 """The checks that an export of the right checkpoint passes."""
 
 _OTHERS = {
-    "finite": "if the checkpoint has them too (--against tells), the training diverged: take an earlier iteration",
-    "untrained": "take a later iteration of the training",
+    "finite": Hint(
+        "if the checkpoint has them too (--against tells), the training diverged: take an earlier iteration"
+    ),
+    "untrained": Hint("take a later iteration of the training"),
 }
 
 _CASTS = {name: cast for cast, name in CASTS.items()}
@@ -47,10 +49,10 @@ def with_hint(check: Check, lora: WrittenLora, source: Sequence[object]) -> Chec
     return replace(check, hint=hint)
 
 
-def _export_again(lora: WrittenLora, source: Sequence[object]) -> str:
+def _export_again(lora: WrittenLora, source: Sequence[object]) -> Hint:
     """How to make the file again, in the way that its record says it was made."""
     if lora.naming is not DIFFUSERS:
-        return "save it again with PEFT's save_pretrained"
+        return Hint("save it again with PEFT's save_pretrained")
     record = lora.record
     options: list[object] = []
     if record.alpha_by_hand is not None:
@@ -63,6 +65,6 @@ def _export_again(lora: WrittenLora, source: Sequence[object]) -> str:
     return command("export-lora", *source, out, *options, "--overwrite")
 
 
-def only_load_tells(lora: WrittenLora) -> str:
+def only_load_tells(lora: WrittenLora) -> Hint:
     """How to find out what only PEFT can tell."""
     return command("verify", lora.path, "--load")

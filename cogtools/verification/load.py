@@ -105,7 +105,7 @@ def load_lora(lora: WrittenLora, expected: Expected) -> Loaded:
             return found("fail", f"{names} do not load it", [Problem("error", text)])
     adapters, held = _adapters(lora, loaded)
     problems = [*_wrong_modules(lora, expected, adapters), *_wrong_tensors(lora, held)]
-    heard = [Problem("said", f"{library}: {_one_line(text)}") for library, text in said]
+    heard = [Problem("library_warning", f"{library}: {_one_line(text)}") for library, text in said]
     if problems or not all(text.startswith(_HARMLESS) for _, text in said):
         return found("fail", f"{names}: not loaded as the file says", [*heard, *problems])
     modules = f"{counted(len(adapters), 'module')} of {_which(expected.transformer)}"

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from cogtools.errors import Problem
+from cogtools.errors import Hint, Problem
 from cogtools.layouts.folded import folded_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from cogtools.errors import ProblemKind
+    from cogtools.errors import Hint, ProblemKind
     from cogtools.layouts.family import LoraKey
 
 Status = Literal["pass", "warn", "fail", "skipped"]
@@ -35,7 +35,7 @@ class Check:
     status: Status
     seen: str
     problems: tuple[Problem, ...] = ()
-    hint: str | None = None
+    hint: Hint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class VerifyReport:
 
 
 def judged(
-    name: str, problems: Sequence[Problem], good: str, bad: str, *, status: Status = "fail", hint: str | None = None
+    name: str, problems: Sequence[Problem], good: str, bad: str, *, status: Status = "fail", hint: Hint | None = None
 ) -> Check:
     """A check that passes without problems, and has another status with some."""
     return Check(name, status, bad, tuple(problems), hint) if problems else Check(name, "pass", good)

@@ -11,7 +11,7 @@ from cogtools.checkpoint.formats import safetensors
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.conversion.adapter_config import Stated, read_stated
 from cogtools.conversion.record import ExportRecord, read_record
-from cogtools.errors import CheckpointError, Problem, command
+from cogtools.errors import CheckpointError, Hint, Problem, command
 from cogtools.layouts import diffusers, peft, sat
 from cogtools.layouts.family import hidden_of
 from cogtools.layouts.folded import folded_names
@@ -143,7 +143,9 @@ def find_lora_file(out: Path) -> Path:
         file=out,
         found=", ".join(found[:5]) or "no file that ends in .safetensors",
         expected=f"{DIFFUSERS.file_name} or {PEFT.file_name}",
-        hint="name the file itself" if found else "cogtools export-lora CHECKPOINT OUT_DIR writes one",
+        hint=Hint("name the file itself")
+        if found
+        else command("export-lora", "CHECKPOINT", "OUT_DIR", advice="to write one"),
     )
 
 
@@ -181,13 +183,13 @@ def _no_safetensors(file: Checkpoint) -> CheckpointError:
     """The error for a file of another format: what it holds, and what to do with that."""
     what, expected = "this is a checkpoint, not an exported LoRA", "a safetensors file"
     found = [miss for key in file.tensors if (miss := near_miss(key)) is not None]
-    hint = command("inspect", file.path) + " shows what it holds"
+    hint = command("inspect", file.path, advice="to see what it holds")
     if any(sat.parse_lora_key(key) for key in file.tensors):
-        hint = f"{command('export-lora', file.path, 'OUT_DIR')}, then {command('verify', 'OUT_DIR')}"
+        hint = command("export-lora", file.path, "OUT_DIR", advice="export it, then verify what was written")
     elif found:
         what = f"this is a LoRA with {found[0].what} that torch.save wrote"
         expected = "a safetensors file: to load this one, diffusers would unpickle it, which can run code"
-        hint = (
+        hint = Hint(
             "save it as safetensors: safetensors.torch.save_file(torch.load("
             f"{str(file.path)!r}, weights_only=True), {str(file.path.with_name(diffusers.FILE_NAME))!r})"
         )

@@ -112,7 +112,7 @@ def test_a_file_that_the_library_refuses_is_refused_with_what_is_wrong(
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
     error = caught.value
-    assert (error.what, error.expected, error.hint) == ("this safetensors file is damaged", expected, AGAIN)
+    assert (error.what, error.expected, str(error.hint)) == ("this safetensors file is damaged", expected, AGAIN)
     assert error.found is not None
     assert error.found == found or (found.endswith(": ") and error.found.startswith(found))
 

@@ -263,8 +263,7 @@ def test_a_lora_of_some_layers_stops_the_export(partial: Path) -> None:
         "the LoRA in this checkpoint cannot be exported as it is\n"
         f"  file:      {partial}\n"
         "  problem:   missing: layer 1: all tensors\n"
-        "  try:       if only these layers were trained, export with --allow-partial; "
-        f"to see what is there: cogtools inspect {partial} --lora"
+        "  try:       if only these layers were trained, export with --allow-partial"
     )
 
 
@@ -283,7 +282,7 @@ def test_allow_partial_is_not_proposed_where_it_does_not_help(
     path = saved(tmp_path / "a.pt", toy(**changes))
     with pytest.raises(ExportError) as caught:
         plan(path, allow_partial=allow_partial)
-    assert caught.value.hint == f"cogtools inspect {path} --lora"
+    assert str(caught.value.hint) == f"cogtools inspect {path} --lora"
 
 
 def test_a_lora_of_some_layers_is_accepted_when_asked_for(partial: Path) -> None:
@@ -322,9 +321,8 @@ def test_layers_that_the_declared_range_has_and_the_file_has_not_are_missing(tmp
     assert caught.value.problems == (
         Problem("missing", "layers 1-2: all tensors", expected="layers 0-2 (layer_range in training_config.yaml)"),
     )
-    assert caught.value.hint == (
-        "if only these layers were trained, export with --allow-partial, which sets layer_range aside; "
-        f"to see what is there: cogtools inspect {path} --lora"
+    assert str(caught.value.hint) == (
+        "if only these layers were trained, export with --allow-partial, which sets layer_range aside"
     )
 
 

@@ -162,7 +162,7 @@ def test_a_file_that_is_no_plain_yaml_is_an_error(content: str | bytes, tmp_path
     with pytest.raises(CheckpointError) as caught:
         read_training_config(path)
     error = caught.value
-    assert (error.what, error.file, error.expected, error.hint) == (
+    assert (error.what, error.file, error.expected, str(error.hint)) == (
         "the training configuration cannot be read",
         str(path),
         "YAML as the trainer writes it",

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from cogtools.checkpoint.index import Checkpoint
-from cogtools.conversion.options import ExportOptions, WriteOptions
+from cogtools.conversion.options import ExportOptions
 from cogtools.errors import OptionError
 from cogtools.export.batch import export_many, plan_batch
-from cogtools.export.export import ExportReport, export_lora
+from cogtools.export.export import ExportReport, export_checkpoint
 from cogtools.export.workers import run_side_by_side
 from cogtools.layouts.diffusers import FILE_NAME
 from tests.support.command_line import CommandLine, Result
@@ -174,10 +174,9 @@ def test_what_another_release_made_of_a_file_of_another_name_is_skipped(
 def test_a_checkpoint_is_planned_once_to_see_that_nothing_is_to_do(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ExportOptions(alpha=None, scale="metadata", dtype="keep", allow_partial=False)
-    writing = WriteOptions(overwrite=False, dry_run=False, sha256=False)
-    jobs = plan_batch([str(runs[0])], tmp_path / "out")
-    assert [item.status for item in export_many(jobs, options, writing)] == ["done"]
+    options = ExportOptions()
+    jobs = plan_batch([str(runs[0])], tmp_path / "out", ExportOptions())
+    assert [item.status for item in export_many(jobs, options)] == ["done"]
     opened: list[Path] = []
 
     def enter(self: Checkpoint) -> Checkpoint:
@@ -185,14 +184,14 @@ def test_a_checkpoint_is_planned_once_to_see_that_nothing_is_to_do(
         return self
 
     monkeypatch.setattr(Checkpoint, "__enter__", enter)
-    assert [item.status for item in export_many(jobs, options, writing)] == ["skipped"]
+    assert [item.status for item in export_many(jobs, options)] == ["skipped"]
     assert opened.count(runs[0] / "1000" / "mp_rank_00_model_states.pt") == 1
 
 
 def test_two_for_one_place_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     sources = [str(run(tmp_path / name / "lora")) for name in "ab"]
     with pytest.raises(OptionError) as caught:
-        plan_batch(sources, tmp_path / "out")
+        plan_batch(sources, tmp_path / "out", ExportOptions())
     assert caught.value.what == "two checkpoints would be written to one place"
     assert caught.value.file == str(tmp_path / "out" / "lora-1000" / FILE_NAME)
     assert caught.value.found == " and ".join(f"{source}/1000/mp_rank_00_model_states.pt" for source in sources)
@@ -218,15 +217,15 @@ def test_one_that_is_given_twice_is_exported_once(cogtools_cli: CommandLine, run
 )
 def test_outputs_are_named_so_that_they_are_told_apart(files: list[str], names: list[str], tmp_path: Path) -> None:
     run(tmp_path / "run")
-    jobs = plan_batch([str(tmp_path / file) for file in files], tmp_path / "out")
+    jobs = plan_batch([str(tmp_path / file) for file in files], tmp_path / "out", ExportOptions())
     assert [job.output for job in jobs] == [tmp_path / "out" / name / FILE_NAME for name in names]
 
 
 def test_a_save_folder_above_the_current_one_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run(tmp_path / "run") / "1000")
-    (job,) = plan_batch([".."], tmp_path / "out")
+    (job,) = plan_batch([".."], tmp_path / "out", ExportOptions())
     assert job.output == tmp_path / "out" / "run-1000" / FILE_NAME
-    (job,) = plan_batch(["."], tmp_path / "out")
+    (job,) = plan_batch(["."], tmp_path / "out", ExportOptions())
     assert job.output == tmp_path / "out" / "run-1000" / FILE_NAME
 
 
@@ -341,7 +340,7 @@ def test_a_single_folder_keeps_its_name_in_a_folder_with_a_slash(
 
 
 def test_files_outside_of_a_run_are_named_after_themselves(tmp_path: Path) -> None:
-    jobs = plan_batch([str(tmp_path / "fine.pt"), str(tmp_path / "tuned.pt")], tmp_path / "out")
+    jobs = plan_batch([str(tmp_path / "fine.pt"), str(tmp_path / "tuned.pt")], tmp_path / "out", ExportOptions())
     assert [job.output for job in jobs] == [tmp_path / "out" / name / FILE_NAME for name in ("fine", "tuned")]
 
 
@@ -412,19 +411,18 @@ def test_what_ends_one_job_leaves_the_others(
     def export(checkpoint: Path, *words: Any, **options: Any) -> ExportReport:
         if "dog" in str(checkpoint):
             end()
-        return export_lora(checkpoint, *words, **options)
+        return export_checkpoint(checkpoint, *words, **options)
 
-    monkeypatch.setattr("cogtools.export.batch.export_lora", export)
-    options = ExportOptions(alpha=None, scale="metadata", dtype="keep", allow_partial=False)
-    writing = WriteOptions(overwrite=False, dry_run=False, sha256=False)
+    monkeypatch.setattr("cogtools.export.batch.export_checkpoint", export)
+    options = ExportOptions()
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    jobs = plan_batch([*map(str, runs), str(run(tmp_path / "fox"))], tmp_path / "out")
-    items = {item.checkpoint.split("/")[-3]: item for item in export_many(jobs, options, writing)}
+    jobs = plan_batch([*map(str, runs), str(run(tmp_path / "fox"))], tmp_path / "out", ExportOptions())
+    items = {item.checkpoint.split("/")[-3]: item for item in export_many(jobs, options)}
     assert {name: item.status for name, item in items.items()} == {
         "cat": "done", "dog": "failed", "eel": "done", "fox": "done"
     }  # fmt: skip
     error = items["dog"].error
     assert error is not None
-    assert (error["what"], error["found"]) == (what, found)
+    assert (error.what, error.found) == (what, found)
     assert written(tmp_path / "out") == [f"{name}-1000/{FILE_NAME}" for name in ("cat", "eel", "fox")]
     assert multiprocessing.active_children() == []

@@ -411,7 +411,7 @@ def test_without_matplotlib_it_says_how_to_get_it(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(CogtoolsError) as raised:
         inspect_checkpoints([tmp_path / "a.pt"], plot=tmp_path / "a.png")
-    assert (raised.value.what, raised.value.hint) == (
+    assert (raised.value.what, str(raised.value.hint)) == (
         "--plot needs matplotlib, which is not installed",
         'pip install "cogtools[plot]"',
     )

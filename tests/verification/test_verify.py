@@ -276,7 +276,7 @@ def test_names_of_videox_fun_are_called_that_and_their_alphas_are_counted(good: 
         "expected keys such as transformer.transformer_blocks.0.attn1.to_q.lora_A.weight)",
     ]
     assert [len(problem.keys) for problem in found.problems] == [24, 12]
-    assert found.hint == "load it with VideoX-Fun; for diffusers: cogtools export-lora CHECKPOINT OUT_DIR"
+    assert str(found.hint) == "load it with VideoX-Fun; for diffusers: cogtools export-lora CHECKPOINT OUT_DIR"
 
 
 def test_keys_that_differ_in_layer_and_module_only_are_one_problem(good: Source, tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_keys_that_differ_in_layer_and_module_only_are_one_problem(good: Source,
 def test_sats_names_are_for_export_lora(good: Source, tmp_path: Path) -> None:
     file = variant(good, tmp_path, sat_names)
 
-    assert check(verify_lora(file), "names").hint == f"cogtools export-lora {file} OUT_DIR"
+    assert str(check(verify_lora(file), "names").hint) == f"cogtools export-lora {file} OUT_DIR"
 
 
 def test_a_file_without_a_lora_is_for_inspect(tmp_path: Path) -> None:
@@ -307,8 +307,8 @@ def test_a_file_without_a_lora_is_for_inspect(tmp_path: Path) -> None:
 
     report = verify_lora(tmp_path)
 
-    hint = f"cogtools inspect '{tmp_path}/vae file.safetensors' shows what the file holds"
-    assert [check(report, name).hint for name in ("names", "complete")] == [hint, hint]
+    hint = f"to see what the file holds: cogtools inspect '{tmp_path}/vae file.safetensors'"
+    assert [str(check(report, name).hint) for name in ("names", "complete")] == [hint, hint]
 
 
 def test_a_rank_is_that_of_tensors_whose_shape_fits(good: Source, tmp_path: Path) -> None:
@@ -409,7 +409,7 @@ def test_a_stated_value_that_cannot_be_is_a_failure(
     report = verify_lora(variant(good, tmp_path, state(**{field: value})))
 
     problems = [(problem.kind, problem.subject, problem.found) for problem in check(report, "scale").problems]
-    assert (check(report, "scale").status, problems) == ("fail", [("wrong", field, found)])
+    assert (check(report, "scale").status, problems) == ("fail", [("invalid", field, found)])
 
 
 def test_a_record_that_the_file_does_not_bear_out_is_told_with_both(good: Source, tmp_path: Path) -> None:
@@ -452,7 +452,7 @@ def test_what_an_expression_means_only_load_tells(name: str, good: Source, tmp_p
 
     assert (plain.scaling, loaded.scaling, wrong(loaded)) == ((), (0.25,), {})
     assert check(plain, "scale").seen == "scaling unknown"
-    assert check(plain, "scale").hint == f"cogtools verify {file} --load"
+    assert str(check(plain, "scale").hint) == f"cogtools verify {file} --load"
     assert set(wrong(plain).values()) == {"warn"}
 
 
@@ -541,7 +541,7 @@ def test_a_file_that_nothing_tells_the_model_of_is_a_warning(tmp_path: Path) -> 
 
     assert wrong(report) == {"complete": "warn", "scale": "warn"}
     assert check(report, "complete").seen.endswith("nothing tells how many layers the model has: taken to be 2")
-    assert check(report, "complete").hint == "say it with --model or --layers"
+    assert str(check(report, "complete").hint) == "state it with --model or --layers"
 
 
 @pytest.mark.parametrize(
@@ -622,8 +622,8 @@ HUGE = 10**400
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("lora_alpha", "wrong: lora_alpha (found a number of 401 digits, expected a number above 0)"),
-        ("r", "wrong: r (found a number of 401 digits, expected a whole number, 1 or more)"),
+        ("lora_alpha", "invalid: lora_alpha (found a number of 401 digits, expected a number above 0)"),
+        ("r", "invalid: r (found a number of 401 digits, expected a whole number, 1 or more)"),
     ],
 )
 def test_a_number_too_large_to_be_meant_is_a_failure(name: str, problem: str, good: Source, tmp_path: Path) -> None:
@@ -711,7 +711,10 @@ def test_an_empty_folder_and_a_checkpoint_are_errors_with_a_hint(good: Source, t
         verify_lora(tmp_path)
     with pytest.raises(CheckpointError, match="this is a checkpoint, not an exported LoRA") as error:
         verify_lora(good.checkpoint)
-    assert error.value.hint == f"cogtools export-lora {good.checkpoint} OUT_DIR, then cogtools verify OUT_DIR"
+    assert (
+        str(error.value.hint)
+        == f"export it, then verify what was written: cogtools export-lora {good.checkpoint} OUT_DIR"
+    )
 
 
 def test_a_lora_that_torch_saved_is_to_be_saved_as_safetensors(tmp_path: Path) -> None:
@@ -737,7 +740,7 @@ def test_a_checkpoint_without_a_lora_is_for_inspect(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="this is a checkpoint, not an exported LoRA") as error:
         verify_lora(tmp_path / "vae.pt")
 
-    assert error.value.hint == f"cogtools inspect {tmp_path}/vae.pt shows what it holds"
+    assert str(error.value.hint) == f"to see what it holds: cogtools inspect {tmp_path}/vae.pt"
 
 
 def test_a_missing_checkpoint_is_told_before_any_value_is_read(good: Source, tmp_path: Path) -> None:
@@ -862,7 +865,7 @@ def test_an_alpha_given_by_hand_is_told_where_the_training_used_the_default(
         "scaling 2: alpha 8 (given by --alpha, as the file's record says) / rank 4; "
         "but training_config.yaml sets no lora_alpha, so the training used 1, SAT's default"
     )
-    assert check(report, "against-scale").hint == "if training_config.yaml is right, export again without --alpha"
+    assert str(check(report, "against-scale").hint) == "if training_config.yaml is right, export again without --alpha"
 
 
 def test_an_alpha_given_by_hand_does_without_a_configuration_that_cannot_be_read(
@@ -921,7 +924,7 @@ def test_a_file_of_the_ema_weights_is_told_where_to_look(run: Path, tmp_path: Pa
 
     report = verify_lora(tmp_path, against=run)
 
-    assert check(report, "against").hint == (
+    assert str(check(report, "against").hint) == (
         "the training has EMA weights too: "
         f"cogtools verify {tmp_path}/{FILE_NAME} --against {run} --iteration 1000 --ema"
     )
@@ -938,7 +941,7 @@ def test_a_file_of_another_iteration_is_told_which(run_of: Callable[..., Path], 
 
     report = verify_lora(tmp_path / "out", against=run)
 
-    assert check(report, "against").hint == (
+    assert str(check(report, "against").hint) == (
         "the file's record says iteration 1000, and this is iteration 2000: "
         f"cogtools verify {tmp_path}/out/{FILE_NAME} --against {run} --iteration 1000"
     )
@@ -951,7 +954,7 @@ def test_a_damaged_export_is_made_again_as_it_was_made(run_of: Callable[..., Pat
 
     report = verify_lora(tmp_path / FILE_NAME, against=run, iteration=1000)
 
-    assert check(report, "pairs").hint == (
+    assert str(check(report, "pairs").hint) == (
         f"cogtools export-lora {run} --iteration 1000 {tmp_path}/{FILE_NAME} "
         "--alpha 3 --scale fold --dtype fp32 --overwrite"
     )
@@ -1143,8 +1146,8 @@ def test_a_peft_folder_without_its_configuration_states_no_scale(peft_folder: Pa
     ("peft_type", "problem"),
     [
         (None, "missing: peft_type (expected LORA)"),
-        ("LOHA", 'wrong: peft_type (found "LOHA", expected LORA)'),
-        ("lora", 'wrong: peft_type (found "lora", expected LORA)'),
+        ("LOHA", 'invalid: peft_type (found "LOHA", expected LORA)'),
+        ("lora", 'invalid: peft_type (found "lora", expected LORA)'),
     ],
 )
 def test_an_adapter_of_another_type_is_a_failure(peft_type: str | None, problem: str, peft_folder: Path) -> None:
@@ -1157,7 +1160,7 @@ def test_an_adapter_of_another_type_is_a_failure(peft_type: str | None, problem:
 
     assert wrong(report) == {"scale": "fail"}
     assert told(report, "scale") == [problem]
-    assert check(report, "scale").hint == "save it again with PEFT's save_pretrained"
+    assert str(check(report, "scale").hint) == "save it again with PEFT's save_pretrained"
 
 
 def test_a_file_that_peft_does_not_find_is_a_failure(peft_folder: Path) -> None:

@@ -103,7 +103,7 @@ as the exporter's record says
          missing: layer 1: to_q lora_B
          try: cogtools export-lora CHECKPOINT {out}/pytorch_lora_weights.safetensors --overwrite
 fail     pairs     1 tensor without a partner
-         alone: layer 1: to_q lora_A (expected its partner beside it)
+         unpaired: layer 1: to_q lora_A (expected its partner beside it)
 
 NOT verified: 2 of 13 checks failed (complete, pairs)
 """,
