@@ -66,3 +66,36 @@ def _pieces(view: Array, piece_bytes: int) -> Iterator[bytes]:
     rows = max(piece_bytes // row_bytes, 1)
     for first in range(0, view.shape[0], rows):
         yield view[first : first + rows].tobytes()
+
+
+_STRUCT_CODES = {
+    "float64": "d",
+    "float32": "f",
+    "float16": "e",
+    "int64": "q",
+    "int32": "i",
+    "int16": "h",
+    "int8": "b",
+    "uint8": "B",
+}
+
+
+def scalar(entry: TensorEntry) -> float | None:
+    """The number that a tensor of one element holds; None if it has more, or is of a dtype without such a number.
+
+    Raises:
+        CheckpointError: if the file ends before the tensor does, or cannot be read.
+    """
+    import struct
+
+    if entry.numel != 1:
+        return None
+    data = b"".join(tensor_chunks(entry))
+    if entry.dtype.name == "bfloat16":
+        data, code = b"\0\0" + data, "f"  # a bfloat16 is the upper half of a float32
+    elif entry.dtype.name in _STRUCT_CODES:
+        code = _STRUCT_CODES[entry.dtype.name]
+    else:
+        return None
+    number: float = struct.unpack(f"<{code}", data)[0]
+    return number

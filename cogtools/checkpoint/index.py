@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from cogtools.checkpoint.limits import MAX_TENSORS
+from cogtools.checkpoint.files import SourceFile, is_file
+from cogtools.checkpoint.limits import MAX_ADAPTER_CONFIG_BYTES, MAX_TENSORS
 from cogtools.checkpoint.pickle.machine import Global, Pickle, Record
 from cogtools.checkpoint.tensors import TensorEntry
 from cogtools.errors import CheckpointError
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from cogtools.checkpoint.files import SourceFile
     from cogtools.checkpoint.run import Run
 
 WRAPPERS = ("module", "model", "state_dict")
@@ -89,6 +89,25 @@ class Checkpoint:
     def size_bytes(self) -> int:
         """The size of its files together."""
         return sum(file.size_bytes for file in self.files)
+
+    def read_beside(self, name: str, max_bytes: int = MAX_ADAPTER_CONFIG_BYTES) -> bytes | None:
+        """What a small file beside this one holds; None if there is none of that name.
+
+        Raises:
+            CheckpointError: if it is longer than `max_bytes`, or cannot be read.
+        """
+        path = self.path.with_name(name)
+        if not is_file(path):
+            return None
+        with SourceFile.open(path) as file:
+            if file.size_bytes > max_bytes:
+                raise CheckpointError(
+                    "the file is too large",
+                    file=path,
+                    found=f"{file.size_bytes:,} bytes",
+                    expected=f"at most {max_bytes:,}",
+                )
+            return file.read(0, file.size_bytes)
 
     def close(self) -> None:
         """Close the files; what was not read yet cannot be read any more."""

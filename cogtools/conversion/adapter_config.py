@@ -1,150 +1,301 @@
-"""What a LoRA file states of its scale and its modules, read as diffusers and PEFT read it.
+"""PEFT's LoraConfig: how a file states how strong a LoRA is and where it goes.
 
-diffusers has it in the header of the safetensors file, PEFT in a file of its own beside it.
+diffusers has one in an entry of the safetensors header, with the transformer's name before every field; PEFT has one
+in `adapter_config.json` beside the weights. Both hand all that it says to `LoraConfig`.
+
+Source: peft 0.21, tuners/lora/config.py (`LoraConfig`), tuners/lora/layer.py (`LoraLayer.update_layer`: the scaling),
+tuners/tuners_utils.py (`check_target_module_exists`), utils/other.py (`get_pattern_key`).
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
-from cogtools.checkpoint.files import SourceFile, is_file
-from cogtools.checkpoint.limits import MAX_ADAPTER_CONFIG_BYTES
 from cogtools.checkpoint.plausible import MAX_NUMBER, is_positive
-from cogtools.errors import CheckpointError, CogtoolsError, Problem, ProblemKind
-from cogtools.layouts import diffusers
+from cogtools.errors import Problem
+from cogtools.formatting import MAX_SHOWN_CHARS
 from cogtools.layouts.diffusers import module_path
-from cogtools.layouts.naming import DIFFUSERS, Naming
-from cogtools.layouts.peft import (
-    CONFIG_FIELDS,
-    CONFIG_NAME,
-    MAX_PATTERNS,
-    TYPE,
-    AdapterConfig,
-    Pattern,
-    plain_pattern,
-)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from cogtools.checkpoint.index import Checkpoint
-    from cogtools.layouts.family import LoraKey
+    from cogtools.layouts.family import Module
 
-_ABSENT = {
-    "r": "diffusers and PEFT then take 8",
-    "lora_alpha": "diffusers and PEFT then take 8",
+TYPE = "LORA"
+"""The `peft_type` of a LoRA."""
+
+MAX_PATTERNS = 1000
+"""The most keys of a rank_pattern or alpha_pattern that are evaluated. Real ones have a key per module at most."""
+
+_PLAIN_PATTERN = re.compile(r"[\w.^$\\-]{1,200}", re.ASCII)
+"""Patterns come from the file. Those with repetitions could take for ever, so they are not evaluated."""
+
+
+class FieldRule(NamedTuple):
+    """Which values of a field have an effect that cogtools knows: it checks them, or they change nothing.
+
+    Attributes:
+        values: these; a function tells where there are many.
+        is_checked: whether the value is judged elsewhere, whatever it is.
+    """
+
+    values: tuple[object, ...] = (None,)
+    is_checked: bool = False
+
+    def knows(self, value: object) -> bool:
+        """Whether the effect of this value is known."""
+        return self.is_checked or value is None or any(value is known or _equal(value, known) for known in self.values)
+
+
+def _equal(value: object, known: object) -> bool:
+    return type(value) is type(known) and value == known
+
+
+_ANY = FieldRule(is_checked=True)
+
+FIELDS: Mapping[str, FieldRule] = {
+    # how strong, and where: judged by the checks of scale, rank and target_modules
+    "r": _ANY,
+    "lora_alpha": _ANY,
+    "rank_pattern": _ANY,
+    "alpha_pattern": _ANY,
+    "use_rslora": _ANY,
+    "target_modules": _ANY,
+    "exclude_modules": _ANY,
+    "layers_to_transform": _ANY,
+    # what else an adapter has: held against the tensors
+    "use_dora": FieldRule((False, True)),
+    "lora_bias": FieldRule((False, True)),
+    "bias": FieldRule(("none", "all", "lora_only")),
+    # how a training begins: of no effect once the weights are loaded
+    "init_lora_weights": FieldRule((True, False, "gaussian", "orthogonal")),
+    "lora_dropout": FieldRule((0, 0.0)),
+    # about the file
+    "peft_type": _ANY,
+    "peft_version": _ANY,
+    "base_model_name_or_path": _ANY,
+    "revision": _ANY,
+    "auto_mapping": _ANY,
+    "inference_mode": FieldRule((False, True)),
+    "fan_in_fan_out": FieldRule((False,)),
+    # of effect only if another field is set
+    "megatron_core": FieldRule(("megatron.core",)),
+    "qalora_group_size": FieldRule((16,)),
+    # without effect as long as they have PEFT's default
+    "alora_invocation_tokens": FieldRule(),
+    "arrow_config": FieldRule(),
+    "corda_config": FieldRule(),
+    "ensure_weight_tying": FieldRule((False,)),
+    "eva_config": FieldRule(),
+    "kasa_config": FieldRule(),
+    "layer_replication": FieldRule(),
+    "layers_pattern": FieldRule(),
+    "loftq_config": FieldRule(({},)),
+    "lora_ga_config": FieldRule(),
+    "megatron_config": FieldRule(),
+    "modules_to_save": FieldRule(),
+    "monteclora_config": FieldRule(),
+    "runtime_config": FieldRule(),
+    "target_parameters": FieldRule(),
+    "task_type": FieldRule(),
+    "trainable_token_indices": FieldRule(),
+    "use_bdlora": FieldRule(),
+    "use_qalora": FieldRule((False,)),
+    "velora_config": FieldRule(),
 }
-_CHANGES_THE_LORA = ("use_dora", "lora_bias")
-"""Fields that, when true, ask for tensors that a LoRA of the SAT trainer does not have."""
+"""Every field of LoraConfig. diffusers hands all that a file states to it, and a field that it lacks is an error."""
+
+
+class Pattern(NamedTuple):
+    """A key of rank_pattern or alpha_pattern: a module's path or the end of one, perhaps anchored; and its value."""
+
+    key: str
+    modules: re.Pattern[str]
+    value: float
+
+
+def plain_pattern(key: str, value: float) -> Pattern | None:
+    """A key of rank_pattern or alpha_pattern; None if it is an expression that is not evaluated."""
+    if not _PLAIN_PATTERN.fullmatch(key):
+        return None
+    try:
+        return Pattern(key, re.compile(rf"(.*\.)?({key})$"), value)
+    except re.error:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """The part of a LoraConfig that says how strong a LoRA is and where it goes. None: not stated, or not usable.
+
+    Attributes:
+        fields: all that is stated.
+        rank: `r`.
+        alpha: `lora_alpha`.
+        rank_pattern: the ranks of modules that have another one; None if some key of it is not evaluated.
+        alpha_pattern: the same of alphas.
+        rank_stabilised: `use_rslora`.
+        targets: `target_modules`, where it is a list.
+        excluded: `exclude_modules`, where it is a list.
+        has_expression: whether one of these two is a regular expression, which is not evaluated.
+        layers: `layers_to_transform`: the only layers that are adapted.
+    """
+
+    fields: Mapping[str, object] = field(default_factory=dict)
+    rank: int | None = None
+    alpha: float | None = None
+    rank_pattern: tuple[Pattern, ...] | None = ()
+    alpha_pattern: tuple[Pattern, ...] | None = ()
+    rank_stabilised: bool = False
+    targets: frozenset[str] | None = None
+    excluded: frozenset[str] = frozenset()
+    has_expression: bool = False
+    layers: frozenset[int] | None = None
+
+    def is_targeted(self, module: Module) -> bool:
+        """Whether `target_modules` names a module: by its whole path, or by the end of it in one of the layers."""
+        path = module_path(module)
+        ends = path_ends(path)
+        if self.targets is None or not self.excluded.isdisjoint(ends):
+            return False
+        is_in_layers = self.layers is None or module.layer in self.layers
+        return path in self.targets or (is_in_layers and not self.targets.isdisjoint(ends))
+
+    def idle_patterns(self, modules: Iterable[Module]) -> list[tuple[str, str]]:
+        """The keys of rank_pattern and alpha_pattern that are about none of these modules, with the field's name."""
+        paths = list(map(module_path, modules))
+        return [
+            (name, pattern.key)
+            for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern))
+            for pattern in patterns or ()
+            if not any(map(pattern.modules.match, paths))
+        ]
+
+    def rank_of(self, module: Module) -> float | None:
+        """The rank that a module has; None if that is not known."""
+        return _pattern_value(self.rank_pattern, module, self.rank)
+
+    def alpha_of(self, module: Module) -> float | None:
+        """The alpha that a module has; None if that is not known."""
+        return _pattern_value(self.alpha_pattern, module, self.alpha)
+
+    def scaling_of(self, module: Module) -> float | None:
+        """What a module's lora_B @ lora_A is multiplied by; None if that is not known."""
+        rank, alpha = self.rank_of(module), self.alpha_of(module)
+        if rank is None or alpha is None:
+            return None
+        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+
+
+def path_ends(path: str) -> set[str]:
+    """A module's path, and every end of it that begins with a segment."""
+    segments = path.split(".")
+    return {".".join(segments[first:]) for first in range(len(segments))}
+
+
+def _pattern_value(patterns: tuple[Pattern, ...] | None, module: Module, default: float | None) -> float | None:
+    if patterns is None:
+        return None
+    if not patterns:
+        return default
+    path = module_path(module)
+    return next((pattern.value for pattern in patterns if pattern.modules.match(path)), default)
 
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """What a file states.
+    """What a file states in one place.
 
     Attributes:
+        place: where: the header's entry, or the file beside it.
         config: as far as it can be used; None if nothing is stated, or nothing of it can be read.
         problems: what is wrong with it.
-        doubts: what works with some releases only, or is ignored.
-        unevaluated: keys of rank_pattern and alpha_pattern of which only PEFT can tell what they mean.
-        targets: `target_modules` as it stands there.
-        unstated_scaling: what a file that states nothing is run at; None if it states something, or is not run.
+        doubts: what works with some releases only, or is ignored, or of which only the libraries know the effect.
+        unevaluated: keys of rank_pattern and alpha_pattern that only PEFT evaluates.
     """
 
-    config: AdapterConfig | None
+    place: str
+    config: AdapterConfig | None = None
     problems: tuple[Problem, ...] = ()
     doubts: tuple[Problem, ...] = ()
     unevaluated: tuple[Problem, ...] = ()
-    targets: object = None
-    unstated_scaling: float | None = None
 
     @property
     def is_nothing(self) -> bool:
         """Whether nothing is stated, right or wrong."""
         return self.config is None and not self.problems
 
-    def targeted(self, names: list[LoraKey]) -> list[LoraKey]:
-        """Those of some tensors whose modules `target_modules` names; all of them, if it names none."""
+    @property
+    def targets(self) -> object:
+        """`target_modules` as it stands there."""
+        return None if self.config is None else self.config.fields.get("target_modules")
+
+    def targeted(self, modules: Sequence[Module]) -> list[Module]:
+        """Those of some modules that `target_modules` names; all of them, if it names none."""
         config = self.config
-        return [name for name in names if config and config.is_targeted(module_path(name), name.layer)] or names
-
-    def scaling_of(self, module: str) -> float | None:
-        """What a module's lora_B @ lora_A is multiplied by when the file is loaded; None if that is not known."""
-        return self.unstated_scaling if self.config is None else self.config.scaling_of(module)
+        return [module for module in modules if config and config.is_targeted(module)] or list(modules)
 
 
-def read_stated(file: Checkpoint, naming: Naming) -> Stated:
-    """Read what a LoRA file states of its scale and its modules.
+def parse_config(text: str, place: str, prefix: str = "") -> Stated:
+    """Read a LoraConfig.
 
     Args:
-        file: the safetensors file.
-        naming: whose names its tensors have: that tells where it states its scale.
+        text: JSON: an object.
+        place: where it stands, for messages.
+        prefix: what stands before the name of every field that counts, as diffusers has it; "" for PEFT's own file.
     """
-    place = diffusers.ADAPTER_METADATA_KEY if naming is DIFFUSERS else CONFIG_NAME
-    try:
-        text = file.metadata.get(place) if naming is DIFFUSERS else _peft_config(file.path.with_name(place))
-    except CogtoolsError as error:
-        return Stated(None, (Problem("unreadable", place, error.found or error.what, error.expected),))
-    if text is None:
-        # diffusers takes alpha to be the rank; PEFT loads nothing.
-        return Stated(None, unstated_scaling=1.0 if naming is DIFFUSERS else None)
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return Stated(None, (Problem("unreadable", place, f"no JSON: {error}", "a JSON object"),))
+        return Stated(place, problems=(Problem("unreadable", place, f"not JSON: {error}", "a JSON object"),))
     if not isinstance(content, dict):
-        return Stated(None, (Problem("unreadable", place, f"a JSON {type(content).__name__}", "a JSON object"),))
-    fields = content
-    if naming is DIFFUSERS:
-        prefix = diffusers.PREFIX
-        fields = {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
-        if not fields:
-            return Stated(None, (Problem("missing", place, "no key with the prefix", f"keys such as {prefix}r"),))
-    return _read_fields(fields, is_diffusers=naming is DIFFUSERS)
+        return Stated(
+            place, problems=(Problem("unreadable", place, f"a JSON {type(content).__name__}", "a JSON object"),)
+        )
+    fields = {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
+    if not fields and prefix:
+        missing = Problem("missing", place, "no key with the prefix", f"keys such as {prefix}r")
+        return Stated(place, problems=(missing,))
+    return _read_fields(fields, place, in_header=bool(prefix))
 
 
-def _peft_config(path: Path) -> str | None:
-    """The text of an adapter_config.json; None if there is none."""
-    if not is_file(path):
-        return None
-    with SourceFile.open(path) as file:
-        if file.size_bytes > MAX_ADAPTER_CONFIG_BYTES:
-            raise CheckpointError(
-                "the adapter's configuration cannot be read",
-                file=path,
-                found=f"{file.size_bytes:,} bytes",
-                expected=f"at most {MAX_ADAPTER_CONFIG_BYTES:,}",
-            )
-        return file.read(0, file.size_bytes).decode(errors="replace")
-
-
-def _read_fields(fields: Mapping[str, object], *, is_diffusers: bool) -> Stated:
-    problems = [Problem("missing", name, _ABSENT[name], "the value") for name in _ABSENT if name not in fields]
+def _read_fields(fields: Mapping[str, object], place: str, *, in_header: bool) -> Stated:
+    problems = [
+        Problem("missing", name, "diffusers and PEFT then take 8", "the value")
+        for name in ("r", "lora_alpha")
+        if name not in fields
+    ]
     rank, alpha, targets = fields.get("r"), fields.get("lora_alpha"), fields.get("target_modules")
     if "r" in fields and not _is_rank(rank):
-        problems.append(Problem("invalid", "r", _short(rank), "a whole number, 1 or more"))
+        problems.append(Problem("invalid", "r", _shown(rank), "a whole number, 1 or more"))
     if "lora_alpha" in fields and not is_positive(alpha):
-        problems.append(Problem("invalid", "lora_alpha", _short(alpha), "a number above 0"))
-    problems += [
-        Problem("invalid", name, _short(fields[name]), "false") for name in _CHANGES_THE_LORA if fields.get(name)
-    ]
-    unknown = sorted(fields.keys() - CONFIG_FIELDS)
+        problems.append(Problem("invalid", "lora_alpha", _shown(alpha), "a number above 0"))
+    unknown = sorted(fields.keys() - FIELDS.keys())
     doubts = []
-    if is_diffusers:
+    if in_header:
         problems += [Problem("unexpected", name, expected="a field of PEFT's LoraConfig") for name in unknown]
+        problems += _live_dropout(fields)
         if "rank_pattern" not in fields:
             doubts.append(Problem("missing", "rank_pattern", "diffusers 0.34 to 0.38 raises KeyError", "{}"))
     else:
         doubts += [Problem("unexpected", name, expected="a field of PEFT's LoraConfig") for name in unknown]
         if fields.get("peft_type") != TYPE:
-            kind: ProblemKind = "invalid" if "peft_type" in fields else "missing"
-            found = _short(fields["peft_type"]) if "peft_type" in fields else None
-            problems.append(Problem(kind, "peft_type", found, TYPE))
+            has_type = "peft_type" in fields
+            found = _shown(fields["peft_type"]) if has_type else None
+            problems.append(Problem("invalid" if has_type else "missing", "peft_type", found, TYPE))
+    doubts += [
+        Problem("unreadable", name, _shown(value), "a value whose effect is known")
+        for name, value in fields.items()
+        if name in FIELDS and not FIELDS[name].knows(value) and not _is_harmless_dropout(name, value, in_header)
+    ]
     unevaluated: list[Problem] = []
     config = AdapterConfig(
+        fields=fields,
         rank=rank if _is_rank(rank) else None,
         alpha=alpha if is_positive(alpha) else None,
         rank_pattern=_patterns("rank_pattern", fields, _is_rank, problems, unevaluated),
@@ -155,7 +306,22 @@ def _read_fields(fields: Mapping[str, object], *, is_diffusers: bool) -> Stated:
         has_expression=any(isinstance(fields.get(name), str) for name in ("target_modules", "exclude_modules")),
         layers=_layers(fields.get("layers_to_transform")),
     )
-    return Stated(config, tuple(problems), tuple(doubts), tuple(unevaluated), targets)
+    return Stated(place, config, tuple(problems), tuple(doubts), tuple(unevaluated))
+
+
+def _live_dropout(fields: Mapping[str, object]) -> list[Problem]:
+    """Dropout in diffusers' header: its adapter layers stay in training mode, so it is live when videos are made."""
+    value = fields.get("lora_dropout")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        return []
+    return [Problem("invalid", "lora_dropout", f"{_shown(value)}: diffusers then drops values at random", "0")]
+
+
+def _is_harmless_dropout(name: str, value: object, in_header: bool) -> bool:
+    """Whether this is a dropout that is judged elsewhere, or that PEFT switches off when it loads a folder."""
+    if name != "lora_dropout" or not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return value > 0 if in_header else 0 <= value < 1
 
 
 def _patterns(
@@ -168,15 +334,15 @@ def _patterns(
     """A rank_pattern or alpha_pattern; None if some of its keys are not evaluated."""
     value = fields.get(name, {})
     if not isinstance(value, dict) or not all(map(is_value, value.values())):
-        what = "whole numbers, 1 or more" if is_value is _is_rank else "numbers above 0"
-        problems.append(Problem("invalid", name, _short(value), f"an object of {what}, by module"))
+        what = "whole numbers, 1 or more" if name == "rank_pattern" else "numbers above 0"
+        problems.append(Problem("invalid", name, _shown(value), f"an object of {what}, by module"))
         return ()
     if len(value) > MAX_PATTERNS:
         unevaluated.append(Problem("unreadable", name, f"{len(value):,} keys", f"at most {MAX_PATTERNS:,}"))
         return None
     patterns = {key: plain_pattern(key, item) for key, item in value.items()}
     unevaluated += [
-        Problem("unreadable", name, _short(key), "a module's path, or its end")
+        Problem("unreadable", name, _shown(key), "a module's path, or its end")
         for key, pattern in patterns.items()
         if pattern is None
     ]
@@ -200,11 +366,38 @@ def _is_rank(value: object) -> TypeGuard[int]:
     return type(value) is int and is_positive(value)
 
 
-def _short(value: object) -> str:
+def _shown(value: object) -> str:
+    """A value from JSON in short."""
     if isinstance(value, int) and abs(value) >= MAX_NUMBER:
         return f"a number of {len(str(abs(value)))} digits"
     try:
         text = json.dumps(value, ensure_ascii=False)
     except RecursionError:
         return "values nested without end"
-    return text if len(text) <= 80 else text[:79] + "…"
+    return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 1] + "…"
+
+
+def config_fields(ranks: Mapping[Module, int], alphas: Mapping[Module, float]) -> dict[str, object]:
+    """The fields that state a LoRA's scale: all that some release of diffusers from 0.34 to 0.42 needs.
+
+    `target_modules` has full module paths: so the file itself tells which layers it adapts, and PEFT does not warn
+    about layers without an adapter.
+
+    Args:
+        ranks: of every module.
+        alphas: of every module, so that the update is alpha / rank * lora_B @ lora_A.
+    """
+    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {module_path(module): value for module, value in ranks.items() if value != rank},
+        "alpha_pattern": {module_path(module): value for module, value in alphas.items() if value != alpha},
+        "target_modules": sorted(map(module_path, ranks)),
+        "use_dora": False,
+        "lora_bias": False,
+    }
+
+
+def _most_common(values: Iterable[float]) -> float:
+    return Counter(values).most_common(1)[0][0]

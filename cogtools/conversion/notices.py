@@ -48,10 +48,11 @@ def _of_the_scale(plan: LoraPlan, scale: str) -> list[str]:
             "For ComfyUI and everything else, export with --scale fold."
         ]
     if scale == "none":
-        return [f"The file does not carry its scale: whoever loads it must use weight {number(plan.scaling)}."]
+        weights = ", ".join(map(number, sorted(set(plan.scalings.values()))))
+        return [f"The file does not carry its scale: the loader must apply it itself, as weight {weights}."]
     return []
 
 
 def _of_the_crc32s(plan: LoraPlan) -> list[str]:
-    told = "The checkpoint records no CRC-32s: damage to its weights could not be looked for."
-    return [] if plan.has_crc32 else [told]
+    text = "The checkpoint records no CRC-32s: damage to its weights could not be looked for."
+    return [] if plan.has_crc32 else [text]

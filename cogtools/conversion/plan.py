@@ -1,26 +1,27 @@
-"""The plan: what a SAT checkpoint's LoRA becomes in diffusers' layout.
+"""The plan: what a LoRA becomes in another layout, tensor by tensor.
 
-A plan needs names and shapes only. It says for every tensor of the output what its key and shape are and which
-tensor of the checkpoint it is; so it serves `inspect` (what would this become?), `export-lora` (write it) and
-`verify` (is this what it should be?) alike.
+A plan needs names and shapes only. It says for every tensor of the output what its key, dtype and shape are, and the
+pieces that make it up; so it serves `inspect` (what would this become?), `export-lora` (write it) and `verify` (is
+this what it should be?) alike.
 """
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from cogtools.checkpoint.plausible import is_positive
-from cogtools.checkpoint.tensors import whole_tensor
+from cogtools.checkpoint.dtypes import DTYPES
+from cogtools.conversion.lora import find_lora, find_scale, find_transformer, read_config
+from cogtools.conversion.options import CASTS
 from cogtools.conversion.refusals import no_lora, refuse_unexportable, tensor_parallel
-from cogtools.conversion.scale import BY_CONFIG, BY_DEFAULT, BY_HAND
-from cogtools.conversion.training_config import TrainingConfig, find_training_config, read_training_config
-from cogtools.errors import CheckpointError, ExportError, OptionError, Problem, command
-from cogtools.formatting import fold_numbers
-from cogtools.layouts import diffusers, sat
-from cogtools.layouts import family as cogvideox
-from cogtools.layouts.family import LoraKey, Transformer
+from cogtools.conversion.scale import ALPHA_SOURCES, BY_DEFAULT, BY_HAND, BY_NOTHING, Carried, carry
+from cogtools.errors import ExportError, OptionError, Problem, command
+from cogtools.formatting import fold_numbers, number
+from cogtools.layouts import sat
+from cogtools.layouts.family import LoraKey, Module, Transformer, rank_of
 from cogtools.layouts.folded import fold_names
 
 if TYPE_CHECKING:
@@ -29,42 +30,65 @@ if TYPE_CHECKING:
     from cogtools.checkpoint.dtypes import DType
     from cogtools.checkpoint.index import Checkpoint
     from cogtools.checkpoint.tensors import Storage, TensorEntry
-
-DEFAULT_ALPHA = 1
-"""SAT's alpha where the user set none (sat/model/finetune/lora2.py, `LoraMixin.__init__`)."""
-
+    from cogtools.conversion.lora import Lora
+    from cogtools.conversion.options import ExportOptions
+    from cogtools.conversion.scale import Scale
+    from cogtools.conversion.training_config import TrainingConfig
+    from cogtools.layouts.lora import LoraLayout
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 """The dtypes that a LoRA can have."""
 
 
-class Alpha(NamedTuple):
-    """A LoRA's alpha and where it comes from: "--alpha", "training_config.yaml" or "default"."""
+class Fold(NamedTuple):
+    """Arithmetic on one factor of a module: lora_B @ lora_A comes out multiplied by `scaling`.
 
-    value: float
-    source: str
+    Attributes:
+        scaling: the factor.
+        part: which of the two this is.
+        a: lora_A.
+        b: lora_B.
+    """
+
+    scaling: float
+    part: str
+    a: TensorEntry
+    b: TensorEntry
 
 
-class Source(NamedTuple):
-    """A tensor of the checkpoint: its key there, and what is known of it."""
-
-    key: str
-    entry: TensorEntry
+class Cast(NamedTuple):
+    """Arithmetic on one tensor: its numbers in another dtype."""
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """One tensor of the output.
+class Planned:
+    """One tensor of an output.
 
     Attributes:
-        name: which tensor of the LoRA it is.
-        key: its key in the output.
-        source: the tensor of the checkpoint that it is.
+        key: its key there.
+        dtype: its dtype there.
+        shape: its shape there.
+        pieces: views of the checkpoint, or constant bytes; laid end to end they are its content.
+        compute: what is done to them; None if they are copied as they are.
+        source: the key of what it is made of, for messages.
     """
 
-    name: LoraKey
     key: str
-    source: Source
+    dtype: DType
+    shape: tuple[int, ...]
+    pieces: tuple[TensorEntry | bytes, ...]
+    compute: Fold | Cast | None = None
+    source: str = ""
+
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes it takes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def storages(self) -> list[Storage]:
+        """The storages that its pieces view."""
+        return [piece.storage for piece in self.pieces if not isinstance(piece, bytes)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,174 +96,274 @@ class LoraPlan:
     """What a checkpoint's LoRA becomes.
 
     Attributes:
+        lora: what was read.
+        layout: what it becomes.
         transformer: the transformer that it belongs to.
         layers: the layers that it adapts.
-        rank: the rank of every module.
-        alpha: the training's alpha.
-        dtype: the dtype of every tensor in the checkpoint.
-        tensors: the tensors of the output, in the order of their keys.
+        scale: what its updates are multiplied by, and who states it.
+        dtype: the dtype of its tensors in the checkpoint.
+        names: the tensors, by the order of the output: sorted by key.
         notices: what the user should know.
         config: the training configuration that was read; None if there is none.
     """
 
+    lora: Lora
+    layout: LoraLayout
     transformer: Transformer
     layers: tuple[int, ...]
-    rank: int
-    alpha: Alpha
+    scale: Scale
     dtype: DType
-    tensors: tuple[PlannedTensor, ...]
+    names: tuple[LoraKey, ...]
     notices: tuple[str, ...] = ()
     config: Path | None = None
 
     @property
-    def scaling(self) -> float:
-        """What the training multiplied lora_B @ lora_A by."""
-        return self.alpha.value / self.rank
+    def modules(self) -> list[Module]:
+        """The adapted modules that are exported, by layer."""
+        return sorted({name.module for name in self.names}, key=lambda module: module.order)
+
+    @property
+    def ranks(self) -> dict[Module, int]:
+        """The rank of each of these."""
+        ranks = self.lora.ranks
+        return {module: ranks[module] for module in self.modules}
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of every module; None if they differ."""
+        found = set(self.ranks.values())
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def scalings(self) -> dict[Module, float]:
+        """What each module's update is multiplied by."""
+        found = self.scale.scalings
+        return {module: scaling for module in self.modules if (scaling := found.get(module)) is not None}
+
+    @property
+    def scaling(self) -> float | None:
+        """What every module's update is multiplied by; None if they differ."""
+        found = set(self.scalings.values())
+        return found.pop() if len(found) == 1 else None
 
     @property
     def storages(self) -> list[Storage]:
-        """The storages that the tensors view, each once."""
-        return list({id(tensor.source.entry.storage): tensor.source.entry.storage for tensor in self.tensors}.values())
+        """The storages that its tensors view, each once."""
+        found = (self.lora.tensors[name].entry.storage for name in self.names)
+        return list({id(storage): storage for storage in found}.values())
 
     @property
     def has_crc32(self) -> bool:
         """Whether the checkpoint records CRC-32s by which damage to these storages can be told."""
         return any(storage.crc32 is not None for storage in self.storages)
 
-    @property
-    def pairs(self) -> list[tuple[PlannedTensor, PlannedTensor]]:
-        """Every lora_A with its lora_B, in the order of the output, in which they stand next to each other."""
-        by_name = {tensor.name: tensor for tensor in self.tensors}
-        return [(by_name[name], by_name[name._replace(factor="B")]) for name in by_name if name.factor == "A"]
+    def entry(self, name: LoraKey) -> TensorEntry:
+        """A tensor of the checkpoint."""
+        return self.lora.tensors[name].entry
 
-    @property
-    def modules(self) -> list[str]:
-        """The paths of the adapted modules inside the transformer."""
-        return sorted({diffusers.module_path(tensor.name) for tensor in self.tensors})
+    def key(self, name: LoraKey) -> str:
+        """The key of a tensor in the output."""
+        key = self.layout.key(name)
+        if key is None:
+            raise ValueError(f"planned without a key: {name}")
+        return key
+
+    def alpha_of(self, module: Module) -> float:
+        """The alpha to state for a module, so that alpha / rank is its scaling; whole numbers as such."""
+        rank, scaling = self.lora.ranks[module], self.scalings[module]
+        stated = self.scale.statement.alphas.get(module)
+        alpha = stated if stated is not None and stated / rank == scaling else scaling * rank
+        return int(alpha) if alpha == int(alpha) else alpha
 
 
-def plan_lora_export(checkpoint: Checkpoint, *, alpha: float | None = None, allow_partial: bool = False) -> LoraPlan:
-    """Plan what the LoRA in a SAT checkpoint becomes. None of its weights are read.
+def plan_lora(
+    checkpoint: Checkpoint,
+    layout: LoraLayout,
+    *,
+    alpha: float | None = None,
+    allow_partial: bool = False,
+) -> LoraPlan:
+    """Plan what the LoRA in a checkpoint becomes in another layout. None of its weights are read.
 
     Args:
         checkpoint: the checkpoint, open.
-        alpha: the training's alpha; None takes it from the training configuration beside the checkpoint, and 1,
-            SAT's default, where that does not say.
+        layout: what it is to become.
+        alpha: the training's alpha; None takes what is stated in the file or beside it.
         allow_partial: accept a LoRA that adapts some of the layers only.
 
     Raises:
         ExportError: if there is no LoRA, or not a right one: all that is wrong is listed.
         CheckpointError: if the training configuration cannot be read. With `alpha` given, a notice says so instead.
-        OptionError: if alpha is no number above 0.
+        OptionError: if alpha is not a number above 0.
     """
     refuse_unexportable(checkpoint)
-    lora = _find_lora(checkpoint)
-    facts = _common_facts(lora.sources)
-    problems = [*lora.problems, *_differing(lora.sources, facts)]
-    config, config_notices = _read_config(checkpoint, alpha)
-    if config is not None and config.rank not in (None, facts.rank):
-        problems.append(Problem("rank", str(config.path), f"r: {config.rank}", f"r: {facts.rank}, as the shapes say"))
-    transformer, notices = _transformer(checkpoint, lora.sources, facts)
+    lora = find_lora(checkpoint)
+    if lora is None or (not lora.tensors and not lora.unreadable and lora.layout is not sat.LAYOUT):
+        raise no_lora(checkpoint)
+    common = _common(lora)
+    if common is None:
+        if not lora.tensors and not any(sat.is_lora_key(key) for key in lora.unplaced):
+            raise no_lora(checkpoint)
+        raise _wrong(checkpoint, [*_unusable_keys(lora), *_not_two_dimensions(lora)])
+    _refuse_tensor_parallel(lora)
+    transformer, notices = _transformer(lora, common)
+    problems = [*_unusable_keys(lora), *_differing(lora, transformer, common), *_without_place(lora, layout)]
+    config, config_notices = read_config(lora, alpha)
+    if config is not None and config.rank not in (None, common.rank):
+        problems.append(Problem("rank", str(config.path), f"r: {config.rank}", f"r: {common.rank}, as the shapes say"))
     layers, layer_problems, layer_notices = _layers(lora, transformer, config, allow_partial=allow_partial)
     if problems or layer_problems:
         helps = not (problems or allow_partial) and not _layers(lora, transformer, config, allow_partial=True)[1]
         raise _wrong(checkpoint, [*problems, *layer_problems], _partial(config) if helps else None)
-    tensors = [
-        PlannedTensor(name, diffusers.diffusers_key(name), lora.sources[name]) for name in cogvideox.lora_keys(layers)
-    ]
-    chosen_alpha, alpha_notices = _alpha(alpha, config)
+    scale = find_scale(lora, alpha=alpha, config=config)
     return LoraPlan(
+        lora=lora,
+        layout=layout,
         transformer=transformer,
         layers=layers,
-        rank=facts.rank,
-        alpha=chosen_alpha,
-        dtype=facts.dtype,
-        tensors=tuple(sorted(tensors, key=lambda tensor: tensor.key)),
-        notices=(*notices, *layer_notices, *config_notices, *alpha_notices),
+        scale=scale,
+        dtype=common.dtype,
+        names=tuple(sorted(lora.tensors, key=lambda name: layout.key(name) or "")),
+        notices=(*notices, *_prefix_notice(lora), *layer_notices, *config_notices, *_scale_notices(scale, config)),
         config=None if config is None else config.path,
     )
 
 
-class _Facts(NamedTuple):
-    """What most tensors of a LoRA agree on."""
+def planned_tensors(plan: LoraPlan, options: ExportOptions) -> list[Planned]:
+    """The tensors of the output, in the order of their keys.
+
+    Raises:
+        OptionError: if there is no such dtype.
+    """
+    dtype = target_dtype(plan, options)
+    planned = [_planned_alpha(plan, module, alpha) for module, alpha in carried(plan, options).alphas.items()]
+    for name in plan.names:
+        entry = plan.entry(name)
+        compute: Fold | Cast | None = None
+        if options.scale == "fold" and name.part in ("A", "B"):
+            a, b = (plan.entry(name._replace(part=part)) for part in "AB")
+            compute = Fold(plan.scalings[name.module], name.part, a, b)
+        elif dtype != entry.dtype:
+            compute = Cast()
+        source = plan.lora.tensors[name].key
+        planned.append(Planned(plan.key(name), dtype, entry.shape, (entry,), compute, source))
+    return sorted(planned, key=lambda tensor: tensor.key)
+
+
+def _planned_alpha(plan: LoraPlan, module: Module, alpha: float) -> Planned:
+    return Planned(plan.key(LoraKey(*module, "alpha")), DTYPES["float32"], (), (struct.pack("<f", alpha),))
+
+
+def carried(plan: LoraPlan, options: ExportOptions) -> Carried:
+    """How the output carries the scale: stated where its layout states it, as 1 if it is folded in, or not at all."""
+    if options.scale == "none":
+        return Carried()
+    ranks = plan.ranks
+    is_folded = options.scale == "fold"
+    if is_folded and plan.layout.unstated_scaling == 1.0 and plan.layout.scale != "header":
+        return Carried()
+    return carry(plan.layout, ranks, ranks if is_folded else {module: plan.alpha_of(module) for module in ranks})
+
+
+def target_dtype(plan: LoraPlan, options: ExportOptions) -> DType:
+    """The dtype of the output's tensors.
+
+    Raises:
+        OptionError: if there is no such dtype.
+    """
+    if options.dtype == "keep":
+        return plan.dtype
+    if options.dtype not in CASTS:
+        raise OptionError("there is no such dtype", found=options.dtype, expected="keep, " + ", ".join(CASTS))
+    return DTYPES[CASTS[options.dtype]]
+
+
+class _Common(NamedTuple):
+    """What most factors of a LoRA agree on."""
 
     rank: int
     hidden: int
     dtype: DType
 
 
-class _Lora(NamedTuple):
-    """What a checkpoint has of a LoRA.
-
-    Attributes:
-        sources: its tensors.
-        unreadable: those that are there, but are no plain tensors.
-        problems: the keys that are unreadable or have no place.
-    """
-
-    sources: dict[LoraKey, Source]
-    unreadable: set[LoraKey]
-    problems: list[Problem]
-
-
-def _find_lora(checkpoint: Checkpoint) -> _Lora:
-    """The LoRA's tensors, at least one of which has the two dimensions that all should have."""
-    lora = _Lora({}, set(), [])
-    sources, unreadable, problems = lora
-    for key in [*checkpoint.tensors, *checkpoint.not_tensors]:
-        if not sat.is_lora_key(key):
-            continue
-        name = sat.parse_lora_key(key)
-        entry = checkpoint.tensors.get(key)
-        if name is None:
-            problems.append(_unplaced(key))
-        elif entry is None:
-            unreadable.add(name)
-            problems.append(Problem("unreadable", key, found="something else than a plain tensor"))
-        elif name in sources:
-            problems.append(Problem("collision", key, found=f"the same tensor as {sources[name].key}"))
-        else:
-            sources[name] = Source(key, whole_tensor(entry))
-    if not any(len(source.entry.shape) == 2 for source in sources.values()):
-        if sources or any(sat.is_sat_lora_key(problem.subject) for problem in problems):
-            raise _wrong(checkpoint, [*problems, *_differing(sources, None)])
-        raise no_lora(checkpoint)
-    ranks = sat.tensor_parallel_ranks({name: source.entry.shape for name, source in sources.items()})
-    if ranks > 1:
-        raise tensor_parallel(checkpoint, f"shapes of one of {ranks} ranks, which divide the hidden size among them")
-    return lora
+def _common(lora: Lora) -> _Common | None:
+    """What most factors agree on; None if none has two dimensions."""
+    ranks = Counter(
+        rank
+        for key, tensor in lora.tensors.items()
+        if len(tensor.entry.shape) == 2 and (rank := rank_of(key, tensor.entry.shape)) is not None
+    )
+    if not ranks:
+        return None
+    (dtype, _), *_ = Counter(tensor.entry.dtype for tensor in lora.tensors.values()).most_common(1)
+    return _Common(ranks.most_common(1)[0][0], lora.most_common_hidden() or 0, dtype)
 
 
-def _unplaced(key: str) -> Problem:
-    """A LoRA's key that is none of those that are exported."""
-    prefix = sat.unknown_prefix(key)
-    if prefix is not None:
-        expected = f"{sat.PREFIX}, a part of it, or nothing before it"
-        return Problem("unexpected", key, f"SAT's key after an unknown prefix {prefix!r}", expected)
-    expected = "q, k, v or dense of an attention layer: SAT's LoRA adapts these, and only these are exported"
-    return Problem("unexpected", key, expected=expected)
+def _unusable_keys(lora: Lora) -> list[Problem]:
+    """Keys of the LoRA that cannot be exported: unknown, not tensors, or a second one for a tensor."""
+    problems = [_unplaced(lora, key) for key in lora.unplaced]
+    problems += [
+        Problem("unreadable", key, found="something else than a plain tensor") for key in lora.unreadable.values()
+    ]
+    problems += [
+        Problem("collision", key, found=f"the same tensor as {lora.key(name)}") for key, name in lora.collisions.items()
+    ]
+    order = {key: place for place, key in enumerate([*lora.checkpoint.tensors, *lora.checkpoint.not_tensors])}
+    problems += _mixed_prefixes(lora)
+    return sorted(problems, key=lambda problem: order.get(problem.subject, 0))
 
 
-def _common_facts(sources: dict[LoraKey, Source]) -> _Facts:
-    """The rank, hidden size and dtype that most tensors have."""
-    shapes: Counter[tuple[int, ...]] = Counter()
-    for name, source in sources.items():
-        if len(source.entry.shape) == 2:
-            shapes[source.entry.shape if name.factor == "A" else source.entry.shape[::-1]] += 1
-    (rank, hidden), _ = shapes.most_common(1)[0]
-    (dtype, _), *_ = Counter(source.entry.dtype for source in sources.values()).most_common(1)
-    return _Facts(rank, hidden, dtype)
+def _unplaced(lora: Lora, key: str) -> Problem:
+    if lora.layout is sat.LAYOUT or sat.is_lora_key(key):
+        expected = "q, k, v or dense of an attention layer: SAT's LoRA adapts these, and only these are exported"
+        return Problem("unexpected", key, expected=expected)
+    return Problem("unexpected", key, expected="a module of CogVideoX and a part of its adapter")
 
 
-def _differing(sources: dict[LoraKey, Source], facts: _Facts | None) -> list[Problem]:
-    """The tensors that are not as the others, or cannot be written."""
+def _mixed_prefixes(lora: Lora) -> list[Problem]:
+    """Keys after another unknown prefix than most: one that all share is accepted."""
+    if lora.names is None or lora.layout is None:
+        return []
+    main = lora.names.spelling.prefix
+    own = lora.layout.written
+    known = {own.prefix} | {spelled.prefix for spelled in lora.layout.also_read if spelled.names is own.names} | {main}
     problems = []
-    for name, (key, entry) in sources.items():
-        if facts is None or entry.shape != cogvideox.lora_shape(name.factor, facts.rank, facts.hidden):
-            expected = cogvideox.lora_shape(name.factor, facts.rank, facts.hidden) if facts else "two dimensions"
-            problems.append(Problem("shape", key, str(entry.shape), str(expected)))
-        elif entry.dtype != facts.dtype:
-            problems.append(Problem("dtype", key, entry.dtype.name, facts.dtype.name))
+    for tensor in lora.tensors.values():
+        reading = lora.reading(tensor.key)
+        prefix = main if reading is None else reading.spelling.prefix
+        if prefix not in known:
+            expected = f"{own.prefix or 'nothing'} before it, or what stands before the others"
+            problems.append(Problem("unexpected", tensor.key, f"an unknown prefix {prefix!r}", expected))
+    return problems
+
+
+def _prefix_notice(lora: Lora) -> list[str]:
+    prefix = lora.unknown_prefix
+    return (
+        [] if not prefix else [f"All keys of the LoRA have the prefix {prefix!r}, which no program is known to write."]
+    )
+
+
+def _not_two_dimensions(lora: Lora) -> list[Problem]:
+    return [
+        Problem("shape", tensor.key, str(tensor.entry.shape), "two dimensions")
+        for key, tensor in lora.tensors.items()
+        if key.part in ("A", "B")
+    ]
+
+
+def _differing(lora: Lora, transformer: Transformer, common: _Common) -> list[Problem]:
+    """The tensors that do not fit the transformer, are not as the others, or cannot be written."""
+    problems = []
+    ranks = lora.ranks
+    one_rank = lora.layout is not None and lora.layout.one_rank
+    for name, (key, entry) in lora.tensors.items():
+        rank = common.rank if one_rank else ranks.get(name.module, common.rank)
+        expected = transformer.lora_shape(name, rank)
+        if expected is not None and not _has_shape(entry.shape, expected):
+            problems.append(Problem("shape", key, str(entry.shape), _shape_text(expected)))
+        elif entry.dtype != common.dtype:
+            problems.append(Problem("dtype", key, entry.dtype.name, common.dtype.name))
         elif entry.dtype.name not in FLOATS:
             problems.append(Problem("dtype", key, entry.dtype.name, "one of " + ", ".join(FLOATS)))
         elif entry.size_bytes > entry.storage.size_bytes or not entry.numel:
@@ -247,81 +371,106 @@ def _differing(sources: dict[LoraKey, Source], facts: _Facts | None) -> list[Pro
     return problems
 
 
-def _transformer(
-    checkpoint: Checkpoint, sources: dict[LoraKey, Source], facts: _Facts
-) -> tuple[Transformer, list[str]]:
-    shapes = {key: whole_tensor(entry).shape for key, entry in checkpoint.tensors.items()}
-    known = sat.recognise_transformer(shapes, facts.hidden)
+def _has_shape(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(expected) and all(
+        wanted is None or size == wanted for size, wanted in zip(shape, expected, strict=True)
+    )
+
+
+def _shape_text(expected: tuple[int | None, ...]) -> str:
+    return str(tuple("any" if size is None else size for size in expected)).replace("'", "")
+
+
+def _without_place(lora: Lora, layout: LoraLayout) -> list[Problem]:
+    """The tensors that the target layout has no place for."""
+    lost = [name for name in lora.tensors if layout.key(name) is None]
+    return lora.problems("unexpected", lost, expected=f"a module and a part that {layout.reader} has")
+
+
+def _refuse_tensor_parallel(lora: Lora) -> None:
+    if lora.layout is not sat.LAYOUT:
+        return
+    ranks = sat.tensor_parallel_ranks({name: tensor.entry.shape for name, tensor in lora.tensors.items()})
+    if ranks > 1:
+        found = f"shapes of one of {ranks} ranks, which divide the hidden size among them"
+        raise tensor_parallel(lora.checkpoint, found)
+
+
+def _transformer(lora: Lora, common: _Common) -> tuple[Transformer, list[str]]:
+    known = find_transformer(lora.checkpoint, lora)
     if known is not None:
         return known, []
-    layers = max(name.layer for name in sources) + 1
-    return Transformer(layers, facts.hidden, ()), [
-        f"Nothing tells how many layers the model has (hidden size {facts.hidden}, no base weights): "
+    layers = max(lora.layers, default=-1) + 1
+    return Transformer(layers, common.hidden, ()), [
+        f"Nothing tells how many layers the model has (hidden size {common.hidden}, no base weights): "
         f"taken to be {layers}, as the LoRA has."
     ]
 
 
 def _layers(
-    lora: _Lora, transformer: Transformer, config: TrainingConfig | None, *, allow_partial: bool
+    lora: Lora, transformer: Transformer, config: TrainingConfig | None, *, allow_partial: bool
 ) -> tuple[tuple[int, ...], list[Problem], list[str]]:
-    """The layers to export, what is wrong with them, and what to say of them."""
+    """The layers to export, what is wrong with them, and what to note of them."""
     everything = range(transformer.layers)
-    expected, said_by = tuple(everything), ""
+    expected, declared_by = tuple(everything), ""
     if allow_partial:
-        expected, said_by = tuple(sorted({name.layer for name in lora.sources})), " (--allow-partial)"
+        expected, declared_by = lora.layers, " (--allow-partial)"
     elif config is not None and config.layers is not None:
-        expected, said_by = config.layers_of(transformer.layers), " (layer_range in training_config.yaml)"
-    declared = "" if allow_partial else said_by
+        expected, declared_by = config.layers_of(transformer.layers), " (layer_range in training_config.yaml)"
+    declared = "" if allow_partial else declared_by
+    wanted = lora.expected(expected)
+    kinds = {(name.name, name.part) for name in wanted if name.layer is not None}
+    missing = sorted(wanted - lora.tensors.keys() - lora.unreadable.keys(), key=lambda name: name.order)
     problems = [
         Problem("missing", text, expected=f"layers {fold_numbers(expected)}{declared}" if declared else None)
-        for text in fold_names(
-            name for name in cogvideox.lora_keys(expected) if name not in lora.sources and name not in lora.unreadable
-        )
+        for text in fold_names(missing, kinds)
     ]
     allowed = sorted(set(expected) & set(everything))
+    beyond = [name for name in lora.tensors if name.layer is not None and name.layer not in allowed]
     problems += [
         Problem("unexpected", text, expected=f"layers {fold_numbers(allowed)}{declared}")
-        for text in fold_names(name for name in lora.sources if name.layer not in allowed)
+        for text in fold_names(beyond, kinds)
     ]
+    beside = [name for name in lora.tensors if name.layer is None and not transformer.has(name.module)]
+    problems += lora.problems("unexpected", beside, expected=f"a module of {transformer.name}")
     notices = []
     if len(expected) < transformer.layers:
-        notices.append(
-            f"The LoRA adapts {len(expected)} of {transformer.layers} layers: {fold_numbers(expected)}{said_by}."
-        )
+        layers = fold_numbers(expected)
+        notices.append(f"The LoRA adapts {len(expected)} of {transformer.layers} layers: {layers}{declared_by}.")
     return expected, problems, notices
 
 
-def _read_config(checkpoint: Checkpoint, alpha: float | None) -> tuple[TrainingConfig | None, list[str]]:
-    """The training configuration as far as it is needed, and what to say of one that is not right."""
-    path = find_training_config(checkpoint.path)
-    if path is None:
-        return None, []
-    try:
-        return read_training_config(path), []
-    except CheckpointError as error:
-        if alpha is None:
-            raise
-        notice = f"{error.what}{f' ({error.found})' if error.found else ''}: not used, as --alpha is given."
-    try:
-        return read_training_config(path, with_alpha=False), [notice]
-    except CheckpointError:
-        return None, [notice]
+def _scale_notices(scale: Scale, config: TrainingConfig | None) -> list[str]:
+    """What to note if nothing states the scale, or two places do and differ."""
+    alpha = scale.alpha
+    if scale.source == BY_DEFAULT:
+        why = (
+            "training_config.yaml sets no lora_alpha"
+            if config
+            else "There is no training_config.yaml with a lora_alpha"
+        )
+        doubt = "" if config else " If the training had another one, state it with --alpha."
+        return [f"{why}, so alpha is {sat.DEFAULT_ALPHA}, SAT's default.{doubt}"]
+    if scale.source == BY_NOTHING:
+        return ["Nothing states the scale: taken as 1, as diffusers takes it. If the training had another one, state "
+                "it with --alpha."]  # fmt: skip
+    if scale.source == BY_HAND and alpha is not None:
+        stated = [other for other in scale.others if other.alpha is not None and other.source != BY_DEFAULT]
+        return [
+            f"alpha is {number(alpha)}, as --alpha states; {other.source} states {number(other.alpha)}."
+            for other in stated
+            if other.alpha is not None and other.alpha != alpha
+        ]
+    return [
+        f"alpha is {_alpha_text(scale.alpha)}, {ALPHA_SOURCES[scale.source]}; {ALPHA_SOURCES[other.source]}: "
+        f"{_alpha_text(other.alpha)}."
+        for other in scale.others
+        if other.scalings != scale.scalings
+    ]
 
 
-def _alpha(given: float | None, config: TrainingConfig | None) -> tuple[Alpha, list[str]]:
-    """The training's alpha, and what to say if nothing states it, or two do and differ."""
-    stated = config.alpha if config is not None else None
-    if given is not None:
-        if not is_positive(given):
-            raise OptionError("alpha must be a number above 0", found=str(given), hint="leave --alpha out if unsure")
-        alpha = Alpha(int(given) if given == int(given) else given, BY_HAND)
-        differs = stated is not None and stated != given
-        return alpha, [f"alpha is {alpha.value}, as --alpha says; training_config.yaml says {stated}."] * differs
-    if stated is not None:
-        return Alpha(stated, BY_CONFIG), []
-    why = "training_config.yaml sets no lora_alpha" if config else "There is no training_config.yaml with a lora_alpha"
-    doubt = "" if config else " If the training had another one, say so with --alpha."
-    return Alpha(DEFAULT_ALPHA, BY_DEFAULT), [f"{why}, so alpha is {DEFAULT_ALPHA}, SAT's default.{doubt}"]
+def _alpha_text(alpha: float | None) -> str:
+    return "different by module" if alpha is None else number(alpha)
 
 
 def _partial(config: TrainingConfig | None) -> str:

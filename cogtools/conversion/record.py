@@ -29,11 +29,12 @@ class ExportRecord:
         version: of cogtools.
         source: the name of the checkpoint's file.
         iteration: of the training.
+        ema: whether its EMA weights were taken.
         models: short names of the models that fit.
         transformer_layers: layers of the transformer, adapted or not.
         hidden_size: of the transformer.
-        rank: of every module.
-        alpha: the training's.
+        rank: of every module; None if they differ.
+        alpha: the training's, of every module; None if they differ.
         alpha_source: where that comes from, as `Alpha.source`.
         scale: how the file carries the scale: "metadata", "fold" or "none".
         source_dtype: of the checkpoint's tensors.
@@ -43,6 +44,7 @@ class ExportRecord:
     version: str | None = None
     source: str | None = None
     iteration: int | None = None
+    ema: bool | None = None
     models: tuple[str, ...] = ()
     transformer_layers: int | None = None
     hidden_size: int | None = None
@@ -79,11 +81,12 @@ def read_record(metadata: Mapping[str, str]) -> ExportRecord:
         value = content.get(name)
         return value if type(value) is int and 0 < value <= most else None
 
-    alpha, models = content.get("alpha"), content.get("models")
+    alpha, models, ema = content.get("alpha"), content.get("models"), content.get("ema")
     return ExportRecord(
         version=text("version"),
         source=text("source"),
         iteration=count("iteration"),
+        ema=ema if isinstance(ema, bool) else None,
         models=tuple(filter(lambda model: isinstance(model, str), models)) if isinstance(models, list) else (),
         transformer_layers=count("transformer_layers", MAX_LAYERS),
         hidden_size=count("hidden_size", MAX_HIDDEN),

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 from cogtools.checkpoint.files import is_file
 from cogtools.checkpoint.folder import TRAINER_FILES
 from cogtools.checkpoint.tensors import true_shape
+from cogtools.conversion.lora import find_other_adapter
 from cogtools.errors import ExportError, Hint, command
 from cogtools.formatting import counted
-from cogtools.layouts import diffusers, peft, sat
+from cogtools.layouts import diffusers, sat
+from cogtools.layouts.lora import is_lora_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -69,7 +71,7 @@ def _refuse_parts(checkpoint: Checkpoint) -> None:
     """Refuse a ZeRO-3 file of one rank of several: the rest of every tensor is in files that were not kept."""
     for key, entry in checkpoint.tensors.items():
         shape = true_shape(entry)
-        if shape is not None and sat.is_lora_key(key) and entry.numel != prod(shape):
+        if shape is not None and is_lora_key(key) and entry.numel != prod(shape):
             raise ExportError(
                 "this is one part of a ZeRO-3 training: the rest of every tensor is missing",
                 file=checkpoint.path,
@@ -80,28 +82,25 @@ def _refuse_parts(checkpoint: Checkpoint) -> None:
 
 
 def no_lora(checkpoint: Checkpoint) -> ExportError:
-    """The error for a checkpoint without a SAT LoRA: what it holds instead, and what to do with that."""
+    """The error for a checkpoint without a LoRA: what it holds instead, and what to do with that."""
     found, hint = _what_it_holds(checkpoint, [*checkpoint.tensors, *checkpoint.not_tensors])
     return ExportError(
-        "there is no LoRA of the SAT trainer in this checkpoint",
+        "there is no LoRA in this checkpoint",
         file=checkpoint.path,
         found=found,
-        expected="keys such as …layers.0.attention.query_key_value.matrix_A.0",
+        expected="keys such as …layers.0.attention.query_key_value.matrix_A.0, or those of another trainer's LoRA",
         hint=hint,
     )
 
 
 def _what_it_holds(checkpoint: Checkpoint, keys: list[str]) -> tuple[str, Hint]:
-    look, verify = command("inspect", checkpoint.path), command("verify", checkpoint.path)
-    if any(diffusers.parse_key(key) for key in keys):
-        return "a LoRA in diffusers' layout already", verify
-    if any(diffusers.parse_key(key, peft.PREFIX) for key in keys):
-        return "a LoRA in PEFT's layout", verify
-    elsewhere = _lora_elsewhere(checkpoint)
-    if elsewhere is not None:
-        return elsewhere
-    if any(map(sat.is_lora_key, keys)):
-        return f"a LoRA in another layout: {next(filter(sat.is_lora_key, keys))} …", look
+    look = command("inspect", checkpoint.path)
+    adapter = find_other_adapter(checkpoint)
+    if adapter is not None:
+        return adapter.name, Hint(f"load it with {adapter.readers}: cogtools does not convert these")
+    unknown = next(filter(is_lora_key, keys), None)
+    if unknown is not None:
+        return f"a LoRA whose keys are no known program's: {unknown} …", look
     if "optimizer_state_dict" in checkpoint.values or "optimizer_state_dict" in keys:
         return _optimizer(checkpoint.path)
     count = counted(len(keys), "tensor")
@@ -117,16 +116,6 @@ def _what_it_holds(checkpoint: Checkpoint, keys: list[str]) -> tuple[str, Hint]:
     if _starts(keys, "first_stage_model.", "encoder.", "decoder."):
         return f"a VAE ({count})", look
     return count + (f": {keys[0]} …" if keys else ""), look
-
-
-def _lora_elsewhere(checkpoint: Checkpoint) -> tuple[str, Hint] | None:
-    """Where SAT's LoRA lies if it is not in the state dict: under a name that nobody else uses for one."""
-    prefixes = [prefix for path in checkpoint.beside if (prefix := sat.unknown_prefix(path)) is not None]
-    if not prefixes:
-        return None
-    name = prefixes[0].rstrip(".")
-    found = f"{counted(prefixes.count(prefixes[0]), 'tensor')} of such a LoRA under {name!r}"
-    return found, Hint(f"save what is under {name!r} as a checkpoint of its own")
 
 
 def _optimizer(path: Path) -> tuple[str, Hint]:

@@ -1,4 +1,4 @@
-"""Exporting a LoRA: carrying out the plan by copying byte ranges from the checkpoint into a safetensors file."""
+"""Exporting a LoRA: from a checkpoint through the plan to the file that is written."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-from cogtools.checkpoint.dtypes import DTYPES, DType
-from cogtools.checkpoint.files import FileRange
-from cogtools.checkpoint.formats.safetensors import TensorSpec, safetensors_header
-from cogtools.checkpoint.gather import tensor_chunks
+from cogtools.checkpoint.formats.safetensors import safetensors_header
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.conversion.crc32 import Crc32Check
+from cogtools.conversion.carry_out import Written, write
 from cogtools.conversion.notices import export_notices
-from cogtools.conversion.options import CASTS, Cast, ExportOptions, Scale
+from cogtools.conversion.options import Cast, ExportOptions, Scale
 from cogtools.conversion.output import AtomicFile, refuse_unwritable
-from cogtools.conversion.plan import LoraPlan, plan_lora_export
+from cogtools.conversion.plan import LoraPlan, Planned, carried, plan_lora, planned_tensors, target_dtype
 from cogtools.conversion.record import RECORD_KEY, ExportRecord
 from cogtools.errors import OptionError
 from cogtools.layouts import diffusers
@@ -23,9 +20,9 @@ from cogtools.version import __version__
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
-    from cogtools.checkpoint.files import SourceFile
+    from cogtools.checkpoint.dtypes import DType
     from cogtools.checkpoint.index import Checkpoint
 
 
@@ -33,15 +30,15 @@ class PreparedExport(NamedTuple):
     """An export that is ready to be carried out.
 
     Attributes:
-        plan: what is written.
-        scale: how the output carries the scale.
-        dtype: of the output's tensors.
+        plan: what it means.
+        tensors: what is written.
+        dtype: of the LoRA's tensors in the output.
         header: the output up to where its tensors begin.
         size_bytes: of the whole output.
     """
 
     plan: LoraPlan
-    scale: Scale
+    tensors: tuple[Planned, ...]
     dtype: DType
     header: bytes
     size_bytes: int
@@ -57,10 +54,11 @@ class ExportReport:
         written: false for a dry run.
         model: name of the model, or of what can be said of it.
         layers: the adapted layers.
-        rank: the rank of every module.
-        alpha: the training's alpha.
-        alpha_source: where alpha comes from: "--alpha", "training_config.yaml" or "default".
-        scaling: alpha / rank.
+        modules: how many modules are adapted.
+        rank: the rank of every module; None if they differ.
+        alpha: the training's alpha; None if modules have different ones, or none is stated.
+        alpha_source: where the scale comes from: "--alpha", "training_config.yaml", "default" …
+        scaling: what every module's update is multiplied by: alpha / rank; None if that differs.
         scale: how the output carries it: "metadata", "fold" or "none".
         dtype: of the output's tensors.
         source_dtype: of the checkpoint's.
@@ -77,10 +75,11 @@ class ExportReport:
     written: bool
     model: str
     layers: tuple[int, ...]
-    rank: int
-    alpha: float
+    modules: int
+    rank: int | None
+    alpha: float | None
     alpha_source: str
-    scaling: float
+    scaling: float | None
     scale: Scale
     dtype: str
     source_dtype: str
@@ -149,9 +148,10 @@ def export_checkpoint(
         prepared = prepare_export(opened, options)
         output.refuse_source(opened.files)
         refuse_unwritable(target, prepared.size_bytes)
-        written = _Written()
+        written = Written()
         if not options.dry_run:
-            written = _write(output, prepared, opened.files, progress, sha256=options.sha256)
+            tensors = prepared.tensors
+            written = write(output, prepared.header, tensors, opened.files, progress, sha256=options.sha256)
     plan = prepared.plan
     return ExportReport(
         checkpoint=opened.path,
@@ -159,14 +159,15 @@ def export_checkpoint(
         written=not options.dry_run,
         model=plan.transformer.name,
         layers=plan.layers,
+        modules=len(plan.modules),
         rank=plan.rank,
-        alpha=plan.alpha.value,
-        alpha_source=plan.alpha.source,
+        alpha=plan.scale.alpha,
+        alpha_source=plan.scale.source,
         scaling=plan.scaling,
         scale=options.scale,
         dtype=prepared.dtype.name,
         source_dtype=plan.dtype.name,
-        tensors=len(plan.tensors),
+        tensors=len(prepared.tensors),
         size_bytes=prepared.size_bytes,
         crc32="not recorded" if not plan.has_crc32 else "not checked" if options.dry_run else "checked",
         largest_relative_error=written.largest_relative_error,
@@ -189,105 +190,30 @@ def prepare_export(checkpoint: Checkpoint, options: ExportOptions) -> PreparedEx
     scale = options.scale
     if scale not in get_args(Scale):
         raise OptionError("there is no such way to carry the scale", found=scale, expected=", ".join(get_args(Scale)))
-    plan = plan_lora_export(checkpoint, alpha=options.alpha, allow_partial=options.allow_partial)
-    target_dtype = _target_dtype(plan, options.dtype)
-    tensors = [TensorSpec(tensor.key, target_dtype, tensor.source.entry.shape) for tensor in plan.tensors]
-    header = safetensors_header(tensors, _metadata(plan, checkpoint, scale, target_dtype))
+    plan = plan_lora(checkpoint, diffusers.LAYOUT, alpha=options.alpha, allow_partial=options.allow_partial)
+    tensors = planned_tensors(plan, options)
+    dtype = target_dtype(plan, options)
+    header = safetensors_header(tensors, _metadata(plan, checkpoint, options, dtype))
     size_bytes = len(header) + sum(tensor.size_bytes for tensor in tensors)
-    return PreparedExport(plan, scale, target_dtype, header, size_bytes)
+    return PreparedExport(plan, tuple(tensors), dtype, header, size_bytes)
 
 
-def _target_dtype(plan: LoraPlan, dtype: Cast) -> DType:
-    if dtype == "keep":
-        return plan.dtype
-    if dtype not in CASTS:
-        raise OptionError("there is no such dtype", found=dtype, expected="keep, " + ", ".join(CASTS))
-    return DTYPES[CASTS[dtype]]
-
-
-def _metadata(plan: LoraPlan, checkpoint: Checkpoint, scale: Scale, dtype: DType) -> dict[str, str]:
+def _metadata(plan: LoraPlan, checkpoint: Checkpoint, options: ExportOptions, dtype: DType) -> dict[str, str]:
     """The text entries of the output's header: the scale, and how the file was made."""
-    iteration = checkpoint.values.get("iteration")
+    iteration, run = checkpoint.values.get("iteration"), checkpoint.run
     record = ExportRecord(
         version=__version__,
         source=checkpoint.path.name,
         iteration=iteration if isinstance(iteration, int) else None,
+        ema=None if run is None else run.chosen.ema,
         models=tuple(model.slug for model in plan.transformer.models),
         transformer_layers=plan.transformer.layers,
         hidden_size=plan.transformer.hidden,
         rank=plan.rank,
-        alpha=plan.alpha.value,
-        alpha_source=plan.alpha.source,
-        scale=scale,
+        alpha=plan.scale.alpha,
+        alpha_source=plan.scale.source,
+        scale=options.scale,
         source_dtype=plan.dtype.name,
         dtype=dtype.name,
     )
-    metadata = {"format": "pt", RECORD_KEY: record.text()}
-    if scale != "none":
-        alpha = plan.alpha.value if scale == "metadata" else plan.rank  # folded in: what is left is a scaling of 1
-        metadata[diffusers.ADAPTER_METADATA_KEY] = diffusers.adapter_metadata(plan.rank, alpha, plan.modules)
-    return metadata
-
-
-class _Written(NamedTuple):
-    """What is known of an output only when it is written."""
-
-    largest_relative_error: float | None = None
-    sha256: str | None = None
-
-
-def _write(
-    output: AtomicFile,
-    prepared: PreparedExport,
-    sources: Iterable[SourceFile],
-    progress: Callable[[int, int], None] | None,
-    *,
-    sha256: bool,
-) -> _Written:
-    """Write the output, and publish it only when the checkpoint's CRC-32s are known to be right.
-
-    They are computed beside the copying, from what is read a second time; so it must not have changed in between.
-    """
-    errors: list[float] = []
-    with output, Crc32Check(prepared.plan.storages) as check:
-        output.reserve(prepared.size_bytes)
-        output.write(prepared.header)
-        done = len(prepared.header)
-        for part in _payload(prepared, errors):
-            if isinstance(part, FileRange):
-                output.copy(part)
-                done += part.size_bytes
-            else:
-                output.write(part)
-                done += len(part)
-            if progress is not None:
-                progress(done, prepared.size_bytes)
-        output.sync()
-        check.finish()
-        for source in sources:
-            source.refuse_changed()
-        digest = output.sha256() if sha256 else None
-        output.publish()
-    return _Written(max(errors, default=None), digest)
-
-
-def _payload(prepared: PreparedExport, errors: list[float]) -> Iterable[FileRange | bytes]:
-    """The bytes of the output after its header: ranges of the checkpoint where they can be copied as they are.
-
-    Args:
-        prepared: the export.
-        errors: takes the relative error of every tensor, where arithmetic changes the values.
-    """
-    plan, scale, dtype, *_ = prepared
-    if scale == "fold" or dtype != plan.dtype:
-        from cogtools.conversion.arithmetic import scaled_and_cast
-
-        yield from scaled_and_cast(plan, plan.scaling if scale == "fold" else 1.0, dtype, errors)
-        return
-    for tensor in plan.tensors:
-        entry = tensor.source.entry
-        source = entry.range()
-        if source is None:
-            yield from tensor_chunks(entry)
-        else:
-            yield source
+    return {"format": "pt", RECORD_KEY: record.text(), **carried(plan, options).header}

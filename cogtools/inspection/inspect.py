@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.checkpoint.tensors import whole_tensor
+from cogtools.conversion.lora import find_lora, find_transformer
 from cogtools.inspection.contents import files_of, iterations_of, judged, kinds_of, trainer_facts
 from cogtools.inspection.listing import add_offsets, add_statistics, list_tensors, select
-from cogtools.inspection.lora import OTHER, UNKNOWN, describe_lora, find_lora, hidden_size_of
+from cogtools.inspection.lora import describe_lora, scale_of
 from cogtools.inspection.report import CheckpointReport, InspectReport, ModelReport
 from cogtools.inspection.selection import Selection
 from cogtools.inspection.totals import dtype_totals, second_copy, section_totals, stored_bytes, unviewed_bytes
-from cogtools.layouts import diffusers, sat
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cogtools.checkpoint.index import Checkpoint
-    from cogtools.inspection.lora import Lora
+    from cogtools.conversion.lora import Lora
     from cogtools.inspection.report import LoraReport
     from cogtools.layouts.family import Transformer
 
@@ -75,7 +74,7 @@ def describe(
     if selection.statistics and not selection.tree:
         add_statistics(listed, progress)
     lora = find_lora(checkpoint)
-    model = _model(checkpoint, lora)
+    model = find_transformer(checkpoint, lora)
     lora_report = None if lora is None else describe_lora(checkpoint, lora, model)
     if lora is not None and lora_report is not None and updates:
         lora_report = _with_updates(lora, lora_report, progress)
@@ -107,25 +106,18 @@ def describe(
     )
 
 
-def _model(checkpoint: Checkpoint, lora: Lora | None) -> Transformer | None:
-    """The transformer that the base weights are, else the one that the LoRA fits."""
-    shapes = {key: whole_tensor(entry).shape for key, entry in checkpoint.tensors.items()}
-    known = diffusers.recognise_transformer(shapes)
-    hidden = sat.hidden_size(shapes) or (hidden_size_of(lora) if lora is not None else None)
-    return known or (sat.recognise_transformer(shapes, hidden) if hidden else None)
-
-
 def _model_report(model: Transformer) -> ModelReport:
     return ModelReport(model.name, tuple(one.slug for one in model.models), model.layers, model.hidden)
 
 
 def _with_updates(lora: Lora, report: LoraReport, progress: Callable[[int, int], None] | None) -> LoraReport:
-    """The report of a LoRA with the strength of its updates: none where its layout's scale is not read."""
-    if lora.layout in (OTHER, UNKNOWN):
-        return replace(report, updates=())
+    """The report of a LoRA with the strength of its updates: none where its names are not known."""
     from cogtools.inspection.updates import lora_updates
 
-    return replace(report, updates=lora_updates(lora.tensors, lora.scalings(report.alpha), progress))
+    scale = scale_of(lora)
+    if lora.layout is None:
+        return replace(report, updates=())
+    return replace(report, updates=lora_updates(lora, {} if scale is None else scale.scalings, progress))
 
 
 _THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cogtools.checkpoint.files import is_folder
 from cogtools.errors import ExportError, OptionError, OutputError, command
 from cogtools.formatting import counted
-from cogtools.layouts.family import PROJECTIONS
+from cogtools.layouts.family import ATTENTION, IN_LAYERS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +30,8 @@ MAX_TITLE_CHARS = 24
 """The longest part of a path that stands over a picture."""
 
 _NORM, _UNSCALED_NORM = "norm of scaling · B A", "norm of B A (its scaling is not known)"
-_COLOURS = {"q": "#1b6ca8", "k": "#e07b39", "v": "#3a7d44", "out": "#8e44ad"}
+_COLOURS = {"q": "#1b6ca8", "k": "#e07b39", "v": "#3a7d44", "out": "#8e44ad", "ff_in": "#c0392b", "ff_out": "#16a2a2",
+            "norm1": "#7f8c2d", "norm2": "#8d6e63"}  # fmt: skip
 _NOT_COMPUTED = "#d9d9d9"
 _THIN: dict[str, Any] = {"linewidth": 1.5, "marker": ".", "markersize": 4}
 _BROAD: dict[str, Any] = {"linewidth": 5, "alpha": 0.3}
@@ -41,7 +42,7 @@ class Panel(NamedTuple):
 
     Attributes:
         title: what tells it from the other.
-        norms: by layer and projection.
+        norms: by layer and module, of the modules that lie in layers.
         is_scaled: whether a scaling is known, and multiplied in.
     """
 
@@ -49,9 +50,9 @@ class Panel(NamedTuple):
     norms: dict[tuple[int, str], float]
     is_scaled: bool
 
-    def grid(self, layers: Sequence[int]) -> list[list[float]]:
-        """A row for each layer and a column for each projection; NaN where there is no update."""
-        return [[self.norms.get((layer, name), math.nan) for name in PROJECTIONS] for layer in layers]
+    def grid(self, layers: Sequence[int], names: Sequence[str]) -> list[list[float]]:
+        """A row for each layer and a column for each kind of module; NaN where there is no update."""
+        return [[self.norms.get((layer, name), math.nan) for name in names] for layer in layers]
 
 
 def refuse_unplottable(path: Path, checkpoints: int) -> None:
@@ -128,7 +129,11 @@ def _norms(report: CheckpointReport) -> dict[tuple[int, str], float]:
     if report.lora is None:
         raise _undrawable(report, "there is no LoRA in this checkpoint to draw")
     updates = report.lora.updates or ()
-    norms = {(update.layer, update.projection): update.norm for update in updates if update.norm is not None}
+    norms = {
+        (update.layer, update.module): update.norm
+        for update in updates
+        if update.norm is not None and update.layer is not None
+    }
     if norms:
         return norms
     if not updates:
@@ -136,7 +141,7 @@ def _norms(report: CheckpointReport) -> dict[tuple[int, str], float]:
             report,
             "the updates of a LoRA in this layout are not computed",
             found=report.lora.names or "keys that are not known",
-            expected="a LoRA in the layout of SAT, diffusers or PEFT",
+            expected="a LoRA in a layout that is known",
         )
     reasons = Counter(update.not_computed for update in updates)
     found = ", ".join(f"{counted(count, 'module')} with {reason}" for reason, count in reasons.items())
@@ -153,6 +158,7 @@ def _undrawable(
 def _draw(figure: Any, panels: Sequence[Panel]) -> None:
     """Heat maps side by side with one scale of colours, the change where there are two, and the norms per layer."""
     layers = sorted({layer for panel in panels for layer, _ in panel.norms})
+    names = [name for name in IN_LAYERS if any(name == one for panel in panels for _, one in panel.norms)]
     has_change = len(panels) == MAX_CHECKPOINTS
     maps = len(panels) + has_change
     axes = figure.subplots(1, maps + 1, width_ratios=[1.0] * maps + [1.6])
@@ -160,16 +166,18 @@ def _draw(figure: Any, panels: Sequence[Panel]) -> None:
     low, high = _range(min(norms), max(norms))
     image = None
     for axis, panel in zip(axes, panels, strict=False):
-        image = _draw_map(axis, panel.grid(layers), layers, panel.title, cmap="viridis", vmin=low, vmax=high)
+        image = _draw_map(
+            axis, panel.grid(layers, names), layers, names, panel.title, cmap="viridis", vmin=low, vmax=high
+        )
     label = _NORM if all(panel.is_scaled for panel in panels) else _UNSCALED_NORM
     _draw_colour_bar(figure, image, list(axes[: len(panels)]), label)
     if has_change:
-        change = _change(panels[0], panels[1], layers)
+        change = _change(panels[0], panels[1], layers, names)
         known = [abs(value) for row in change for value in row if not math.isnan(value)]
         most = max(known, default=0) or 1
-        image = _draw_map(axes[-2], change, layers, "change", cmap="RdBu_r", vmin=-most, vmax=most)
+        image = _draw_map(axes[-2], change, layers, names, "change", cmap="RdBu_r", vmin=-most, vmax=most)
         _draw_colour_bar(figure, image, [axes[-2]], "change of the norm")
-    _draw_lines(axes[-1], panels, layers, label)
+    _draw_lines(axes[-1], panels, layers, names, label)
 
 
 def _range(low: float, high: float) -> tuple[float, float]:
@@ -177,17 +185,19 @@ def _range(low: float, high: float) -> tuple[float, float]:
     return (low, high) if high > low else (low * 0.9, high * 1.1 or 1.0)
 
 
-def _change(first: Panel, second: Panel, layers: Sequence[int]) -> list[list[float]]:
+def _change(first: Panel, second: Panel, layers: Sequence[int], names: Sequence[str]) -> list[list[float]]:
     return [
         [after - before for before, after in zip(*rows, strict=True)]
-        for rows in zip(first.grid(layers), second.grid(layers), strict=True)
+        for rows in zip(first.grid(layers, names), second.grid(layers, names), strict=True)
     ]
 
 
-def _draw_map(axis: Any, grid: list[list[float]], layers: Sequence[int], title: str, **colours: Any) -> Any:
+def _draw_map(
+    axis: Any, grid: list[list[float]], layers: Sequence[int], names: Sequence[str], title: str, **colours: Any
+) -> Any:
     axis.set_facecolor(_NOT_COMPUTED)
     image = axis.imshow(grid, aspect="auto", interpolation="nearest", **colours)
-    axis.set_xticks(range(len(PROJECTIONS)), PROJECTIONS)
+    axis.set_xticks(range(len(names)), names, rotation=0 if len(names) <= len(ATTENTION) else 60)
     step = max(len(layers) // 15, 1)
     axis.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     axis.tick_params(length=0)
@@ -205,12 +215,12 @@ def _draw_colour_bar(figure: Any, image: Any, axes: list[Any], label: str) -> No
     bar.outline.set_visible(False)
 
 
-def _draw_lines(axis: Any, panels: Sequence[Panel], layers: Sequence[int], label: str) -> None:
+def _draw_lines(axis: Any, panels: Sequence[Panel], layers: Sequence[int], names: Sequence[str], label: str) -> None:
     """The norms per layer: of two checkpoints the first as broad pale lines, under those of the second."""
     looks = [_BROAD, _THIN][-len(panels) :]
     for panel, look in zip(panels, looks, strict=True):
-        for projection, row in zip(PROJECTIONS, zip(*panel.grid(layers), strict=True), strict=True):
-            axis.plot(row, layers, color=_COLOURS[projection], **look)
+        for name, row in zip(names, zip(*panel.grid(layers, names), strict=True), strict=True):
+            axis.plot(row, layers, color=_COLOURS[name], **look)
     axis.set_ylim(layers[-1] + 0.5, layers[0] - 0.5)
     axis.set_xlim(0, axis.get_xlim()[1] * 1.04)
     axis.set_xlabel(label)
@@ -220,14 +230,14 @@ def _draw_lines(axis: Any, panels: Sequence[Panel], layers: Sequence[int], label
     axis.grid(visible=True, alpha=0.25)
     axis.spines["right"].set_visible(False)
     axis.set_title("norm per layer")
-    _draw_legend(axis, panels, looks)
+    _draw_legend(axis, panels, names, looks)
 
 
-def _draw_legend(axis: Any, panels: Sequence[Panel], looks: Sequence[dict[str, Any]]) -> None:
+def _draw_legend(axis: Any, panels: Sequence[Panel], names: Sequence[str], looks: Sequence[dict[str, Any]]) -> None:
     """What the colours mean and, of two checkpoints, which lines are whose."""
     from matplotlib.lines import Line2D
 
-    lines = [Line2D([], [], color=colour, label=projection, **_THIN) for projection, colour in _COLOURS.items()]
+    lines = [Line2D([], [], color=_COLOURS[name], label=name, **_THIN) for name in names]
     if len(panels) > 1:
         for panel, look in zip(panels, looks, strict=True):
             lines.append(Line2D([], [], color="black", label=panel.title, **look))

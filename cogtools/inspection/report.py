@@ -157,8 +157,8 @@ class UpdateReport:
     """How one module is changed by its LoRA.
 
     Attributes:
-        layer: of the module.
-        projection: "q", "k", "v" or "out".
+        layer: of the module; None if it lies beside the layers.
+        module: its name: "q", "ff_in", "proj_out" …
         scaling: what lora_B @ lora_A is multiplied by; None if that is not known.
         norm: the Frobenius norm of scaling * lora_B @ lora_A, of lora_B @ lora_A without a scaling; None if it is not
             computed.
@@ -168,8 +168,8 @@ class UpdateReport:
             are there.
     """
 
-    layer: int
-    projection: str
+    layer: int | None
+    module: str
     scaling: float | None = None
     norm: float | None = None
     effective_rank: float | None = None
@@ -206,31 +206,37 @@ class LoraReport:
     """The LoRA in a checkpoint.
 
     Attributes:
-        layout: "SAT", "diffusers", "PEFT", "other" for names that are recognised, or "unknown".
-        names: what sets the names of an "other" layout apart: "names with ComfyUI's prefix".
+        layout: whose names its keys have: "sat", "diffusers", "peft" …; None if they are no known program's.
+        names: what sets its names apart from those of that layout: "diffusers' names without a prefix"; None if
+            nothing does.
         tensors: how many tensors it has.
         size_bytes: of these.
         layers: the layers that it adapts.
+        modules: how many modules it adapts.
         ranks: the ranks that occur; a LoRA of the SAT trainer has one.
         dtypes: the dtypes that occur.
         complete: whether every layer has all its tensors; None if the layout is not known.
         missing: what is missing, folded: "layers 3-5: to_v lora_B".
         unplaced: keys of a LoRA that the layout has no place for.
         alpha: None if it is stated nowhere and the layout has no default.
-        alpha_source: where alpha comes from: "training_config.yaml", "default", "lora_adapter_metadata",
-            "adapter_config.json"; None without alpha.
+        alpha_source: where the scale is stated: "training_config.yaml", "default" (SAT's), "lora_adapter_metadata",
+            "adapter_config.json", "alpha tensors" …; None if it is not.
+        reader: the program that the file is for.
+        unstated_scaling: what that multiplies the updates by where nothing states the scale; None if it then loads
+            nothing.
         misstated: what is wrong with what a file in diffusers' or PEFT's layout states of its scale.
-        scalings: what its updates are multiplied by, each once: alpha / rank, or 1 where diffusers finds nothing
-            stated; () if that is not known.
+        scalings: what its updates are multiplied by, each once: alpha / rank, or 1 where nothing is stated; () if
+            that is not known.
         export: what `export-lora` would make of it.
         updates: per module; None if not asked for.
     """
 
-    layout: str
+    layout: str | None
     names: str | None
     tensors: int
     size_bytes: int
     layers: tuple[int, ...]
+    modules: int
     ranks: tuple[int, ...]
     dtypes: tuple[str, ...]
     complete: bool | None
@@ -238,6 +244,8 @@ class LoraReport:
     unplaced: tuple[str, ...]
     alpha: float | None
     alpha_source: str | None
+    reader: str
+    unstated_scaling: float | None
     misstated: tuple[Problem, ...]
     scalings: tuple[float, ...]
     export: ExportOutlook

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.layouts import sat
+from cogtools.layouts.lora import is_lora_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,14 +16,6 @@ class Rule(NamedTuple):
 
     section: str
     fits: tuple[str, ...] | Callable[[str], bool]
-
-
-_ALPHA_STARTS = ("lora_", "diffusion_model.", "transformer.", "transformer_blocks.")
-
-
-def is_lora_key(key: str) -> bool:
-    """Whether a key belongs to a LoRA: to its factors, or to the alphas that kohya's and ComfyUI's files have."""
-    return sat.is_lora_key(key) or (key.endswith(".alpha") and key.startswith(_ALPHA_STARTS))
 
 
 OTHER = "other"

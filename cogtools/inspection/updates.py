@@ -1,6 +1,6 @@
 """How strongly a LoRA changes each module: the update scaling * lora_B @ lora_A, without ever forming it.
 
-The update is hidden x hidden; its norm and its singular values are all in the two rank x rank Gram matrices
+The update is out x in; its norm and its singular values are all in the two rank x rank Gram matrices
 G_A = lora_A lora_A^T and G_B = lora_B^T lora_B:
 
     ||B A||^2 = sum(G_A * G_B)        singular values of B A = square roots of the eigenvalues of R^T G_A R, R R^T = G_B
@@ -16,13 +16,14 @@ import numpy as np
 from cogtools.checkpoint.decoding import Array, can_decode, doubles
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.inspection.report import UpdateReport
-from cogtools.layouts.family import PROJECTIONS, LoraKey
+from cogtools.layouts.family import LoraKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from cogtools.checkpoint.tensors import TensorEntry
-    from cogtools.inspection.lora import Module
+    from cogtools.conversion.lora import Lora
+    from cogtools.layouts.family import Module
 
 MAX_RANK = 4096
 """Of a larger one the Gram matrices would be large themselves."""
@@ -39,14 +40,12 @@ class NotComputedError(Exception):
 
 
 def lora_updates(
-    tensors: Mapping[LoraKey, TensorEntry],
-    scalings: Mapping[Module, float | None],
-    progress: Callable[[int, int], None] | None = None,
+    lora: Lora, scalings: Mapping[Module, float | None], progress: Callable[[int, int], None] | None = None
 ) -> tuple[UpdateReport, ...]:
     """The strength of the update of every module, or why it is not computed.
 
     Args:
-        tensors: the factors: lora_A (rank, in), lora_B (out, rank).
+        lora: its factors: lora_A (rank, in), lora_B (out, rank).
         scalings: what each module's lora_B @ lora_A is multiplied by.
         progress: called with the bytes read so far and the bytes in all.
 
@@ -54,28 +53,24 @@ def lora_updates(
         CheckpointError: if the file ends before a tensor does, or cannot be read.
     """
     updates = []
-    done, in_all = 0, sum(entry.size_bytes for entry in tensors.values())
-    for layer in sorted({name.layer for name in tensors}):
-        for projection in PROJECTIONS:
-            a, b = (tensors.get(LoraKey(layer, projection, factor)) for factor in "AB")
-            if a is None and b is None:
-                continue
-            updates.append(_update(layer, projection, a, b, scalings.get((layer, projection))))
-            done += sum(entry.size_bytes for entry in (a, b) if entry is not None)
-            if progress is not None:
-                progress(done, in_all)
+    done, in_all = 0, sum(tensor.entry.size_bytes for tensor in lora.tensors.values())
+    for module in lora.modules:
+        found = (lora.tensors.get(LoraKey(*module, factor)) for factor in "AB")
+        a, b = (None if tensor is None else tensor.entry for tensor in found)
+        updates.append(_update(module, a, b, scalings.get(module)))
+        done += sum(entry.size_bytes for entry in (a, b) if entry is not None)
+        if progress is not None:
+            progress(done, in_all)
     return tuple(updates)
 
 
-def _update(
-    layer: int, projection: str, a: TensorEntry | None, b: TensorEntry | None, scaling: float | None
-) -> UpdateReport:
+def _update(module: Module, a: TensorEntry | None, b: TensorEntry | None, scaling: float | None) -> UpdateReport:
     try:
         a, b = _checked(a, b)
         norm, effective_rank = update_strength(_load(a), _load(b), 1.0 if scaling is None else scaling)
     except NotComputedError as error:
-        return UpdateReport(layer, projection, scaling, not_computed=str(error))
-    return UpdateReport(layer, projection, scaling, norm, effective_rank)
+        return UpdateReport(*module, scaling, not_computed=str(error))
+    return UpdateReport(*module, scaling, norm, effective_rank)
 
 
 def update_strength(a: Array, b: Array, scaling: float = 1.0) -> tuple[float, float]:

@@ -1,12 +1,13 @@
 """SAT's layout: the keys that CogVideo's trainer writes.
 
-One transformer layer's LoRA, h being the hidden size and r the rank. The fused query_key_value projection has its
-rows in the order q, k, v, and its LoRA in three parts in that order:
+The fused query_key_value projection has its rows in the order q, k, v, and its LoRA in three parts in that order:
 
-    transformer.layers.N.attention.query_key_value.matrix_A.{0,1,2}    (r, h)
-    transformer.layers.N.attention.query_key_value.matrix_B.{0,1,2}    (h, r)
-    transformer.layers.N.attention.dense.matrix_A.0                    (r, h)
-    transformer.layers.N.attention.dense.matrix_B.0                    (h, r)
+    transformer.layers.N.attention.query_key_value.matrix_A.{0,1,2}    (rank, hidden)
+    transformer.layers.N.attention.query_key_value.matrix_B.{0,1,2}    (hidden, rank)
+    transformer.layers.N.attention.dense.matrix_A.0                    (rank, hidden)
+    transformer.layers.N.attention.dense.matrix_B.0                    (hidden, rank)
+
+The file states neither rank nor alpha: the rank is in the shapes, alpha in training_config.yaml.
 
 Source: SwissArmyTransformer, sat/model/finetune/lora2.py (`LoraMixin`, `HackParameterList`), and checkpoints of the
 trainer.
@@ -17,7 +18,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from cogtools.layouts.family import LAYER_NUMBER, LoraKey, Transformer, hidden_of, recognise
+from cogtools.layouts.family import ATTENTION, LAYER_NUMBER, LoraKey, Transformer, hidden_of, recognise
+from cogtools.layouts.lora import SAT_STYLE, LoraLayout, Names, Spelling
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,30 +28,35 @@ PREFIX = "model.diffusion_model."
 """What the trainer puts before every key of the transformer. In files that people save again, a part of it or all may
 be missing."""
 
+NAMES = Names(
+    "SAT's names",
+    "transformer.layers.{}.",
+    {
+        "q": "attention.query_key_value.0",
+        "k": "attention.query_key_value.1",
+        "v": "attention.query_key_value.2",
+        "out": "attention.dense.0",
+    },
+)
+
+LAYOUT = LoraLayout(
+    name="sat",
+    reader="SAT",
+    written=Spelling(NAMES, SAT_STYLE, PREFIX),
+    scale="training_config",
+    also_read=tuple(Spelling(NAMES, SAT_STYLE, prefix) for prefix in ("diffusion_model.", "model.", "")),
+    always=ATTENTION,
+    one_rank=True,
+)
+
+DEFAULT_ALPHA = 1
+"""SAT's alpha where the user set none (sat/model/finetune/lora2.py, `LoraMixin.__init__`)."""
+
 WRAPPERS = frozenset({"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module"})
 """Segments that wrappers of modules put into keys, at the front or further in: DistributedDataParallel and DeepSpeed,
 torch.compile, Lightning's Fabric, FullyShardedDataParallel."""
 
-_LAYER = "transformer.layers."
-_IN_LAYER = re.compile(rf"{re.escape(_LAYER)}{LAYER_NUMBER}\.", re.ASCII)
-
-_LORA_SUFFIXES = {
-    "attention.query_key_value.matrix_A.0": ("q", "A"),
-    "attention.query_key_value.matrix_A.1": ("k", "A"),
-    "attention.query_key_value.matrix_A.2": ("v", "A"),
-    "attention.query_key_value.matrix_B.0": ("q", "B"),
-    "attention.query_key_value.matrix_B.1": ("k", "B"),
-    "attention.query_key_value.matrix_B.2": ("v", "B"),
-    "attention.dense.matrix_A.0": ("out", "A"),
-    "attention.dense.matrix_B.0": ("out", "B"),
-}
-
-_AFTER_A_PREFIX = re.compile(
-    rf"(.*?){re.escape(_LAYER)}{LAYER_NUMBER}\.({'|'.join(map(re.escape, _LORA_SUFFIXES))})", re.ASCII | re.DOTALL
-)
-
-_LORA_SEGMENTS = frozenset({"matrix_A", "matrix_B", "lora_A", "lora_B", "lora_down", "lora_up", "lora"})
-"""A key with one of these segments belongs to a LoRA, whether or not it has a row above."""
+_IN_LAYER = re.compile(rf"transformer\.layers\.{LAYER_NUMBER}\.", re.ASCII)
 
 _BASE_LAYER_SUFFIX = "mlp.dense_h_to_4h.weight"
 """Every layer has it, with or without a LoRA. Whoever strips a checkpoint of its base weights strips this one: it is
@@ -74,31 +81,7 @@ def bare_key(key: str) -> str:
     return unwrapped_key(key).removeprefix("model.").removeprefix("diffusion_model.")
 
 
-def sat_key(key: LoraKey) -> str:
-    """SAT's key of a LoRA tensor, as the trainer writes it."""
-    suffix = next(suffix for suffix, meaning in _LORA_SUFFIXES.items() if meaning == (key.projection, key.factor))
-    return f"{PREFIX}{_LAYER}{key.layer}.{suffix}"
-
-
-def parse_lora_key(key: str) -> LoraKey | None:
-    """Which LoRA tensor a key names, matched as a whole; None if none."""
-    layer, suffix = _split_layer(bare_key(key))
-    meaning = _LORA_SUFFIXES.get(suffix)
-    return None if layer is None or meaning is None else LoraKey(layer, *meaning)
-
-
-def unknown_prefix(key: str) -> str | None:
-    """What stands before SAT's key of a LoRA tensor and keeps it from being one; None if it is something else."""
-    match = _AFTER_A_PREFIX.fullmatch(unwrapped_key(key))
-    return match[1].removesuffix(PREFIX) or match[1] if match else None
-
-
 def is_lora_key(key: str) -> bool:
-    """Whether a key belongs to a LoRA of any kind, exportable or not."""
-    return not _LORA_SEGMENTS.isdisjoint(key.split("."))
-
-
-def is_sat_lora_key(key: str) -> bool:
     """Whether a key belongs to a LoRA as SAT makes them, of whatever module."""
     return not {"matrix_A", "matrix_B"}.isdisjoint(key.split("."))
 
@@ -124,15 +107,13 @@ def tensor_parallel_ranks(shapes: Mapping[LoraKey, tuple[int, ...]]) -> int:
     Each of n ranks has the rows of its heads, so that query_key_value's B is (h/n, r) and dense's A is (r, h/n); the
     other factors are whole.
     """
-    if any(len(shape) != 2 for shape in shapes.values()):
-        return 1
-    sides = {name: hidden_of(name.factor, shape) for name, shape in shapes.items()}
-    divided = {side for name, side in sides.items() if (name.projection == "out") == (name.factor == "A")}
-    whole = {side for name, side in sides.items() if (name.projection == "out") != (name.factor == "A")}
+    sides = {name: hidden_of(name, shape) for name, shape in shapes.items()}
+    divided = {side for name, side in sides.items() if (name.name == "out") == (name.part == "A")}
+    whole = {side for name, side in sides.items() if (name.name == "out") != (name.part == "A")}
     if len(divided) != 1 or len(whole) != 1:
         return 1
     hidden, share = whole.pop(), divided.pop()
-    return hidden // share if share and hidden % share == 0 else 1
+    return hidden // share if hidden and share and hidden % share == 0 else 1
 
 
 def _split_layer(bare: str) -> tuple[int | None, str]:

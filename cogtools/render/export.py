@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from cogtools.conversion.scale import ALPHA_SOURCES
 from cogtools.formatting import number
-from cogtools.layouts.family import PROJECTIONS
 from cogtools.render.text import emit, notice, printable, shortened, size, talk
 
 if TYPE_CHECKING:
@@ -25,11 +24,11 @@ def show_export(report: ExportReport) -> None:
 
 def summary(report: ExportReport) -> str:
     """The result in a few lines."""
-    modules = len(report.layers) * len(PROJECTIONS)
+    rank = "different by module" if report.rank is None else report.rank
     rows = [
         ("model", report.model),
-        ("LoRA", f"{len(report.layers)} layers, {modules} modules, rank {report.rank}, {report.source_dtype}"),
-        ("alpha", f"{number(report.alpha)} ({ALPHA_SOURCES[report.alpha_source]}), {_scaling(report)}"),
+        ("LoRA", f"{len(report.layers)} layers, {report.modules} modules, rank {rank}, {report.source_dtype}"),
+        ("alpha", _scale(report)),
         (
             "written" if report.written else "to write",
             f"{report.output}: {report.tensors} tensors, {report.dtype}, {size(report.size_bytes)}",
@@ -47,18 +46,33 @@ def summary(report: ExportReport) -> str:
     return "\n".join(lines)
 
 
+def _scale(report: ExportReport) -> str:
+    """The scale, who states it, and how the file carries it."""
+    alpha = "different by module" if report.alpha is None else number(report.alpha)
+    if report.alpha is None and report.scaling is not None:
+        alpha = "not stated"
+    return f"{alpha} ({ALPHA_SOURCES[report.alpha_source]}), scaling {_scaling(report)}, {_CARRIED[report.scale]}"
+
+
+_CARRIED = {"metadata": "stated in the header", "fold": "multiplied in", "none": "not in the file"}
+
+
 def _scaling(report: ExportReport) -> str:
-    scaling = f"scaling {number(report.alpha)}/{report.rank} = {number(report.scaling)}"
-    ways = {"metadata": "stated in the header", "fold": "multiplied in", "none": "not in the file"}
-    return f"{scaling}, {ways[report.scale]}"
+    """The scaling, as the quotient that it is where all modules have one alpha and one rank."""
+    if report.scaling is None:
+        return "different by module"
+    if report.alpha is None or report.rank is None:
+        return number(report.scaling)
+    return f"{number(report.alpha)}/{report.rank} = {number(report.scaling)}"
 
 
 def _how_to_load(report: ExportReport) -> list[str]:
     folder, name = _literal(str(report.output.parent)), _literal(report.output.name)
     call = f'pipe.load_lora_weights({folder}, weight_name={name}, adapter_name="lora")'
+    weight = "…" if report.scaling is None else number(report.scaling)
     if report.scale == "none":
         return ["Load it, and bring the scale yourself:", f"    {call}",
-                f'    pipe.set_adapters("lora", {number(report.scaling)})']  # fmt: skip
+                f'    pipe.set_adapters("lora", {weight})']  # fmt: skip
     return ["Load it at weight 1.0, for the scale is in the file (no set_adapters or fuse_lora with 1/rank):",
             f"    {call}"]  # fmt: skip
 
@@ -96,7 +110,7 @@ def _why(error: CogtoolsError) -> str:
 
 
 def _in_short(report: ExportReport) -> str:
-    scaling = f"scaling {number(report.alpha)}/{report.rank}"
+    scaling = f"scaling {_scaling(report).partition(' = ')[0]}"
     parts = [f"{report.tensors} tensors", report.dtype, size(report.size_bytes), scaling]
     return ", ".join([*parts, f"sha256 {report.sha256}"] if report.sha256 else parts)
 

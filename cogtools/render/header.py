@@ -162,7 +162,7 @@ def _lora(lora: LoraReport) -> Iterator[Field]:
         label = "its keys" if lora.complete is None else "unexpected"
         yield Field(label, _some(lora.unplaced), YELLOW)
     yield from _alpha(lora)
-    yield from _export(lora.layout, lora.export)
+    yield from _export(lora.export)
 
 
 def _alpha(lora: LoraReport) -> Iterator[Field]:
@@ -171,36 +171,36 @@ def _alpha(lora: LoraReport) -> Iterator[Field]:
         yield Field("alpha", f"{number(lora.alpha)} ({source}){_scaling(lora, lora.alpha)}")
     elif lora.misstated:
         yield Field("alpha", f"cannot be used: {lora.misstated[0]}", YELLOW)
-    elif lora.layout == "diffusers":
-        yield Field("alpha", "not stated: diffusers takes alpha = rank, a scaling of 1", YELLOW)
-    elif lora.layout == "PEFT":
-        yield Field("alpha", "not stated: without adapter_config.json PEFT loads nothing", YELLOW)
+    elif lora.alpha_source is not None:
+        yield Field("alpha", f"different by module ({ALPHA_SOURCES[lora.alpha_source]}){_scalings(lora)}")
+    elif lora.layout is not None and lora.unstated_scaling is not None:
+        yield Field("alpha", f"not stated: {lora.reader} runs it at scaling {number(lora.unstated_scaling)}", YELLOW)
+    elif lora.layout is not None:
+        yield Field("alpha", f"not stated: {lora.reader} loads nothing without it", YELLOW)
 
 
 def _scaling(lora: LoraReport, alpha: float) -> str:
-    if len(lora.scalings) > 1:
-        return f", scaling {', '.join(map(number, lora.scalings))} by module"
-    if not lora.scalings:
-        return ""
+    if len(lora.scalings) != 1:
+        return _scalings(lora)
     (scaling,) = lora.scalings
     is_quotient = len(lora.ranks) == 1 and lora.ranks[0] > 0 and alpha / lora.ranks[0] == scaling
     return f", scaling {f'{number(alpha)}/{lora.ranks[0]} = ' if is_quotient else ''}{number(scaling)}"
 
 
-def _export(layout: str, outlook: ExportOutlook) -> Iterator[Field]:
+def _scalings(lora: LoraReport) -> str:
+    shown = ", ".join(map(number, lora.scalings[:SHOWN_PROBLEMS]))
+    return f", scaling {shown} by module" if shown else ""
+
+
+def _export(outlook: ExportOutlook) -> Iterator[Field]:
     """What export-lora would make of the LoRA."""
     if outlook.possible:
         yield Field("exports to", f"{outlook.tensors} tensors, {size(outlook.size_bytes)}, in diffusers' layout")
         for text in outlook.notices:
             yield Field("", text)
         return
-    if layout == "diffusers":
-        yield Field("exports to", "nothing: it is in diffusers' layout already")
-    elif layout != "SAT":
-        yield Field("exports to", "nothing: export-lora reads LoRAs of the SAT trainer")
-    else:
-        found = f" (found: {outlook.found})" if outlook.found else ""
-        yield Field("no export", f"{outlook.reason}{found}", YELLOW)
+    found = f" (found: {outlook.found})" if outlook.found else ""
+    yield Field("no export", f"{outlook.reason}{found}", YELLOW)
     for problem in outlook.problems[:SHOWN_LORA_PROBLEMS]:
         yield Field("", str(problem))
     more = len(outlook.problems) - SHOWN_LORA_PROBLEMS

@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.formatting import counted, number
-from cogtools.layouts.family import PROJECTIONS
+from cogtools.layouts.family import IN_LAYERS, Module
 from cogtools.layouts.folded import fold_modules
 from cogtools.render.style import DIM, YELLOW
 
@@ -56,7 +56,7 @@ def heat_map_lines(lora: LoraReport, updates: Sequence[UpdateReport], style: Sty
         if update.not_computed is not None:
             reasons[update.not_computed].append(update)
     for reason, members in reasons.items():
-        where = fold_modules((update.layer, update.projection) for update in members)
+        where = fold_modules(Module(update.layer, update.module) for update in members)
         for line in style.wrapped(f"not computed: {counted(len(members), 'module')} with {reason} ({where})"):
             yield style.paint(line, YELLOW)
 
@@ -71,16 +71,21 @@ def _scaled_by(updates: Sequence[UpdateReport]) -> str:
 
 
 def _rows(updates: Sequence[UpdateReport], style: Style) -> Iterator[str]:
-    by_place = {(update.layer, update.projection): update for update in updates}
+    by_place = {(update.layer, update.module): update for update in updates}
+    columns = [name for name in IN_LAYERS if any(update.module == name for update in updates)]
     norms = _Scale.over(update.norm for update in updates)
     ranks = _Scale.over(update.effective_rank for update in updates)
-    names = " ".join(f"{name:>8}" for name in PROJECTIONS)
+    names = " ".join(f"{name:>8}" for name in columns)
     yield style.paint(f"layer  {names}   {names}", DIM)
-    for layer in sorted({update.layer for update in updates}):
-        row = [by_place.get((layer, name)) for name in PROJECTIONS]
+    for layer in sorted({update.layer for update in updates if update.layer is not None}):
+        row = [by_place.get((layer, name)) for name in columns]
         strengths = [_cell(update.norm if update else None, ".3g", norms, style) for update in row]
         directions = [_cell(update.effective_rank if update else None, ".1f", ranks, style) for update in row]
         yield f"{layer:>5}  {' '.join(strengths)}   {' '.join(directions)}"
+    for update in updates:
+        if update.layer is None:
+            strength = _cell(update.norm, ".3g", norms, style)
+            yield f"{update.module:<15}{strength}   {_cell(update.effective_rank, '.1f', ranks, style)}"
 
 
 def _cell(value: float | None, form: str, scale: _Scale, style: Style) -> str:

@@ -35,7 +35,7 @@ def _about(report: VerifyReport) -> list[str]:
     rank = ", ".join(map(str, report.rank)) or "unknown"
     scaling = ", ".join(map(number, report.scaling)) or "unknown"
     dtype = ", ".join(report.dtype) or "none"
-    lora = f"{report.naming}, {len(report.layers)} layers, rank {rank}, {dtype}, effective scaling {scaling}"
+    lora = f"{report.layout}, {len(report.layers)} layers, rank {rank}, {dtype}, effective scaling {scaling}"
     rows = [("file", f"{report.path} ({size(report.size_bytes)})")]
     rows += [("model", report.model), ("LoRA", lora)] if report.layers else [("LoRA", "none")]
     if report.against is not None:

@@ -16,12 +16,14 @@ import numpy as np
 from cogtools.checkpoint.decoding import doubles
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.conversion.plan import plan_lora_export
+from cogtools.conversion.plan import plan_lora
 from cogtools.conversion.scale import ALPHA_SOURCES, BY_DEFAULT, BY_HAND
 from cogtools.conversion.training_config import FILE_NAME as CONFIG_FILE_NAME
 from cogtools.errors import CheckpointError, Hint, Problem, command
 from cogtools.formatting import counted, number
+from cogtools.layouts import diffusers
 from cogtools.verification.checks import figures
+from cogtools.verification.expected import stated_of
 from cogtools.verification.hints import only_load_tells
 from cogtools.verification.report import Check, folded
 from cogtools.verification.values import FLOAT_FORMATS, place
@@ -33,10 +35,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from cogtools.checkpoint.index import Checkpoint
-    from cogtools.conversion.plan import LoraPlan, PlannedTensor
+    from cogtools.checkpoint.tensors import TensorEntry
+    from cogtools.conversion.lora import Lora, LoraTensor
+    from cogtools.conversion.plan import LoraPlan
     from cogtools.conversion.record import ExportRecord
-    from cogtools.layouts.family import LoraKey
-    from cogtools.verification.written import WrittenLora, WrittenTensor
+    from cogtools.conversion.scale import Scale
+    from cogtools.layouts.family import LoraKey, Module
 
 _SLACK = 1 + 2**-12
 """torch casts double precision to 16 bits by way of float32, which rounds twice: by so much more at most in float16,
@@ -71,17 +75,18 @@ def open_source(
 
 
 def _plan(checkpoint: Checkpoint, record: ExportRecord) -> LoraPlan:
+    """What the checkpoint's LoRA is: diffusers' layout has a place for all that a LoRA can have."""
     try:
-        return plan_lora_export(checkpoint, allow_partial=True)
+        return plan_lora(checkpoint, diffusers.LAYOUT, allow_partial=True)
     except CheckpointError:
         # An alpha given by hand does without a training configuration, also one that cannot be read.
         if record.alpha_by_hand is None:
             raise
-        return plan_lora_export(checkpoint, alpha=record.alpha_by_hand, allow_partial=True)
+        return plan_lora(checkpoint, diffusers.LAYOUT, alpha=record.alpha_by_hand, allow_partial=True)
 
 
 def against_checks(
-    lora: WrittenLora, source: Source, found: Mapping[str, float], advance: Callable[[int], None]
+    lora: Lora, source: Source, found: Mapping[Module, float], advance: Callable[[int], None]
 ) -> list[Check]:
     """Hold a file against a checkpoint.
 
@@ -94,19 +99,22 @@ def against_checks(
     return [_check_tensors(lora, source, advance), _check_scale(lora, source.plan, found)]
 
 
-def _folded_in(lora: WrittenLora, plan: LoraPlan) -> float:
-    """What the weights of the file were multiplied by, as its record says: 1 where nothing was folded in."""
+def _folded_in(lora: Lora, plan: LoraPlan, module: Module) -> float:
+    """What a module's update in the file was multiplied by, as its record says: 1 where nothing was folded in."""
     if lora.record.scale != "fold":
         return 1.0
-    return plan.scaling if lora.record.alpha is None else lora.record.alpha / plan.rank
+    if lora.record.alpha is None:
+        return plan.scalings.get(module, 1.0)
+    return lora.record.alpha / plan.lora.ranks[module]
 
 
-def _check_tensors(lora: WrittenLora, source: Source, advance: Callable[[int], None]) -> Check:
-    planned = {tensor.name: tensor for tensor in source.plan.tensors}
+def _check_tensors(lora: Lora, source: Source, advance: Callable[[int], None]) -> Check:
+    planned = source.plan.names
     shared = [name for name in planned if name in lora.tensors]
-    missing, unexpected = planned.keys() - lora.tensors.keys(), lora.tensors.keys() - planned.keys()
-    comparison = _Comparison(lora, _folded_in(lora, source.plan), advance)
-    different = [(name, problem) for name in shared if (problem := comparison.compare(name, planned[name]))]
+    missing = [name for name in planned if name not in lora.tensors]
+    unexpected = [name for name in lora.tensors if name not in set(planned)]
+    comparison = _Comparison(lora, source.plan, advance)
+    different = [(name, problem) for name in shared if (problem := comparison.compare(name))]
     problems = [*lora.problems("missing", missing), *lora.problems("unexpected", unexpected), *folded(different)]
     if not problems:
         return Check("against", "pass", f"{counted(len(shared), 'tensor')} equal the checkpoint's{comparison.how()}")
@@ -120,7 +128,7 @@ def _check_tensors(lora: WrittenLora, source: Source, advance: Callable[[int], N
     return Check("against", "fail", ", ".join(seen), tuple(problems), hint)
 
 
-def _other_weights(lora: WrittenLora, source: Source) -> Hint | None:
+def _other_weights(lora: Lora, source: Source) -> Hint | None:
     """Where most tensors differ, the weights of the training that the file may have been made of; None if unknown."""
     run, made_of = source.checkpoint.run, lora.record.iteration
     iteration = source.checkpoint.values.get("iteration")
@@ -128,23 +136,23 @@ def _other_weights(lora: WrittenLora, source: Source) -> Hint | None:
         said = f"the file's record says iteration {made_of}, and this is iteration {iteration}"
         if run is None or all(item.number != made_of for item in run.iterations):
             return Hint(said)
-        return command("verify", lora.path, "--against", run.folder, "--iteration", made_of, advice=said)
+        return command("verify", lora.checkpoint.path, "--against", run.folder, "--iteration", made_of, advice=said)
     if run is None or run.twin is None:
         return None
     kind, option = ("plain", []) if run.chosen.ema else ("EMA", ["--ema"])
     words = ["--against", run.folder, "--iteration", run.chosen.number, *option]
-    return command("verify", lora.path, *words, advice=f"the training has {kind} weights too")
+    return command("verify", lora.checkpoint.path, *words, advice=f"the training has {kind} weights too")
 
 
 class _Comparison:
     """Compares tensors of a file with those of the checkpoint, bit for bit or as computed from them."""
 
-    def __init__(self, lora: WrittenLora, folded_in: float, advance: Callable[[int], None]) -> None:
+    def __init__(self, lora: Lora, plan: LoraPlan, advance: Callable[[int], None]) -> None:
         self._lora = lora
-        self._folded_in = folded_in
+        self._plan = plan
         self._advance = advance
         self._folded = lora.record.scale == "fold"
-        self._split: dict[tuple[int, str], float] = {}
+        self._split: dict[Module, float] = {}
         self._computed: list[float] = []
 
     def how(self) -> str:
@@ -152,36 +160,35 @@ class _Comparison:
         if not self._computed:
             return " bit for bit"
         record = self._lora.record
-        done = [f"the scaling {number(self._folded_in)} folded in"] if self._folded else []
+        scalings = {_folded_in(self._lora, self._plan, module) for module in self._plan.modules}
+        done = [f"the scaling {figures(scalings)} folded in"] if self._folded else []
         if record.dtype != record.source_dtype:
             done.append(f"{record.source_dtype} cast to {record.dtype}")
         error = f"the largest relative error of a tensor is {max(self._computed):.2g}"
         return f" within the dtype's rounding ({', '.join(done)}, as its record states): {error}"
 
-    def compare(self, name: LoraKey, planned: PlannedTensor) -> Problem | None:
+    def compare(self, name: LoraKey) -> Problem | None:
         """What is wrong with a tensor of the file; None if it is as planned."""
-        tensor, source = self._lora.tensors[name], planned.source.entry
+        tensor, source = self._lora.tensors[name], self._plan.entry(name)
         if tensor.entry.shape != source.shape:
             return Problem("shape", tensor.key, str(tensor.entry.shape), str(source.shape))
-        if tensor.entry.dtype != source.dtype and not self._is_stated_cast(tensor, planned):
+        if tensor.entry.dtype != source.dtype and not self._is_stated_cast(tensor, source):
             return Problem(
                 "dtype", tensor.key, tensor.entry.dtype.name, f"{source.dtype.name}, since the file states no cast"
             )
         if tensor.entry.dtype == source.dtype and not self._folded:
-            return self._compare_bits(tensor, planned)
-        return self._compare_rounded(name, tensor, planned)
+            return self._compare_bits(tensor, source)
+        return self._compare_rounded(name, tensor, source)
 
-    def _is_stated_cast(self, tensor: WrittenTensor, planned: PlannedTensor) -> bool:
+    def _is_stated_cast(self, tensor: LoraTensor, source: TensorEntry) -> bool:
         stated = (self._lora.record.source_dtype, self._lora.record.dtype)
-        return stated == (planned.source.entry.dtype.name, tensor.entry.dtype.name) and set(stated) <= set(
-            FLOAT_FORMATS
-        )
+        return stated == (source.dtype.name, tensor.entry.dtype.name) and set(stated) <= set(FLOAT_FORMATS)
 
-    def _compare_bits(self, tensor: WrittenTensor, planned: PlannedTensor) -> Problem | None:
-        dtype = planned.source.entry.dtype
+    def _compare_bits(self, tensor: LoraTensor, source: TensorEntry) -> Problem | None:
+        dtype = source.dtype
         written = tensor.entry.storage.range()
         position, different, index, values = 0, 0, 0, (0.0, 0.0)
-        for expected in tensor_chunks(planned.source.entry):
+        for expected in tensor_chunks(source):
             found = written.file.read(written.offset_bytes + position, len(expected))
             if found != expected:
                 bits = FLOAT_FORMATS[dtype.name].bits
@@ -194,10 +201,10 @@ class _Comparison:
             self._advance(len(expected))
         return _differs(tensor, index, *values, different) if different else None
 
-    def _compare_rounded(self, name: LoraKey, tensor: WrittenTensor, planned: PlannedTensor) -> Problem | None:
+    def _compare_rounded(self, name: LoraKey, tensor: LoraTensor, source: TensorEntry) -> Problem | None:
         found, exact = (
             _values(tensor),
-            doubles(b"".join(tensor_chunks(planned.source.entry)), planned.source.entry.dtype),
+            doubles(b"".join(tensor_chunks(source)), source.dtype),
         )
         self._advance(tensor.entry.size_bytes)
         exact = exact * self._factor(name, found, exact)
@@ -223,16 +230,16 @@ class _Comparison:
 
         The division is read off lora_A's largest value; the product of the two factors is always the scaling.
         """
-        if not self._folded:
+        if not self._folded or name.part not in ("A", "B"):
             return 1.0
-        module = name.layer, name.projection
-        if name.factor == "A":
+        module = name.module
+        if name.part == "A":
             largest = int(np.argmax(np.abs(exact)))
             ratio = found[largest] / exact[largest] if exact[largest] else 1.0
             usable = math.isfinite(ratio) and ratio > 0
             self._split[module] = 2.0 ** round(math.log2(ratio)) if usable else 1.0
             return self._split[module]
-        return self._folded_in / self._split.get(module, 1.0)
+        return _folded_in(self._lora, self._plan, module) / self._split.get(module, 1.0)
 
 
 def _norm(values: NDArray[np.float64]) -> float:
@@ -240,54 +247,75 @@ def _norm(values: NDArray[np.float64]) -> float:
     return math.sqrt(np.square(values).sum())
 
 
-def _values(tensor: WrittenTensor) -> NDArray[np.float64]:
+def _values(tensor: LoraTensor) -> NDArray[np.float64]:
     return doubles(b"".join(tensor_chunks(tensor.entry)), tensor.entry.dtype)
 
 
-def _differs(tensor: WrittenTensor, index: int, found: float, expected: float, different: int) -> Problem:
+def _differs(tensor: LoraTensor, index: int, found: float, expected: float, different: int) -> Problem:
     where = place(index, tensor.entry.shape)
     count = f"{different:,} of {tensor.entry.numel:,} values differ"
     return Problem("value", tensor.key, f"{found:.9g} at {where} ({count})", f"{expected:.9g}")
 
 
-def _check_scale(lora: WrittenLora, plan: LoraPlan, found: Mapping[str, float]) -> Check:
+def _check_scale(lora: Lora, plan: LoraPlan, found: Mapping[Module, float]) -> Check:
     """The file's scaling is the training's: alpha / rank, stated or folded in."""
     name, record = "against-scale", lora.record
-    in_weights = _folded_in(lora, plan)
-    effective = {module: scaling * in_weights for module, scaling in found.items()}
-    where = f" / rank {plan.rank}" + (", folded in" if record.scale == "fold" else "")
-    why = f"alpha {number(plan.alpha.value)} ({ALPHA_SOURCES[plan.alpha.source]}){where}"
-    if not effective and lora.stated.unevaluated:
-        seen = f"not known without --load; the training's is {number(plan.scaling)}: {why}"
+    stated = stated_of(lora)
+    is_nothing = stated is None or stated.is_nothing
+    wanted = plan.scalings
+    effective = {module: scaling * _folded_in(lora, plan, module) for module, scaling in found.items()}
+    why = _why(plan.scale, plan.rank, is_folded=record.scale == "fold")
+    if not effective and stated is not None and stated.unevaluated:
+        seen = f"not known without --load; the training's is {figures(wanted.values())}: {why}"
         return Check(name, "warn", seen, hint=only_load_tells(lora))
     if not effective:
-        return Check(name, "fail", f"no scaling is stated; the training's is {number(plan.scaling)}: {why}")
-    wrong = [scaling for scaling in effective.values() if not math.isclose(scaling, plan.scaling, rel_tol=1e-9)]
+        return Check(name, "fail", f"no scaling is stated; the training's is {figures(wanted.values())}: {why}")
+    wrong = {
+        module: scaling
+        for module, scaling in effective.items()
+        if module in wanted and not math.isclose(scaling, wanted[module], rel_tol=1e-9)
+    }
     if not wrong:
-        return Check(name, "pass", f"scaling {number(plan.scaling)}: {why}")
-    seen = f"scaling {figures(wrong)}" + ("" if len(wrong) == len(found) else f" in {counted(len(wrong), 'module')}")
-    by_hand = _by_hand(record, plan.rank, wrong)
-    if lora.stated.is_nothing and record.scale == "none":
-        alpha = plan.alpha.value if plan.config is not None or record.alpha is None else record.alpha
-        weight = number(alpha / plan.rank)
+        return Check(name, "pass", f"scaling {figures(effective.values())}: {why}")
+    seen = f"scaling {figures(wrong.values())}"
+    seen += "" if len(wrong) == len(found) else f" in {counted(len(wrong), 'module')}"
+    by_hand = _by_hand(record, plan, wrong)
+    if is_nothing and record.scale == "none":
+        weight = figures(wanted.values())
+        if plan.config is None and record.alpha is not None and plan.rank is not None:
+            weight = number(record.alpha / plan.rank)
         return Check(name, "warn", f"left out, as the file's record says: load it at weight {weight}")
     if plan.config is None and by_hand:
-        return Check(name, "pass", f"{seen}: {by_hand}{where}")
-    if plan.config is None and not lora.stated.is_nothing:
+        return Check(name, "pass", f"{seen}: {by_hand}{_over(plan.rank, record)}")
+    if plan.config is None and not is_nothing and plan.scale.source == BY_DEFAULT:
         return Check(name, "warn", f"{seen}; {_not_known(record)}", hint=_KEEP_THE_CONFIG)
     if by_hand:
-        return Check(name, "warn", f"{seen}: {by_hand}{where}; but {_contradiction(plan)}", hint=_WITHOUT_ALPHA)
-    return Check(name, "fail", f"{seen}, where the training's is {number(plan.scaling)}: {why}")
+        seen = f"{seen}: {by_hand}{_over(plan.rank, record)}; but {_contradiction(plan)}"
+        return Check(name, "warn", seen, hint=_WITHOUT_ALPHA)
+    return Check(name, "fail", f"{seen}, where the training's is {figures(wanted.values())}: {why}")
 
 
-def _by_hand(record: ExportRecord, rank: int, scalings: list[float]) -> str | None:
+def _why(scale: Scale, rank: int | None, *, is_folded: bool) -> str:
+    """Where a scaling comes from: an alpha, who states it, and the rank."""
+    folded_in = ", folded in" if is_folded else ""
+    if scale.alpha is None or rank is None:
+        return ALPHA_SOURCES[scale.source] + folded_in
+    return f"alpha {number(scale.alpha)} ({ALPHA_SOURCES[scale.source]}) / rank {rank}{folded_in}"
+
+
+def _over(rank: int | None, record: ExportRecord) -> str:
+    return (f" / rank {rank}" if rank is not None else "") + (", folded in" if record.scale == "fold" else "")
+
+
+def _by_hand(record: ExportRecord, plan: LoraPlan, scalings: Mapping[Module, float]) -> str | None:
     """The alpha that was given to the exporter by hand, if the file's record says so and these scalings are its."""
-    if record.alpha_by_hand is None:
+    alpha = record.alpha_by_hand
+    if alpha is None:
         return None
-    wanted = record.alpha_by_hand / rank
-    is_it = all(math.isclose(scaling, wanted, rel_tol=1e-9) for scaling in scalings)
+    ranks = plan.lora.ranks
+    is_it = all(math.isclose(scaling, alpha / ranks[module], rel_tol=1e-9) for module, scaling in scalings.items())
     source = f"{ALPHA_SOURCES[BY_HAND]}, as the file's record says"
-    return f"alpha {number(record.alpha_by_hand)} ({source})" if is_it else None
+    return f"alpha {number(alpha)} ({source})" if is_it else None
 
 
 _WITHOUT_ALPHA = Hint(f"if {CONFIG_FILE_NAME} is right, export again without --alpha")
@@ -303,6 +331,8 @@ def _not_known(record: ExportRecord) -> str:
 
 
 def _contradiction(plan: LoraPlan) -> str:
-    if plan.alpha.source == BY_DEFAULT:
-        return f"{CONFIG_FILE_NAME} sets no lora_alpha, so the training used {number(plan.alpha.value)}, SAT's default"
-    return f"{CONFIG_FILE_NAME} says alpha {number(plan.alpha.value)}"
+    alpha = plan.scale.alpha
+    shown = "different by module" if alpha is None else number(alpha)
+    if plan.scale.source == BY_DEFAULT:
+        return f"{CONFIG_FILE_NAME} sets no lora_alpha, so the training used {shown}, SAT's default"
+    return f"{CONFIG_FILE_NAME} says alpha {shown}"

@@ -11,137 +11,156 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cogtools.conversion.adapter_config import path_ends
 from cogtools.conversion.plan import FLOATS
+from cogtools.conversion.scale import BY_NOTHING
 from cogtools.errors import Hint, Problem, command
 from cogtools.formatting import counted, number
 from cogtools.layouts import diffusers
-from cogtools.layouts import family as cogvideox
-from cogtools.layouts.family import LoraKey
+from cogtools.layouts.family import ATTENTION, LoraKey, rank_of
 from cogtools.layouts.folded import fold_names
-from cogtools.layouts.naming import DIFFUSERS
-from cogtools.layouts.peft import path_ends
+from cogtools.verification.expected import stated_of
 from cogtools.verification.hints import only_load_tells
 from cogtools.verification.report import Check, folded, judged
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from cogtools.conversion.adapter_config import AdapterConfig
+    from cogtools.conversion.lora import Lora
     from cogtools.conversion.record import ExportRecord
+    from cogtools.layouts.family import Module
     from cogtools.verification.expected import Expected
-    from cogtools.verification.written import WrittenLora
 
 SHOWN_FIGURES = 10
 
 _NO_TENSORS = "no tensors"
 
 
-def check_readable(lora: WrittenLora) -> Check:
+def check_readable(lora: Lora) -> Check:
     """Always passes: a file that could not be opened has no checks."""
-    return Check(
-        "readable", "pass", f"{counted(len(lora.file.tensors), 'tensor')}, the safetensors library reads it too"
-    )
+    tensors = counted(len(lora.checkpoint.tensors), "tensor")
+    return Check("readable", "pass", f"{tensors}, the safetensors library reads it too")
 
 
-def check_names(lora: WrittenLora, expected: Expected) -> Check:
-    """Every key, and the file itself, is called what the program that is to load it calls it."""
-    layers = expected.transformer.layers
-    beyond = [name for name in lora.tensors if name.layer >= layers]
+def misnamed(lora: Lora) -> dict[str, LoraKey]:
+    """The keys of the LoRA's tensors that its program does not read by these names."""
+    found = {}
+    for name, tensor in lora.tensors.items():
+        reading = lora.reading(tensor.key)
+        if reading is None or not reading.is_exact or not lora.intended.reads(reading.spelling):
+            found[tensor.key] = name
+    return found
+
+
+def check_names(lora: Lora, expected: Expected) -> Check:
+    """Every key, and the file itself, has the name that the program that is to load it looks for."""
+    transformer, layout = expected.transformer, lora.intended
+    if not lora.checkpoint.tensors:
+        return Check("names", "fail", "the file has no tensor", hint=_look(lora))
+    beyond = [name for name in lora.tensors if name.layer is not None and name.layer >= transformer.layers]
+    unknown_modules = [name for name in lora.tensors if name.layer is None and not transformer.has(name.module)]
+    odd = misnamed(lora)
     problems = [
         *_wrong_file_name(lora),
-        *_misnamed(lora),
+        *_misnamed(lora, odd),
         *_unknown(lora),
-        *lora.problems("unexpected", beyond, expected=f"layers 0-{layers - 1}"),
+        *lora.problems("unexpected", beyond, expected=f"layers 0-{transformer.layers - 1}"),
+        *lora.problems("unexpected", unknown_modules, expected=f"a module of {transformer.name}"),
     ]
-    good = f"all are {lora.naming.name}' names" if lora.naming is DIFFUSERS else f"all are {lora.naming.name}'s names"
-    return judged("names", problems, good, _bad_names(lora, len(beyond)), hint=_who_reads_them(lora))
+    good = f"all are {layout.title}" if layout.reader != "PEFT" else "all are PEFT's names"
+    bad = _bad_names(lora, odd, len(beyond) + len(unknown_modules))
+    return judged("names", problems, good, bad, hint=_who_reads_them(lora, odd))
 
 
-def _wrong_file_name(lora: WrittenLora) -> list[Problem]:
-    """The file's own name, if PEFT does not find it by that; diffusers takes any."""
-    if lora.naming is DIFFUSERS or lora.path.name == lora.naming.file_name:
+def _wrong_file_name(lora: Lora) -> list[Problem]:
+    """The file's own name, if its program does not find it by that; diffusers takes any."""
+    layout, name = lora.intended, lora.checkpoint.path.name
+    if layout.unstated_scaling is not None or name == layout.file_name:
         return []
-    return [Problem("unexpected", lora.path.name, expected=f"{lora.naming.file_name}: PEFT reads no other file")]
+    return [Problem("unexpected", name, expected=f"{layout.file_name}: {layout.reader} reads no other file")]
 
 
-def _misnamed(lora: WrittenLora) -> list[Problem]:
+def _misnamed(lora: Lora, odd: Mapping[str, LoraKey]) -> list[Problem]:
     alike: dict[str, list[str]] = {}
-    for key, miss in lora.misnamed.items():
-        alike.setdefault(miss.what, []).append(key)
+    for key in odd:
+        reading = lora.reading(key)
+        alike.setdefault("unknown names" if reading is None else reading.oddity, []).append(key)
     return [
         Problem(
-            "unexpected",
-            keys[0],
-            f"{what}, {counted(len(keys), 'key')}",
-            lora.naming.key(lora.misnamed[keys[0]].name),
-            tuple(keys),
+            "unexpected", keys[0], f"{what}, {counted(len(keys), 'key')}", lora.intended.key(odd[keys[0]]), tuple(keys)
         )
         for what, keys in alike.items()
     ]
 
 
-def _unknown(lora: WrittenLora) -> list[Problem]:
+def _unknown(lora: Lora) -> list[Problem]:
     """Keys that mean nothing, those that differ in the layer and the module only in one line."""
+    layout = lora.intended
+    unknown = lora.foreign
+    if layout.scale != "alpha_tensors" and not layout.ignores_alphas:
+        unknown = [*unknown, *(tensor.key for tensor in lora.alphas.values())]
     alike: dict[tuple[str, str], list[str]] = {}
-    for key in lora.unknown:
+    for key in unknown:
         beginning = key[: next((index for index, char in enumerate(key) if char.isdecimal()), len(key))]
         alike.setdefault((beginning, key.rpartition(".")[2]), []).append(key)
-    example = f"keys such as {lora.naming.key(LoraKey(0, 'q', 'A'))}"
+    example = f"keys such as {layout.key(LoraKey(0, 'q', 'A'))}"
     problems = []
     for (_, end), keys in alike.items():
-        what = (
-            f"{counted(len(keys), 'tensor')} that hold{'s' if len(keys) == 1 else ''} an alpha"
-            if end == "alpha"
-            else None
-        )
-        what = what or (f"{len(keys):,} keys alike" if len(keys) > 1 else None)
+        what = f"{len(keys):,} keys alike" if len(keys) > 1 else None
+        if end == "alpha":
+            what = f"{counted(len(keys), 'tensor')} that hold{'s' if len(keys) == 1 else ''} an alpha"
         problems.append(Problem("unexpected", keys[0], what, example, tuple(keys)))
     return problems
 
 
-def _bad_names(lora: WrittenLora, beyond: int) -> str:
-    wrong = len(lora.misnamed) + len(lora.unknown) + beyond
-    if lora.misnamed and len(lora.misnamed) == len(lora.tensors):
-        kinds = sorted({miss.what for miss in lora.misnamed.values()})
-        return f"these are {' and '.join(kinds)}: {lora.naming.reader} would load none of them"
+def _bad_names(lora: Lora, odd: Mapping[str, LoraKey], beyond: int) -> str:
+    layout = lora.intended
+    unknown = sum(len(problem.keys) for problem in _unknown(lora))
+    if odd and len(odd) == len(lora.tensors):
+        kinds = sorted({"unknown names" if (reading := lora.reading(key)) is None else reading.oddity for key in odd})
+        return f"these are {' and '.join(kinds)}: {layout.reader} would load none of them"
+    wrong = len(odd) + unknown + beyond
     if not wrong:
-        return f"the file is not called {lora.naming.file_name}"
-    return f"{counted(wrong, 'key')} of {len(lora.file.tensors)} with no place in the model"
+        return f"the file is not called {layout.file_name}"
+    return f"{counted(wrong, 'key')} of {len(lora.checkpoint.tensors)} with no place in the model"
 
 
-def _who_reads_them(lora: WrittenLora) -> Hint:
+def _who_reads_them(lora: Lora, odd: Mapping[str, LoraKey]) -> Hint:
     """What can be done with a file whose names are another program's."""
+    layout, path = lora.intended, lora.checkpoint.path
     if not lora.tensors:
         return _look(lora)
-    again = command("export-lora", "CHECKPOINT", "OUT_DIR", advice=f"for {lora.naming.reader}")
-    readers = {miss.reader for miss in lora.misnamed.values()}
-    if not lora.misnamed or len(lora.misnamed) < len(lora.tensors):
-        return again if lora.naming is DIFFUSERS else Hint(f"name it {lora.naming.file_name}")
+    again = command("export-lora", path, "OUT_DIR", advice=f"for {layout.reader}")
+    if not odd:
+        return Hint(f"name it {layout.file_name}") if _wrong_file_name(lora) else _look(lora)
+    readers = {None if (reading := lora.reading(key)) is None else reading.layout for key in odd}
     (reader, *others) = readers
-    if reader is None or others:
+    if reader is None or others or len(odd) < len(lora.tensors) or reader.reader == "SAT":
         return again
-    if reader == "cogtools export-lora":
-        return command("export-lora", lora.path, "OUT_DIR")
-    return replace(again, advice=f"load it with {reader}; {again.advice}")
+    return replace(again, advice=f"load it with {reader.reader}; {again.advice}")
 
 
-def _look(lora: WrittenLora) -> Hint:
-    return command("inspect", lora.path, advice="to see what the file holds")
+def _look(lora: Lora) -> Hint:
+    return command("inspect", lora.checkpoint.path, advice="to see what the file holds")
 
 
-def check_complete(lora: WrittenLora, expected: Expected) -> Check:
-    """Every tensor is there that the transformer, or the file's own target_modules, asks for."""
+def check_complete(lora: Lora, expected: Expected) -> Check:
+    """Every tensor is there that the file states, and each kind of module that occurs is in every layer."""
     name = "complete"
-    if not expected.names:
-        return Check(name, "fail", "no LoRA tensor at all", hint=_look(lora))
+    if not expected.names or not lora.tensors:
+        return Check(name, "fail", "no LoRA tensor at all", hint=_why_nothing(lora))
     there = len(expected.names & lora.tensors.keys())
     seen = f"{there} of {len(expected.names)} tensors of {expected.transformer.name}"
     if expected.known_by is not None:
         seen += f", as {expected.known_by} says"
+    kinds = {(key.name, key.part) for key in expected.names if key.layer is not None}
     if expected.partial:
-        seen += f"; target_modules states {'; '.join(fold_names(expected.names)[:3])}"
-    problems = tuple(lora.problems("missing", expected.names - lora.tensors.keys()))
+        seen += f"; target_modules states {'; '.join(fold_names(expected.names, kinds)[:3])}"
+    lacking = sorted(expected.names - lora.tensors.keys(), key=lambda key: key.order)
+    problems = tuple(lora.problems("missing", lacking, every=kinds))
     if problems and not expected.is_certain:
-        seen += "; it names its modules by a regular expression, and which are meant, only --load tells"
+        seen += "; it names its modules by a regular expression, and which it matches, only --load tells"
         return Check(name, "warn", seen, problems, only_load_tells(lora))
     if problems:
         return Check(name, "fail", seen, problems)
@@ -151,82 +170,115 @@ def check_complete(lora: WrittenLora, expected: Expected) -> Check:
     return Check(name, "pass", seen)
 
 
-def check_pairs(lora: WrittenLora) -> Check:
+def _why_nothing(lora: Lora) -> Hint:
+    """What may have emptied a file, and what to do."""
+    if lora.checkpoint.tensors:
+        return _look(lora)
+    return Hint(
+        "a ZeRO-3 training that saves before its parameters are gathered writes no tensors: gather them when saving "
+        "(stage3_gather_16bit_weights_on_model_save), or make the weights with DeepSpeed's zero_to_fp32.py"
+    )
+
+
+def check_pairs(lora: Lora) -> Check:
     """Every lora_A has its lora_B."""
-    if not lora.tensors:
+    factors = [name for name in lora.tensors if name.part in ("A", "B")]
+    if not factors:
         return Check("pairs", "skipped", _NO_TENSORS)
-    lone = [name for name in lora.tensors if _partner(name) not in lora.tensors]
-    problems = lora.problems("unpaired", lone, expected="its partner beside it")
-    pairs = (len(lora.tensors) - len(lone)) // 2
-    return judged("pairs", problems, counted(pairs, "pair"), f"{counted(len(lone), 'tensor')} without a partner")
+    unpaired = [name for name in factors if _partner(name) not in lora.tensors]
+    problems = lora.problems("unpaired", unpaired, expected="its partner beside it")
+    pairs = (len(factors) - len(unpaired)) // 2
+    return judged("pairs", problems, counted(pairs, "pair"), f"{counted(len(unpaired), 'tensor')} without a partner")
 
 
 def _partner(name: LoraKey) -> LoraKey:
-    return name._replace(factor="B" if name.factor == "A" else "A")
+    return name._replace(part="B" if name.part == "A" else "A")
 
 
-def check_shapes(lora: WrittenLora, expected: Expected) -> Check:
-    """lora_A is (rank, hidden) and lora_B (hidden, rank), with the transformer's hidden size."""
+def check_shapes(lora: Lora, expected: Expected) -> Check:
+    """lora_A is (rank, in) and lora_B (out, rank), with the sizes of the transformer's modules."""
     if not lora.tensors:
         return Check("shapes", "skipped", _NO_TENSORS)
+    ranks_found = lora.ranks
+    wrong = []
+    for name, (key, entry) in lora.tensors.items():
+        rank = rank_of(name, entry.shape) or ranks_found.get(name.module, 0)
+        shape = expected.transformer.lora_shape(name, rank)
+        if shape is None:  # the patch embedding, which may be a convolution
+            fits = len(entry.shape) in (2, 4)
+        else:
+            fits = len(shape) == len(entry.shape) and all(
+                wanted in (None, size) for size, wanted in zip(entry.shape, shape, strict=True)
+            )
+        if not fits or not 0 < rank <= max(expected.transformer.hidden, 1):
+            wrong.append((name, Problem("shape", key, str(entry.shape), _shape_text(expected, name))))
     hidden = expected.transformer.hidden
-    fitting = ranks(lora, expected)
-    wrong = [
-        (
-            name,
-            Problem(
-                "shape",
-                tensor.key,
-                str(tensor.entry.shape),
-                f"(rank, {hidden})" if name.factor == "A" else f"({hidden}, rank)",
-            ),
-        )
-        for name, tensor in lora.tensors.items()
-        if not 0 < fitting.get(name, 0) <= hidden
-    ]
     good = f"(rank, {hidden}) and ({hidden}, rank)"
+    if any(name.name not in ATTENTION for name in lora.tensors):
+        good = f"lora_A (rank, in) and lora_B (out, rank) of modules of hidden size {hidden}"
     return judged("shapes", folded(wrong), good, f"{counted(len(wrong), 'tensor')} with a shape that does not fit")
 
 
-def ranks(lora: WrittenLora, expected: Expected) -> dict[LoraKey, int]:
-    """The rank of every tensor that has one: of those whose other side is the hidden size."""
-    hidden = expected.transformer.hidden
+def _shape_text(expected: Expected, name: LoraKey) -> str:
+    inputs, outputs = expected.transformer.features(name.name)
+    shapes = {"A": ("rank", inputs), "B": (outputs, "rank")}.get(name.part, (outputs,))
+    return "(" + ", ".join("any" if size is None else str(size) for size in shapes) + ("," * (len(shapes) == 1)) + ")"
+
+
+def ranks(lora: Lora, expected: Expected) -> dict[LoraKey, int]:
+    """The rank of every factor that has one: of those whose other side is as the transformer's module has it."""
     found = {}
     for name, tensor in lora.tensors.items():
-        shape = tensor.entry.shape
-        if len(shape) == 2 and cogvideox.hidden_of(name.factor, shape) == hidden:
-            found[name] = cogvideox.rank_of(name.factor, shape)
+        rank = rank_of(name, tensor.entry.shape)
+        if rank is None:
+            continue
+        shape = expected.transformer.lora_shape(name, rank)
+        if shape is None or all(
+            wanted in (None, size) for size, wanted in zip(tensor.entry.shape, shape, strict=False)
+        ):
+            found[name] = rank
     return found
 
 
-def check_rank(lora: WrittenLora, expected: Expected, by_peft: Mapping[str, float]) -> Check:
-    """One rank throughout, or for every module the one that the file states for it."""
+def check_rank(lora: Lora, expected: Expected, by_peft: Mapping[Module, float]) -> Check:
+    """For every module the rank that the file states for it; if it states none, one rank throughout."""
     found = ranks(lora, expected)
     if not found:
         return Check("rank", "skipped", "no tensor of two dimensions")
-    common = _most_common(found.values())
-    config = lora.stated.config
+    stated = stated_of(lora)
+    config = None if stated is None else stated.config
     seen = ", ".join(map(str, sorted(set(found.values()))[:SHOWN_FIGURES]))
     if config is not None and config.rank_pattern is None:
         if by_peft:
             return Check("rank", "pass", f"{seen}, as PEFT reads rank_pattern")
-        seen += "; rank_pattern is a regular expression: which modules it means, only --load tells"
+        seen += "; rank_pattern is a regular expression: which modules it matches, only --load tells"
         return Check("rank", "warn", seen, hint=only_load_tells(lora))
+    by_module = lora.ranks
     wrong = []
     for name, rank in found.items():
-        wanted = config.rank_of(diffusers.module_path(name)) if config is not None else None
-        if rank != (wanted or common):
-            why = "as the file states" if wanted else "as most have"
-            wrong.append((name, Problem("rank", lora.key(name), str(rank), f"{wanted or common}, {why}")))
-    good = f"{seen} throughout" if len(set(found.values())) == 1 else f"{seen}, as rank_pattern states"
-    return judged("rank", folded(wrong), good, f"{seen}: not what {'the file states' if config else 'one LoRA has'}")
+        wanted = config.rank_of(name.module) if config is not None else None
+        if rank != (wanted or by_module[name.module]):
+            why = "as the file states" if wanted else "as its partner has"
+            problem = Problem("rank", lora.key(name), str(rank), f"{wanted or by_module[name.module]}, {why}")
+            wrong.append((name, problem))
+    if wrong:
+        return Check(
+            "rank", "fail", f"{seen}: not what {'the file states' if config else 'a LoRA has'}", tuple(folded(wrong))
+        )
+    if len(set(found.values())) == 1:
+        return Check("rank", "pass", f"{seen} throughout")
+    if config is None and lora.intended.scale == "header":
+        hint = Hint("state the scale in the file: releases of diffusers before August 2026 run some modules at another "
+                    "scaling where ranks differ and nothing states it")  # fmt: skip
+        return Check("rank", "warn", f"{seen}, and nothing states which module has which", hint=hint)
+    return Check("rank", "pass", f"{seen}, as {'rank_pattern states' if config else 'modules have them'}")
 
 
 def _most_common(values: Iterable[int]) -> int:
     return Counter(values).most_common(1)[0][0]
 
 
-def check_dtype(lora: WrittenLora) -> Check:
+def check_dtype(lora: Lora) -> Check:
     """One dtype throughout, of floating-point numbers."""
     dtypes = Counter(tensor.entry.dtype.name for tensor in lora.tensors.values())
     if not dtypes:
@@ -242,10 +294,12 @@ def check_dtype(lora: WrittenLora) -> Check:
     return judged("dtype", folded(wrong), common, bad)
 
 
-def scalings(lora: WrittenLora) -> dict[str, float]:
-    """What every module's lora_B @ lora_A is multiplied by when it is loaded, as far as the file states it."""
-    found = {module: lora.stated.scaling_of(module) for module in lora.modules}
-    return {module: scaling for module, scaling in found.items() if scaling is not None}
+def scalings(lora: Lora) -> dict[Module, float]:
+    """What every module's lora_B @ lora_A is multiplied by when its program loads the file, as far as it states it."""
+    statement = lora.scaling_as_run(lora.intended)
+    if statement is None or (statement.source == BY_NOTHING and stated_of(lora) is not None):
+        return {}
+    return {module: scaling for module, scaling in statement.scalings.items() if scaling is not None}
 
 
 def figures(values: Iterable[float]) -> str:
@@ -253,19 +307,19 @@ def figures(values: Iterable[float]) -> str:
     return ", ".join(number(value) for value in sorted(set(values))[:SHOWN_FIGURES])
 
 
-def check_scale(lora: WrittenLora, found: Mapping[str, float], by_peft: Mapping[str, float]) -> Check:
+def check_scale(lora: Lora, found: Mapping[Module, float], by_peft: Mapping[Module, float]) -> Check:
     """The scale is stated, where and how the program that loads the file reads it."""
     name = "scale"
     if not lora.tensors:
         return Check(name, "skipped", _NO_TENSORS)
-    stated = lora.stated
-    if stated.is_nothing:
-        if lora.naming is DIFFUSERS:
-            problem = Problem("missing", diffusers.ADAPTER_METADATA_KEY)
-            return Check(name, "warn", "not stated: diffusers runs it at scaling 1.0", (problem,), _weight(lora.record))
-        return Check(name, "fail", "there is no adapter_config.json, without which PEFT loads nothing")
-    if stated.problems:
-        return Check(name, "fail", "what the file states does not work", (*stated.problems, *stated.doubts))
+    stated = stated_of(lora)
+    if stated is None or stated.is_nothing:
+        return _scale_without_config(lora, found)
+    problems = [*stated.problems, *_parts_that_differ(lora, stated.config)]
+    if problems:
+        return Check(
+            name, "fail", "what the file states does not work", (*problems, *stated.doubts), _cure(problems, lora)
+        )
     seen = f"scaling {figures(found.values()) or 'unknown'}"
     config = stated.config
     if (
@@ -281,40 +335,100 @@ def check_scale(lora: WrittenLora, found: Mapping[str, float], by_peft: Mapping[
         *stated.doubts,
         *(Problem("unexpected", key, f"in {field}", "a module of the file") for field, key in idle),
     ]
-    if stated.unevaluated and not by_peft:
+    unknown = [problem for problem in doubts if problem.kind == "unreadable"]
+    if (stated.unevaluated or unknown) and not by_peft:
         return Check(name, "warn", seen, (*doubts, *stated.unevaluated), only_load_tells(lora))
-    return judged(name, doubts, seen, seen, status="warn")
+    return judged(name, [doubt for doubt in doubts if doubt not in unknown], seen, seen, status="warn")
 
 
-def _weight(record: ExportRecord) -> Hint | None:
-    """How to load a file whose scale was left out on purpose."""
-    if record.scale != "none" or record.alpha is None or record.rank is None:
+def _scale_without_config(lora: Lora, found: Mapping[Module, float]) -> Check:
+    """The scale of a file that has no LoraConfig where its program looks for one, if it looks for one at all."""
+    layout = lora.intended
+    if layout.unstated_scaling is None:
+        return Check("scale", "fail", f"there is no adapter_config.json, without which {layout.reader} loads nothing")
+    statement = lora.statements().get(layout.scale)
+    if statement is not None:
+        alpha = f": alpha {number(statement.alpha)} in {counted(len(lora.alphas), 'tensor')}" if statement.alpha else ""
+        return Check("scale", "pass", f"scaling {figures(found.values())}{alpha}")
+    if layout.scale == "nowhere":
+        return Check("scale", "pass", f"{layout.reader} reads no scale: it runs the file at scaling 1")
+    where = {"header": diffusers.METADATA_KEY, "alpha_tensors": "alpha tensors"}.get(layout.scale, layout.scale)
+    seen = f"not stated: {layout.reader} runs it at scaling {number(layout.unstated_scaling)}"
+    return Check("scale", "warn", seen, (Problem("missing", where),), _weight(lora))
+
+
+def _parts_that_differ(lora: Lora, config: AdapterConfig | None) -> list[Problem]:
+    """Fields that ask for tensors which the file lacks, or do not ask for those that it has."""
+    if config is None or not lora.tensors:
+        return []
+    problems = []
+    for field, part, what in (
+        ("use_dora", "magnitude", "magnitude vectors"),
+        ("lora_bias", "bias", "biases of lora_B"),
+    ):
+        has = any(key.part == part for key in lora.tensors)
+        asks = bool(config.fields.get(field))
+        if has != asks and (field in config.fields or has):
+            found = "true" if asks else "false" if field in config.fields else "not stated"
+            problems.append(
+                Problem("invalid", field, found, f"{str(has).lower()}: the file has {'' if has else 'no '}{what}")
+            )
+    return problems
+
+
+def _cure(problems: Iterable[Problem], lora: Lora) -> Hint | None:
+    """What helps against dropout that is stated in a header; None if that is not what is wrong."""
+    if all(problem.subject != "lora_dropout" for problem in problems):
         return None
-    return Hint(f"load it at weight {number(record.alpha / record.rank)}, as it was exported with --scale none")
+    return command(
+        "export-lora", lora.checkpoint.path, "OUT_DIR",
+        advice="load it and call pipe.transformer.eval(), or write it without dropout",
+    )  # fmt: skip
 
 
-def check_target_modules(lora: WrittenLora, expected: Expected, by_peft: Mapping[str, float]) -> Check:
+def _weight(lora: Lora) -> Hint:
+    """How to load a file that does not state its scale, and how to make one of it that does."""
+    record, path = lora.record, lora.checkpoint.path
+    if record.scale == "none" and record.alpha is not None and record.rank is not None:
+        weight = number(record.alpha / record.rank)
+        return Hint(f"load it at weight {weight}, as it was exported with --scale none")
+    rank = next(iter(lora.ranks.values()), 0)
+    weight = number(1 / rank) if rank else "1 / rank"
+    return command(
+        "export-lora", path, "OUT_DIR", "--alpha", "ALPHA",
+        advice=f"load it at weight alpha / rank ({weight} for SAT's default alpha); to write a file that states it",
+    )  # fmt: skip
+
+
+def check_target_modules(lora: Lora, expected: Expected, by_peft: Mapping[Module, float]) -> Check:
     """target_modules names the modules that the file has, and none that the model does not have."""
     name = "target_modules"
-    config, stated = lora.stated.config, lora.stated.targets
-    if config is None:
+    held = stated_of(lora)
+    config = None if held is None else held.config
+    if held is None or config is None:
         return Check(name, "skipped", "not stated")
+    if not lora.tensors:
+        return Check(name, "skipped", _NO_TENSORS)
+    stated = held.targets
     if config.targets is None and not isinstance(stated, str):
         found = None if stated is None else type(stated).__name__
         problem = Problem("missing" if found is None else "invalid", name, found, "a list of the adapted modules")
-        return Check(name, "fail", f"{name} is missing" if found is None else f"{name} is no list", (problem,))
+        return Check(name, "fail", f"{name} is missing" if found is None else f"{name} is not a list", (problem,))
     if config.has_expression:
         if by_peft:
             return Check(name, "pass", f"a regular expression that PEFT matches with {counted(len(by_peft), 'module')}")
-        seen = "a regular expression: which modules it means, only --load tells"
+        seen = "a regular expression: which modules it matches, only --load tells"
         return Check(name, "warn", seen, hint=only_load_tells(lora))
     targets = config.targets or frozenset()
-    missing = [module for module, layer in lora.modules.items() if not config.is_targeted(module, layer)]
+    missing = [module for module in lora.modules if not config.is_targeted(module)]
     ends: set[str] = set()
-    for key in cogvideox.lora_keys(range(expected.transformer.layers)):
-        ends |= path_ends(diffusers.module_path(key))
+    for module in expected.transformer.modules:
+        ends |= path_ends(diffusers.module_path(module))
     idle = [Problem("unexpected", target, expected="a module of the model") for target in sorted(targets - ends)]
-    problems = [Problem("missing", module, expected=f"{name} to name it, as the file has it") for module in missing]
+    problems = [
+        Problem("missing", diffusers.module_path(module), expected=f"{name} to name it, as the file has it")
+        for module in missing
+    ]
     if problems:
         seen = f"{counted(len(missing), 'module')} of the file not named"
         return Check(name, "fail", seen, (*problems, *idle))
@@ -323,13 +437,15 @@ def check_target_modules(lora: WrittenLora, expected: Expected, by_peft: Mapping
     return judged(name, idle, good, f"{good}; {len(idle)} without a module in the model", status="warn")
 
 
-def check_record(lora: WrittenLora, expected: Expected, found: Mapping[str, float]) -> Check:
+def check_record(lora: Lora, expected: Expected, found: Mapping[Module, float]) -> Check:
     """What the exporter recorded of the file is what the file is: nobody has changed one without the other."""
     name, record = "record", lora.record
     facts: list[str] = []
     problems: list[Problem] = []
     scaling = recorded_scaling(record)
-    if scaling is not None and record.alpha is not None and not (record.scale == "none" and lora.stated.is_nothing):
+    stated = stated_of(lora)
+    is_nothing = stated is None or stated.is_nothing
+    if scaling is not None and record.alpha is not None and not (record.scale == "none" and is_nothing):
         facts.append(f"alpha {number(record.alpha)} (scale: {record.scale})")
         wrong = [value for value in found.values() if not math.isclose(value, scaling, rel_tol=1e-9)]
         if wrong:

@@ -1,19 +1,21 @@
-"""Which tensors a LoRA file should have: those of all layers of its transformer, or of the modules that it states."""
+"""Which tensors a LoRA file should have: of the modules that it states, else of each kind of module in all layers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from cogtools.conversion.lora import find_transformer
 from cogtools.errors import OptionError
 from cogtools.layouts import diffusers
-from cogtools.layouts import family as cogvideox
-from cogtools.layouts.family import MAX_LAYERS, MODELS, LoraKey, Transformer, recognise
+from cogtools.layouts.family import MAX_LAYERS, MODELS, SLUGS, LoraKey, Transformer, recognise
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
-    from cogtools.verification.written import WrittenLora
+    from cogtools.conversion.adapter_config import Stated
+    from cogtools.conversion.lora import Lora
+    from cogtools.layouts.family import Module
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,7 @@ class Expected:
         transformer: the transformer that it belongs to; its hidden size is 0 if nothing tells it.
         known_by: what tells the number of layers; None if nothing does, and the file's own are taken.
         names: the tensors that it should have.
-        partial: whether these are not all that a LoRA of that transformer could have.
+        partial: whether it states that it adapts fewer than all modules of these kinds.
         is_certain: false where the file says by a regular expression which of these it should have.
     """
 
@@ -34,53 +36,64 @@ class Expected:
     partial: bool
     is_certain: bool = True
 
-    def as_loaded(self, modules: Collection[str]) -> Expected:
+    def as_loaded(self, modules: Collection[Module]) -> Expected:
         """The same, where the file says by an expression which modules it means and PEFT has loaded these."""
         if self.is_certain or not modules:
             return self
-        meant = {module for path in modules if (module := diffusers.parse_module(path)) is not None}
-        every = cogvideox.lora_keys(range(self.transformer.layers))
-        names = frozenset(name for name in every if (name.layer, name.projection) in meant)
-        return replace(self, names=names, partial=len(names) < len(every), is_certain=True)
+        names = frozenset(LoraKey(*module, factor) for module in modules for factor in "AB")
+        return replace(self, names=names, partial=len(names) < len(self.names), is_certain=True)
 
 
-def expect(lora: WrittenLora, *, model: str | None, layers: int | None) -> Expected:
-    """What a file should hold, by what the user says, what the file says, and what is known of the models.
+def stated_of(lora: Lora) -> Stated | None:
+    """What a file states of its scale and modules in the place where its program looks; None if it looks in none."""
+    return lora.stated.get(lora.intended.scale)
+
+
+def expect(lora: Lora, *, model: str | None, layers: int | None) -> Expected:
+    """What a file should hold, by what the user states, what the file states, and what is known of the models.
 
     Raises:
         OptionError: if there is no such model, or no such number of layers.
     """
     transformer, known_by = _transformer(lora, model, layers)
-    every = cogvideox.lora_keys(range(transformer.layers))
-    meant = lora.stated.targeted(every)
-    config = lora.stated.config
-    is_certain = config is None or not config.has_expression
-    return Expected(transformer, known_by, frozenset(meant), len(meant) < len(every), is_certain)
+    every = lora.expected(range(transformer.layers))
+    stated = stated_of(lora)
+    if stated is None or stated.config is None:
+        return Expected(transformer, known_by, every, partial=False)
+    targeted = [module for module in transformer.modules if stated.config.is_targeted(module)]
+    names = _with_parts(targeted, every) or every
+    is_certain = not stated.config.has_expression
+    return Expected(transformer, known_by, names, len(names) < len(every), is_certain)
 
 
-def _transformer(lora: WrittenLora, model: str | None, layers: int | None) -> tuple[Transformer, str | None]:
+def _with_parts(modules: Iterable[Module], every: frozenset[LoraKey]) -> frozenset[LoraKey]:
+    """The tensors of modules: both factors, and what else modules of their kind have."""
+    parts: dict[str, set[str]] = {}
+    for name in every:
+        parts.setdefault(name.name, {"A", "B"}).add(name.part)
+    return frozenset(LoraKey(*module, part) for module in modules for part in parts.get(module.name, ("A", "B")))
+
+
+def _transformer(lora: Lora, model: str | None, layers: int | None) -> tuple[Transformer, str | None]:
     if model is not None and layers is not None:
         raise OptionError("--model and --layers both say how many layers there are", hint="leave one of them out")
     if model is not None:
         chosen = next((known for known in MODELS if known.slug == model), None)
         if chosen is None:
-            slugs = ", ".join(known.slug for known in MODELS)
-            raise OptionError("there is no such model", found=model, expected=slugs)
+            raise OptionError("there is no such model", found=model, expected=", ".join(SLUGS))
         return Transformer(chosen.layers, chosen.hidden, (chosen,)), "--model"
     if layers is not None and not 1 <= layers <= MAX_LAYERS:
         raise OptionError("no transformer has so many layers", found=str(layers), expected=f"1 to {MAX_LAYERS}")
-    recorded, hidden = lora.record.transformer_layers, lora.record.hidden_size or lora.most_common_hidden() or 0
-    count = layers or recorded
-    if count is not None:
-        fitting = recognise(hidden, count, None) or Transformer(count, hidden, ())
-        recorded_models = tuple(known for known in fitting.models if known.slug in lora.record.models)
-        known_by = "--layers" if layers else "the exporter's record"
-        return Transformer(count, hidden, recorded_models or fitting.models), known_by
-    published = recognise(hidden, None, None)
-    if published is not None:
-        return published, "its hidden size"
-    targets = lora.stated.config.targets if lora.stated.config is not None else None
-    targeted = [module[0] for target in targets or () if (module := diffusers.parse_module(target))]
-    if targeted:
-        return Transformer(max(targeted) + 1, hidden, ()), "target_modules"
+    hidden = lora.record.hidden_size or lora.most_common_hidden() or 0
+    if layers is not None:
+        return recognise(hidden, layers) or Transformer(layers, hidden, ()), "--layers"
+    known = find_transformer(lora.checkpoint, lora)
+    if known is not None:
+        return known, "the exporter's record" if lora.record.transformer_layers else "its hidden size"
+    stated = stated_of(lora)
+    targets = stated.config.targets if stated is not None and stated.config is not None else None
+    targeted = [module.layer for target in targets or () if (module := diffusers.parse_module(target)) is not None]
+    in_layers = [layer for layer in targeted if layer is not None]
+    if in_layers:
+        return Transformer(max(in_layers) + 1, hidden, ()), "target_modules"
     return Transformer(max(lora.layers, default=-1) + 1, hidden, ()), None

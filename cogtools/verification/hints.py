@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 from cogtools.conversion.options import CASTS
 from cogtools.errors import Hint, command
-from cogtools.layouts.naming import DIFFUSERS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from cogtools.conversion.lora import Lora
     from cogtools.verification.report import Check
-    from cogtools.verification.written import WrittenLora
 
 _MADE_AGAIN = frozenset(
     {
@@ -33,7 +32,7 @@ _OTHERS = {
 _CASTS = {name: cast for cast, name in CASTS.items()}
 
 
-def with_hint(check: Check, lora: WrittenLora, source: Sequence[object]) -> Check:
+def with_hint(check: Check, lora: Lora, source: Sequence[object]) -> Check:
     """The check, with a hint if there is something to do about it.
 
     Args:
@@ -43,17 +42,17 @@ def with_hint(check: Check, lora: WrittenLora, source: Sequence[object]) -> Chec
     """
     if check.status not in ("warn", "fail") or check.hint is not None:
         return check
-    if not lora.tensors:  # it is none of ours: it must not be replaced
-        return replace(check, hint=command("inspect", lora.path))
+    if not lora.tensors:  # not written by cogtools: it must not be replaced
+        return replace(check, hint=command("inspect", lora.checkpoint.path))
     hint = _export_again(lora, source) if check.name in _MADE_AGAIN else _OTHERS.get(check.name)
     return replace(check, hint=hint)
 
 
-def _export_again(lora: WrittenLora, source: Sequence[object]) -> Hint:
+def _export_again(lora: Lora, source: Sequence[object]) -> Hint:
     """How to make the file again, in the way that its record says it was made."""
-    if lora.naming is not DIFFUSERS:
-        return Hint("save it again with PEFT's save_pretrained")
-    record = lora.record
+    record, path = lora.record, lora.checkpoint.path
+    if record.version is None:  # cogtools did not write it, and it may be the only copy
+        return Hint(f"make it again with the program that wrote it; {lora.intended.reader} is to load it")
     options: list[object] = []
     if record.alpha_by_hand is not None:
         options += ["--alpha", record.alpha_by_hand]
@@ -61,10 +60,10 @@ def _export_again(lora: WrittenLora, source: Sequence[object]) -> Hint:
         options += ["--scale", "fold"]
     if record.dtype in _CASTS and record.dtype != record.source_dtype:
         options += ["--dtype", _CASTS[record.dtype]]
-    out = lora.path if lora.path.suffix == ".safetensors" else lora.path.parent
+    out = path if path.suffix == ".safetensors" else path.parent
     return command("export-lora", *source, out, *options, "--overwrite")
 
 
-def only_load_tells(lora: WrittenLora) -> Hint:
+def only_load_tells(lora: Lora) -> Hint:
     """How to find out what only PEFT can tell."""
-    return command("verify", lora.path, "--load")
+    return command("verify", lora.checkpoint.path, "--load")

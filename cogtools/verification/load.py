@@ -18,43 +18,20 @@ import torch
 
 from cogtools.errors import Problem
 from cogtools.formatting import counted, number
-from cogtools.layouts.diffusers import module_path
-from cogtools.layouts.family import MODELS
-from cogtools.layouts.naming import DIFFUSERS
+from cogtools.layouts.diffusers import module_path, parse_module
+from cogtools.layouts.family import HEAD_SIZE, MODELS
 from cogtools.verification.checks import figures, scalings
 from cogtools.verification.report import Check
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from cogtools.layouts.family import Model, Transformer
+    from cogtools.conversion.lora import Lora
+    from cogtools.layouts.family import Model, Module, Transformer
     from cogtools.verification.expected import Expected
     from cogtools.verification.report import Status
-    from cogtools.verification.written import WrittenLora
 
 LIBRARIES = ("diffusers", "peft", "transformers", "huggingface_hub", "accelerate")
-
-HEAD_SIZE = 64
-"""Of every attention head in the family."""
-
-_V1 = {"patch_size": 2, "patch_size_t": None, "patch_bias": True, "sample_frames": 49}
-_V1_5 = {"patch_size": 2, "patch_size_t": 2, "patch_bias": False, "sample_frames": 81}
-_V1_SAMPLE = {"sample_height": 60, "sample_width": 90}
-_V1_5_SAMPLE = {"sample_height": 300, "sample_width": 300}
-_ROTARY = {"use_rotary_positional_embeddings": True}
-
-CONFIGS: dict[str, dict[str, Any]] = {
-    "2b": {**_V1, **_V1_SAMPLE},
-    "5b": {**_V1, **_V1_SAMPLE, **_ROTARY},
-    "5b-i2v": {**_V1, **_V1_SAMPLE, **_ROTARY, "in_channels": 32, "use_learned_positional_embeddings": True},
-    "1.5-5b": {**_V1_5, **_V1_5_SAMPLE, **_ROTARY},
-    "1.5-5b-i2v": {**_V1_5, **_V1_5_SAMPLE, **_ROTARY, "in_channels": 32, "ofs_embed_dim": 512},
-}
-"""diffusers' configuration of every model, without layers and heads. A transformer that is no published model takes
-that of 2B: LoRAs of the trainer touch the attention only, which all have alike.
-
-Source: diffusers, scripts/convert_cogvideox_to_diffusers.py.
-"""
 
 
 class Loaded(NamedTuple):
@@ -68,10 +45,10 @@ class Loaded(NamedTuple):
 
     check: Check
     libraries: dict[str, str]
-    modules: dict[str, float]
+    modules: dict[Module, float]
 
 
-def load_lora(lora: WrittenLora, expected: Expected) -> Loaded:
+def load_lora(lora: Lora, expected: Expected) -> Loaded:
     """Load a file, and compare what the model then holds with it.
 
     Every parameter of every adapter must be one of the file's tensors, with its dtype, shape and bytes, and every
@@ -92,7 +69,7 @@ def load_lora(lora: WrittenLora, expected: Expected) -> Loaded:
         modules = {} if status == "fail" else {module: scaling for module, (_, scaling) in adapters.items()}
         return Loaded(Check("load", status, seen, tuple(problems)), libraries, modules)
 
-    adapters: dict[str, tuple[bool, float]] = {}
+    adapters: dict[Module, tuple[bool, float]] = {}
     reason = _cannot(lora, expected)
     if reason is not None:
         return found("fail", reason)
@@ -132,20 +109,20 @@ def _which(transformer: Transformer) -> str:
     return name if len(transformer.models) == 1 else f"{name} (all of the 5B family have the same ones)"
 
 
-def _cannot(lora: WrittenLora, expected: Expected) -> str | None:
+def _cannot(lora: Lora, expected: Expected) -> str | None:
     """Why there is nothing to load the file into, or nothing that should read it; None if all is well."""
     transformer = expected.transformer
     if not transformer.hidden or not transformer.layers:
         return "the file has no LoRA tensors, so there is nothing to load"
     if transformer.hidden % HEAD_SIZE:
         return f"no CogVideoX transformer has hidden size {transformer.hidden}: its heads have {HEAD_SIZE} each"
-    if lora.path.suffix != ".safetensors":
+    if lora.checkpoint.path.suffix != ".safetensors":
         # diffusers would unpickle it.
-        return f"diffusers reads safetensors only from a file named .safetensors, not {lora.path.name}"
+        return f"diffusers reads safetensors only from a file named .safetensors, not {lora.checkpoint.path.name}"
     return None
 
 
-def _dtype(lora: WrittenLora) -> torch.dtype:
+def _dtype(lora: Lora) -> torch.dtype:
     """The dtype of the base weights: the file's, since PEFT casts adapters to it without a word."""
     name = next((tensor.entry.dtype.name for tensor in lora.tensors.values()), "float32")
     dtype = getattr(torch, name)
@@ -158,9 +135,8 @@ def weightless_transformer(transformer: Transformer, dtype: torch.dtype) -> Any:
 
     with torch.device("meta"):
         model = CogVideoXTransformer3DModel(
-            num_layers=transformer.layers,
-            num_attention_heads=transformer.hidden // HEAD_SIZE,
-            **CONFIGS[_configured_as(transformer).slug],
+            **_configured_as(transformer).config
+            | {"num_layers": transformer.layers, "num_attention_heads": transformer.hidden // HEAD_SIZE}
         )
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -169,13 +145,13 @@ def weightless_transformer(transformer: Transformer, dtype: torch.dtype) -> Any:
     return model
 
 
-def _load(lora: WrittenLora, transformer: Any) -> Any:
+def _load(lora: Lora, transformer: Any) -> Any:
     """Load the file as its users do; the model with the adapters in it.
 
     Both libraries would ask the Hugging Face Hub for a path that is no folder: this one is, and they are told not to.
     """
-    folder = lora.path.absolute().parent
-    if lora.naming is not DIFFUSERS:
+    folder = lora.checkpoint.path.absolute().parent
+    if lora.intended.scale == "adapter_config":
         return _load_with_peft(folder, transformer)
     from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
 
@@ -190,7 +166,7 @@ def _load(lora: WrittenLora, transformer: Any) -> Any:
             self.components = {"transformer": transformer}
 
     Pipeline(transformer).load_lora_weights(
-        str(folder), weight_name=lora.path.name, low_cpu_mem_usage=True, local_files_only=True
+        str(folder), weight_name=lora.checkpoint.path.name, low_cpu_mem_usage=True, local_files_only=True
     )
     return transformer
 
@@ -205,48 +181,51 @@ def _load_with_peft(folder: Path, transformer: Any) -> Any:
     return loaded.get_base_model()
 
 
-def _adapters(lora: WrittenLora, model: Any) -> tuple[dict[str, tuple[bool, float]], dict[str, torch.Tensor]]:
+def _adapters(lora: Lora, model: Any) -> tuple[dict[Module, tuple[bool, float]], dict[str, torch.Tensor]]:
     """Every adapted module, whether its adapter works, and its scaling; and the adapters' parameters by file key."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    adapters: dict[str, tuple[bool, float]] = {}
+    adapters: dict[Module, tuple[bool, float]] = {}
     held: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
         (adapter,) = module.scaling
         works = module.active_adapters == [adapter] and not module.disable_adapters and not module.merged
-        adapters[name] = works, float(module.scaling[adapter])
+        known = parse_module(name)
+        if known is not None:
+            adapters[known] = works, float(module.scaling[adapter])
         for parameter_name, parameter in module.named_parameters():
             if not parameter_name.startswith("base_layer."):
-                held[f"{lora.naming.prefix}{name}.{parameter_name.replace(f'.{adapter}.', '.')}"] = parameter
+                held[f"{lora.intended.written.prefix}{name}.{parameter_name.replace(f'.{adapter}.', '.')}"] = parameter
     return adapters, held
 
 
-def _wrong_modules(lora: WrittenLora, expected: Expected, adapters: dict[str, tuple[bool, float]]) -> list[Problem]:
+def _wrong_modules(lora: Lora, expected: Expected, adapters: dict[Module, tuple[bool, float]]) -> list[Problem]:
     """Modules without a working adapter, or with another scaling than the file states."""
     # Where the file says by an expression which modules it means, they are those that it has.
     names = expected.names if expected.is_certain else lora.tensors
     problems = [
-        Problem("module", module, "no adapter", "an adapter")
-        for module in sorted({module_path(name) for name in names} - adapters.keys())
+        Problem("module", module_path(module), "no adapter", "an adapter")
+        for module in sorted({name.module for name in names} - adapters.keys(), key=lambda module: module.order)
     ]
     wanted = scalings(lora)
     for module, (works, scaling) in adapters.items():
         if not works:
-            problems.append(Problem("module", module, "an adapter that is not active", "an active one"))
+            problems.append(Problem("module", module_path(module), "an adapter that is not active", "an active one"))
         if module in wanted and not math.isclose(scaling, wanted[module], rel_tol=1e-9):
             stated = f"{number(wanted[module])}, as stated"
-            problems.append(Problem("scale", module, f"scaling {number(scaling)}", stated))
+            problems.append(Problem("scale", module_path(module), f"scaling {number(scaling)}", stated))
     return problems
 
 
-def _wrong_tensors(lora: WrittenLora, held: dict[str, torch.Tensor]) -> list[Problem]:
+def _wrong_tensors(lora: Lora, held: dict[str, torch.Tensor]) -> list[Problem]:
     """Differences between the adapters' parameters and the file's tensors, in both directions."""
     problems = [
-        Problem("missing", key, "in the model, not in the file") for key in sorted(held.keys() - lora.file.tensors)
+        Problem("missing", key, "in the model, not in the file")
+        for key in sorted(held.keys() - lora.checkpoint.tensors)
     ]
-    for key, entry in lora.file.tensors.items():
+    for key, entry in lora.checkpoint.tensors.items():
         parameter = held.get(key)
         if parameter is None:
             problems.append(Problem("unexpected", key, "in the file, not in the model"))

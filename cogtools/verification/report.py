@@ -44,7 +44,7 @@ class VerifyReport:
 
     Attributes:
         path: the LoRA file.
-        naming: whose names its tensors should have: "diffusers" or "PEFT".
+        layout: that of the program that it is for: "diffusers", "peft" …
         model: the transformer that it belongs to, or what can be said of it.
         layers: the layers that it adapts.
         tensors: how many tensors it has.
@@ -61,7 +61,7 @@ class VerifyReport:
     """
 
     path: Path
-    naming: str
+    layout: str
     model: str
     layers: tuple[int, ...]
     tensors: int

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from cogtools.checkpoint.tensors import TensorEntry
+    from cogtools.conversion.lora import Lora
     from cogtools.layouts.family import LoraKey
-    from cogtools.verification.written import WrittenLora
 
 SCAN_BYTES = 2 << 20
 """What is looked at at once: small enough for the processor's cache, large enough that Python does not count."""
@@ -75,7 +75,7 @@ class _Scan:
     unread: int = 0
 
 
-def value_checks(lora: WrittenLora, advance: Callable[[int], None]) -> list[Check]:
+def value_checks(lora: Lora, advance: Callable[[int], None]) -> list[Check]:
     """Scan all values once: are they finite, was every lora_B trained, is no lora_A constant.
 
     Args:
@@ -92,7 +92,7 @@ def value_checks(lora: WrittenLora, advance: Callable[[int], None]) -> list[Chec
     count = len(lora.tensors) - scan.unread
     if not count:
         return [Check(name, "skipped", "no values") for name in ("finite", "untrained", "constant")]
-    trained = sum(name.factor == "B" for name in lora.tensors)
+    trained = sum(name.part == "B" for name in lora.tensors)
     untrained = lora.problems("zero", scan.zero)
     everything = "every lora_B is zero: this LoRA does nothing, as before training"
     some = f"{len(scan.zero)} of {trained} lora_B are zero: their modules do nothing"
@@ -122,18 +122,18 @@ def _scan(scan: _Scan, name: LoraKey, key: str, entry: TensorEntry, advance: Cal
                 value = doubles(chunk[wrong[0] * entry.dtype.itemsize :][: entry.dtype.itemsize], entry.dtype)[0]
                 first_bad = f"{value} at {place(position + int(wrong[0]), entry.shape)}"
             bad += len(wrong)
-        if name.factor == "A" and is_constant:
+        if name.part == "A" and is_constant:
             first_value = bits[0] if first_value is None else first_value
             is_constant = _are_all(first_value, bits[:64], sign) and _are_all(first_value, bits, sign)
-        if name.factor == "B" and is_zero:
+        if name.part == "B" and is_zero:
             is_zero = not (bits & (sign - 1)).any()
         position += len(bits)
         advance(len(chunk))
     if bad:
         scan.not_finite.append(Problem("not_finite", key, f"{first_bad} ({bad:,} of {entry.numel:,} values)"))
-    if name.factor == "B" and is_zero:
+    if name.part == "B" and is_zero:
         scan.zero.append(name)
-    if name.factor == "A" and is_constant and first_value is not None:
+    if name.part == "A" and is_constant and first_value is not None:
         value = doubles(first_value.tobytes(), entry.dtype)[0]
         scan.constant.append(Problem("constant", key, f"{value:.6g} throughout"))
 

@@ -33,10 +33,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
 
+    from cogtools.conversion.lora import Lora
+    from cogtools.layouts.family import Module
     from cogtools.verification.against import Source
     from cogtools.verification.expected import Expected
     from cogtools.verification.load import Loaded
-    from cogtools.verification.written import WrittenLora
 
 
 def verify_lora(
@@ -100,31 +101,31 @@ class _Case:
         loaded: what came of loading it.
     """
 
-    lora: WrittenLora
+    lora: Lora
     expected: Expected
     source: Source | None
     loaded: Loaded | None
 
     @property
-    def by_peft(self) -> Mapping[str, float]:
+    def by_peft(self) -> Mapping[Module, float]:
         """The modules that PEFT adapted, and their scalings; {} if it was not asked, or did not load the file."""
         return {} if self.loaded is None else self.loaded.modules
 
     @property
-    def scalings(self) -> Mapping[str, float]:
+    def scalings(self) -> Mapping[Module, float]:
         """The scaling of every module: as the file states it, else as PEFT has it."""
         return scalings(self.lora) or self.by_peft
 
 
 def _open_source(
-    lora: WrittenLora, against: str | os.PathLike[str], iteration: int | None, *, ema: bool
+    lora: Lora, against: str | os.PathLike[str], iteration: int | None, *, ema: bool
 ) -> AbstractContextManager[Source]:
     from cogtools.verification.against import open_source
 
     return open_source(Path(against), lora.record, iteration=iteration, ema=ema)
 
 
-def _load(lora: WrittenLora, expected: Expected, say: Callable[[str], None] | None) -> Loaded:
+def _load(lora: Lora, expected: Expected, say: Callable[[str], None] | None) -> Loaded:
     if say is not None:
         say("loading it with diffusers and PEFT")
     from cogtools.verification.load import load_lora
@@ -160,15 +161,15 @@ def _checks(case: _Case, advance: Callable[[int], None]) -> list[Check]:
 def _report(case: _Case, checks: list[Check], *, strict: bool) -> VerifyReport:
     lora, source = case.lora, case.source
     return VerifyReport(
-        path=lora.path,
-        naming=lora.naming.name,
+        path=lora.checkpoint.path,
+        layout=lora.intended.name,
         model=case.expected.transformer.name,
         layers=lora.layers,
-        tensors=len(lora.file.tensors),
+        tensors=len(lora.checkpoint.tensors),
         rank=tuple(sorted(set(ranks(lora, case.expected).values()))),
         dtype=tuple(sorted({tensor.entry.dtype.name for tensor in lora.tensors.values()})),
         scaling=tuple(sorted(set(case.scalings.values()))),
-        size_bytes=lora.file.size_bytes,
+        size_bytes=lora.checkpoint.size_bytes,
         against=None if source is None else source.checkpoint.path,
         libraries={} if case.loaded is None else case.loaded.libraries,
         strict=strict,
@@ -178,7 +179,7 @@ def _report(case: _Case, checks: list[Check], *, strict: bool) -> VerifyReport:
     )
 
 
-def _bytes_to_look_at(lora: WrittenLora) -> int:
+def _bytes_to_look_at(lora: Lora) -> int:
     return sum(tensor.entry.size_bytes for tensor in lora.tensors.values())
 
 

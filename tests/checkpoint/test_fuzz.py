@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.conversion.plan import plan_lora_export
+from cogtools.conversion.plan import plan_lora
+from cogtools.layouts import diffusers
 from tests.support import hostile
 from tests.support.fuzz_commands import dumped, good_lora, run
 from tests.support.fuzz_readers import TARGETS, seeds
@@ -92,8 +93,8 @@ def test_the_seed_of_a_whole_lora_reaches_the_plan(seed: str, tmp_path: Path) ->
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(seeds("file")[seed])
     with open_checkpoint(path) as checkpoint:
-        plan = plan_lora_export(checkpoint)
-    assert (len(plan.tensors), plan.rank, plan.transformer.hidden) == (8, 2, 4)
+        plan = plan_lora(checkpoint, diffusers.LAYOUT)
+    assert (len(plan.names), plan.rank, plan.transformer.hidden) == (8, 2, 4)
 
 
 @pytest.mark.parametrize("seed", ["zip", "legacy"])

@@ -26,8 +26,8 @@ import cogtools
 from cogtools import cli
 from cogtools.checkpoint.limits import MAX_INSTRUCTIONS
 from cogtools.errors import CogtoolsError, ExportError
+from cogtools.layouts import sat
 from cogtools.layouts.family import lora_keys
-from cogtools.layouts.sat import sat_key
 from tests.support import hostile
 from tests.support.audit import no_side_effects
 from tests.support.command_line import surroundings
@@ -272,7 +272,7 @@ def test_a_bomb_is_read_in_bounded_time_and_memory(tmp_path: Path) -> None:
 
 # A good LoRA in bad company
 
-LORA = [sat_key(name) for name in lora_keys((0,))]
+LORA = [str(sat.LAYOUT.key(name)) for name in lora_keys((0,))]
 
 
 def lora(payload: object = None, *, among: dict[str, object] | None = None, left_out: Iterable[str] = ()) -> bytes:

@@ -17,9 +17,10 @@ from safetensors.torch import save
 
 from cogtools.checkpoint.dtypes import DTYPES
 from cogtools.checkpoint.files import FileRange, SourceFile
-from cogtools.checkpoint.formats.safetensors import TensorSpec, safetensors_header
+from cogtools.checkpoint.formats.safetensors import safetensors_header
 from cogtools.conversion import output as writer
 from cogtools.conversion.output import AtomicFile, leftovers, refuse_unwritable
+from cogtools.conversion.plan import Planned
 from cogtools.errors import CheckpointError, OutputError
 
 FLOAT32 = DTYPES["float32"]
@@ -54,14 +55,14 @@ def names(folder: Path) -> list[str]:
 def test_the_header_is_what_the_safetensors_library_writes() -> None:
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b.weight": torch.arange(4.0)}
     header = safetensors_header(
-        [TensorSpec("a", FLOAT32, (2, 3)), TensorSpec("b.weight", FLOAT32, (4,))], {"format": "pt"}
+        [Planned("a", FLOAT32, (2, 3), ()), Planned("b.weight", FLOAT32, (4,), ())], {"format": "pt"}
     )
     assert header + b"".join(tensor.numpy().tobytes() for tensor in tensors.values()) == save(tensors, {"format": "pt"})
 
 
 def test_the_smallest_file_has_these_bytes() -> None:
     header = b'{"__metadata__":{},"x":{"dtype":"F32","shape":[],"data_offsets":[0,4]}} '
-    assert safetensors_header([TensorSpec("x", FLOAT32, ())], {}) == len(header).to_bytes(8, "little") + header
+    assert safetensors_header([Planned("x", FLOAT32, (), ())], {}) == len(header).to_bytes(8, "little") + header
 
 
 def test_the_order_of_the_metadata_does_not_change_the_bytes() -> None:

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.conversion.plan import Alpha, LoraPlan, plan_lora_export
+from cogtools.conversion.options import ExportOptions
+from cogtools.conversion.plan import LoraPlan, plan_lora, planned_tensors
 from cogtools.errors import CheckpointError, ExportError, OptionError, Problem
 from cogtools.formatting import fold_numbers
+from cogtools.layouts import diffusers
 from tests.support.factories import (
     COGVIDEOX_1_5_5B_I2V,
     COGVIDEOX_2B,
@@ -34,7 +36,12 @@ QKV = "attention.query_key_value."
 
 def plan(path: Path, *, alpha: float | None = None, allow_partial: bool = False) -> LoraPlan:
     with open_checkpoint(path) as checkpoint:
-        return plan_lora_export(checkpoint, alpha=alpha, allow_partial=allow_partial)
+        return plan_lora(checkpoint, diffusers.LAYOUT, alpha=alpha, allow_partial=allow_partial)
+
+
+def alpha_of(found: LoraPlan) -> tuple[float | None, str]:
+    """A plan's alpha, and who states it."""
+    return found.scale.alpha, found.scale.source
 
 
 def saved(path: Path, state: Mapping[str, object]) -> Path:
@@ -63,11 +70,8 @@ def problems(path: Path, *, allow_partial: bool = False) -> list[Problem]:
 
 
 def test_every_tensor_of_a_layer_goes_to_its_place(tmp_path: Path) -> None:
-    found = {
-        tensor.key: tensor.source.key
-        for tensor in plan(saved(tmp_path / "a.pt", toy())).tensors
-        if tensor.name.layer == 1
-    }
+    planned = planned_tensors(plan(saved(tmp_path / "a.pt", toy())), ExportOptions())
+    found = {tensor.key: tensor.source for tensor in planned if ".transformer_blocks.1." in tensor.key}
     target = "transformer.transformer_blocks.1.attn1."
     assert found == {
         f"{target}to_q.lora_A.weight": f"{LAYERS}1.{QKV}matrix_A.0",
@@ -105,7 +109,7 @@ def test_what_wrappers_put_into_the_keys_does_not_matter(
 ) -> None:
     expected = plan(saved(tmp_path / "a.pt", toy()))
     found = plan(saved(tmp_path / "b.pt", rename(sat_state_dict(TOY_2B, 4))))
-    assert [tensor.key for tensor in found.tensors] == [tensor.key for tensor in expected.tensors]
+    assert found.names == expected.names
     assert found.transformer == expected.transformer
 
 
@@ -122,7 +126,7 @@ def test_what_wrappers_put_into_the_keys_does_not_matter(
 )
 def test_base_weights_tell_the_model(tmp_path: Path, model: SatModel, name: str, tensors: int) -> None:
     found = plan(saved(tmp_path / "a.pt", sat_state_dict(model, 2, base="telling")))
-    assert (found.transformer.name, len(found.tensors), found.rank) == (name, tensors, 2)
+    assert (found.transformer.name, len(found.names), found.rank) == (name, tensors, 2)
 
 
 def test_an_ofs_embedding_tells_the_model_without_the_patch_embedding(tmp_path: Path) -> None:
@@ -133,7 +137,7 @@ def test_an_ofs_embedding_tells_the_model_without_the_patch_embedding(tmp_path: 
 
 def test_a_rank_above_the_hidden_size_is_a_rank_like_any_other(tmp_path: Path) -> None:
     found = plan(saved(tmp_path / "a.pt", sat_state_dict(TOY_2B, 200)))
-    assert (found.rank, found.transformer.hidden, len(found.tensors)) == (200, 128, 24)
+    assert (found.rank, found.transformer.hidden, len(found.names)) == (200, 128, 24)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +291,7 @@ def test_allow_partial_is_not_proposed_where_it_does_not_help(
 
 def test_a_lora_of_some_layers_is_accepted_when_asked_for(partial: Path) -> None:
     found = plan(partial, allow_partial=True)
-    assert (found.layers, len(found.tensors), found.transformer.layers) == ((0, 2), 16, 3)
+    assert (found.layers, len(found.names), found.transformer.layers) == ((0, 2), 16, 3)
     assert found.notices[0] == "The LoRA adapts 2 of 3 layers: 0, 2 (--allow-partial)."
 
 
@@ -337,26 +341,26 @@ def test_a_layer_range_may_count_from_the_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stated", "given", "alpha", "notices"),
     [
-        pytest.param(None, None, Alpha(1, "default"), 1, id="nobody-says"),
-        pytest.param(8, None, Alpha(8, "training_config.yaml"), 0, id="configuration"),
-        pytest.param(0.5, None, Alpha(0.5, "training_config.yaml"), 0, id="configuration-no-integer"),
-        pytest.param(8, 2.0, Alpha(2, "--alpha"), 1, id="option-goes-first"),
-        pytest.param(8, 8.0, Alpha(8, "--alpha"), 0, id="both-say-the-same"),
-        pytest.param(None, 0.25, Alpha(0.25, "--alpha"), 0, id="option"),
+        pytest.param(None, None, (1, "default"), 1, id="nobody-says"),
+        pytest.param(8, None, (8, "training_config.yaml"), 0, id="configuration"),
+        pytest.param(0.5, None, (0.5, "training_config.yaml"), 0, id="configuration-no-integer"),
+        pytest.param(8, 2.0, (2, "--alpha"), 1, id="option-goes-first"),
+        pytest.param(8, 8.0, (8, "--alpha"), 0, id="both-say-the-same"),
+        pytest.param(None, 0.25, (0.25, "--alpha"), 0, id="option"),
     ],
 )
 def test_alpha_comes_from_who_says_it(
-    tmp_path: Path, stated: float | None, given: float | None, alpha: Alpha, notices: int
+    tmp_path: Path, stated: float | None, given: float | None, alpha: tuple[float, str], notices: int
 ) -> None:
     path = save_run(tmp_path, sat_checkpoint(sat_state_dict(TOY_2B, 4)), rank=4, alpha=stated)
     found = plan(path, alpha=given)
-    assert (found.alpha, type(found.alpha.value), found.scaling) == (alpha, type(alpha.value), alpha.value / 4)
+    assert (alpha_of(found), type(found.scale.alpha), found.scaling) == (alpha, type(alpha[0]), alpha[0] / 4)
     assert len(found.notices) == notices
 
 
 def test_a_second_alpha_is_told(tmp_path: Path) -> None:
     path = save_run(tmp_path, sat_checkpoint(sat_state_dict(TOY_2B, 4)), rank=4, alpha=16)
-    assert plan(path, alpha=2).notices == ("alpha is 2, as --alpha says; training_config.yaml says 16.",)
+    assert plan(path, alpha=2).notices == ("alpha is 2, as --alpha states; training_config.yaml states 16.",)
 
 
 @pytest.mark.parametrize(
@@ -383,7 +387,7 @@ def test_with_alpha_given_the_training_configuration_need_not_be_right(
     with pytest.raises(CheckpointError):
         plan(path)
     found = plan(path, alpha=2)
-    assert (found.alpha, found.notices) == (Alpha(2, "--alpha"), (f"{notice}: not used, as --alpha is given.",))
+    assert (alpha_of(found), found.notices) == ((2, "--alpha"), (f"{notice}: not used, as --alpha is given.",))
 
 
 def test_the_layer_range_holds_beside_an_alpha_that_is_not_valid(tmp_path: Path) -> None:
@@ -398,13 +402,13 @@ def test_the_configuration_is_found_through_a_link(tmp_path: Path) -> None:
     path = save_run(tmp_path / "run", sat_checkpoint(sat_state_dict(TOY_2B, 4)), rank=4, alpha=8)
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "best.pt").symlink_to(path)
-    assert plan(tmp_path / "links" / "best.pt").alpha == Alpha(8, "training_config.yaml")
+    assert alpha_of(plan(tmp_path / "links" / "best.pt")) == (8, "training_config.yaml")
 
 
 def test_without_a_training_configuration_the_default_is_said_to_be_a_guess(tmp_path: Path) -> None:
     assert plan(saved(tmp_path / "a.pt", toy())).notices == (
         "There is no training_config.yaml with a lora_alpha, so alpha is 1, SAT's default. "
-        "If the training had another one, say so with --alpha.",
+        "If the training had another one, state it with --alpha.",
     )
 
 

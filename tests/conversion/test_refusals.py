@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.conversion.plan import plan_lora_export
+from cogtools.conversion.plan import plan_lora
 from cogtools.errors import ExportError
+from cogtools.layouts import diffusers
 from tests.support.factories import (
     TEXT_ENCODER,
     TOY_2B,
@@ -34,7 +35,7 @@ def base() -> StateDict:
 
 def error_of(path: Path) -> ExportError:
     with open_checkpoint(path) as checkpoint, pytest.raises(ExportError) as caught:
-        plan_lora_export(checkpoint, alpha=1)
+        plan_lora(checkpoint, diffusers.LAYOUT, alpha=1)
     return caught.value
 
 
@@ -171,8 +172,8 @@ def test_a_whole_zero_3_file_is_planned_in_its_true_shapes(tmp_path: Path) -> No
     planned = []
     for name in ("flat.pt", "plain.pt"):
         with open_checkpoint(tmp_path / name) as checkpoint:
-            plan = plan_lora_export(checkpoint, alpha=1)
-        planned.append((plan.rank, [(tensor.key, tensor.source.entry.shape) for tensor in plan.tensors]))
+            plan = plan_lora(checkpoint, diffusers.LAYOUT, alpha=1)
+        planned.append((plan.rank, [(name, plan.entry(name).shape) for name in plan.names]))
     assert planned[0] == planned[1]
     assert planned[0][0] == 4
 

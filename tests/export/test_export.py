@@ -178,6 +178,7 @@ def test_the_report_tells_all_of_it(run: Path, tmp_path: Path) -> None:
         written=True,
         model="CogVideoX of no published size: 3 layers, hidden size 128",
         layers=(0, 1, 2),
+        modules=12,
         rank=4,
         alpha=1,
         alpha_source="default",

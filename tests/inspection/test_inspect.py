@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.pickle.dangers import danger_of
-from cogtools.conversion.plan import plan_lora_export
+from cogtools.conversion.plan import plan_lora
+from cogtools.conversion.scale import carry
 from cogtools.errors import CogtoolsError, ExportError
 from cogtools.inspection.contents import kind_of
 from cogtools.inspection.inspect import inspect_checkpoint
@@ -38,7 +39,7 @@ from cogtools.inspection.report import (
 )
 from cogtools.inspection.sections import SECTIONS, section_beside, section_of
 from cogtools.inspection.selection import Selection, matches, natural
-from cogtools.layouts.diffusers import adapter_metadata
+from cogtools.layouts import diffusers
 from cogtools.verification.verify import verify_lora
 from tests.support.command_line import CommandLine, program, run_program, run_python
 from tests.support.factories import (
@@ -209,11 +210,12 @@ def test_the_report_of_a_training_says_what_is_in_it(toy: Path) -> None:
         metadata={},
         model=ModelReport("CogVideoX of no published size: 3 layers, hidden size 128", (), 3, 128),
         lora=LoraReport(
-            layout="SAT",
+            layout="sat",
             names=None,
             tensors=24,
             size_bytes=24576,
             layers=layers,
+            modules=12,
             ranks=(4,),
             dtypes=("float16",),
             complete=True,
@@ -221,6 +223,8 @@ def test_the_report_of_a_training_says_what_is_in_it(toy: Path) -> None:
             unplaced=(),
             alpha=1,
             alpha_source="default",
+            reader="SAT",
+            unstated_scaling=1.0,
             misstated=(),
             scalings=(0.25,),
             export=ExportOutlook(
@@ -229,7 +233,7 @@ def test_the_report_of_a_training_says_what_is_in_it(toy: Path) -> None:
                 size_bytes=24576,
                 notices=(
                     "There is no training_config.yaml with a lora_alpha, so alpha is 1, SAT's default. "
-                    "If the training had another one, say so with --alpha.",
+                    "If the training had another one, state it with --alpha.",
                 ),
             ),
         ),
@@ -381,7 +385,7 @@ def test_one_part_of_a_tensor_parallel_training_is_refused_under_two_wrappers_to
     inner = {"module": sat_state_dict(TOY_2B, 4, base="telling"), "mp_world_size": 2}
     torch.save({"state_dict": inner}, tmp_path / "a.pt")
     with open_checkpoint(tmp_path / "a.pt") as checkpoint, pytest.raises(ExportError) as raised:
-        plan_lora_export(checkpoint)
+        plan_lora(checkpoint, diffusers.LAYOUT)
     assert raised.value.found == "mp_world_size 2 in the checkpoint"
 
 
@@ -473,8 +477,9 @@ def test_a_lora_in_diffusers_layout_is_held_against_its_model(tmp_path: Path) ->
 
 def test_a_lora_in_diffusers_layout_is_complete_if_it_has_the_layers_that_it_states(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    modules = [key.removeprefix("transformer.").removesuffix(".lora_A.weight") for key in diffusers_lora(range(28))]
-    metadata = {"lora_adapter_metadata": adapter_metadata(4, 2, filter(lambda name: "lora_B" not in name, modules))}
+    names = (key.removeprefix("transformer.").removesuffix(".lora_A.weight") for key in diffusers_lora(range(28)))
+    modules = [module for name in names if (module := diffusers.parse_module(name)) is not None]
+    metadata = carry(diffusers.LAYOUT, dict.fromkeys(modules, 4), dict.fromkeys(modules, 2)).header
     save_file(diffusers_lora(range(28)), path, metadata=metadata)
     report = inspect_checkpoint(path)
     assert lora_facts(report) == ("diffusers", True, (), (4,), 2, "lora_adapter_metadata", (0.5,))
@@ -520,7 +525,7 @@ def test_inspect_and_verify_read_what_a_file_states_alike(
 @pytest.mark.parametrize(
     ("metadata", "told"),
     [
-        ({}, "alpha      not stated: diffusers takes alpha = rank, a scaling of 1"),
+        ({}, "alpha      not stated: diffusers runs it at scaling 1"),
         (
             {"lora_adapter_metadata": '{"transformer.r": 4}'},
             "alpha      cannot be used: missing: lora_alpha (found diffusers and PEFT then take 8, expected the value)",
@@ -542,7 +547,7 @@ def test_a_peft_folder_states_its_alpha_in_a_file_of_its_own(tmp_path: Path) -> 
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}')
     report = inspect_checkpoint(tmp_path)
-    assert lora_facts(report) == ("PEFT", True, (), (4,), 8, "adapter_config.json", (2,))
+    assert lora_facts(report) == ("peft", True, (), (4,), 8, "adapter_config.json", (2,))
 
 
 def test_a_peft_folder_without_its_configuration_is_told_that_peft_loads_nothing(

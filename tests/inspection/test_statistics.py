@@ -180,7 +180,7 @@ def test_updates_have_the_norm_and_the_effective_rank_of_the_whole_matrix(tmp_pa
             effective_rank = math.exp(-(shares * shares.log()).sum().item())
             expected.append((layer, name, round(update.norm().item(), 12), round(effective_rank, 6)))
     assert [
-        (update.layer, update.projection, round(update.norm or 0, 12), round(update.effective_rank or 0, 6))
+        (update.layer, update.module, round(update.norm or 0, 12), round(update.effective_rank or 0, 6))
         for update in lora.updates
     ] == expected
 
@@ -215,11 +215,11 @@ def test_a_module_whose_update_cannot_be_computed_is_listed_with_the_reason(tmp_
     state[PREFIX + "2.attention.query_key_value.matrix_B.0"][3, 1] = math.nan
     state[PREFIX + "2.attention.query_key_value.matrix_A.1"] = torch.ones(3, 128)
     updates = updates_of(state, tmp_path / "a.pt")
-    assert [(update.layer, update.projection) for update in updates] == [
+    assert [(update.layer, update.module) for update in updates] == [
         (layer, name) for layer in range(3) for name in ("q", "k", "v", "out")
     ]
     assert {
-        (update.layer, update.projection): update.not_computed for update in updates if update.not_computed is not None
+        (update.layer, update.module): update.not_computed for update in updates if update.not_computed is not None
     } == {
         (0, "out"): "one factor only",
         (1, "v"): "NaN or infinity",
@@ -300,7 +300,7 @@ def test_an_alpha_pattern_scales_its_modules_and_changes_the_picture(tmp_path: P
         found.append((lora.updates or (), (tmp_path / "a.png").read_bytes()))
     (plain, picture), (patterned, other_picture) = found
     assert [update.norm for update in patterned] == pytest.approx(
-        [(update.norm or 0) * (4 if update.projection == "q" else 1) for update in plain]
+        [(update.norm or 0) * (4 if update.module == "q" else 1) for update in plain]
     )
     assert [update.scaling for update in patterned] == [2, 0.5, 0.5, 0.5] * 2
     assert picture != other_picture

@@ -73,12 +73,13 @@ def read(checkpoint: Checkpoint) -> None:
 
 def plan(checkpoint: Checkpoint) -> None:
     """Plan the export, with and without layers that are missing."""
-    from cogtools.conversion.plan import plan_lora_export
+    from cogtools.conversion.plan import plan_lora
     from cogtools.errors import CogtoolsError
+    from cogtools.layouts import diffusers
 
     for allow_partial in (False, True):
         try:
-            plan_lora_export(checkpoint, allow_partial=allow_partial)
+            plan_lora(checkpoint, diffusers.LAYOUT, allow_partial=allow_partial)
         except CogtoolsError as error:
             told(error)
 

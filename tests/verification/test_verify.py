@@ -15,7 +15,6 @@ from cogtools.errors import CheckpointError, OptionError, Problem
 from cogtools.layouts.diffusers import FILE_NAME
 from cogtools.layouts.family import MODELS, LoraKey, Transformer, lora_keys
 from cogtools.layouts.folded import fold_names
-from cogtools.layouts.naming import NearMiss, near_miss
 from cogtools.render.json_object import report_json
 from cogtools.verification.load import _which
 from cogtools.verification.report import Check
@@ -140,7 +139,7 @@ def test_a_good_file_passes_all_checks(good: Source) -> None:
     ]
     assert replace(report, checks=(), libraries={}) == VerifyReport(
         path=good.file,
-        naming="diffusers",
+        layout="diffusers",
         model="CogVideoX of no published size: 3 layers, hidden size 128",
         layers=(0, 1, 2),
         tensors=24,
@@ -195,73 +194,6 @@ def test_names_of_another_program_are_called_that(good: Source, tmp_path: Path) 
         "expected transformer.transformer_blocks.0.attn1.to_k.lora_A.weight)"
     ]
     assert wrong(report) == {"names": "fail"}
-
-
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [
-        ("transformer_blocks.1.attn1.to_q.lora_A.weight", "names without a prefix"),
-        ("diffusion_model.transformer_blocks.1.attn1.to_q.lora_A.weight", "names with ComfyUI's prefix"),
-        ("base_model.model.transformer_blocks.1.attn1.to_q.lora_A.weight", "PEFT's names"),
-        ("transformer.transformer_blocks.1.attn1.to_q.lora_down.weight", "lora_down and lora_up for lora_A and lora_B"),
-        ("transformer.transformer_blocks.1.attn1.to_q.lora_A.mine.weight", "an adapter's name (mine)"),
-        (
-            "base_model.model.transformer_blocks.1.attn1.to_q.lora_A.default.weight",
-            "PEFT's names and an adapter's name (default)",
-        ),
-        ("model.diffusion_model.transformer.layers.1.attention.query_key_value.matrix_A.0", "SAT's names"),
-        (
-            "transformer.base_model.model.transformer_blocks.1.attn1.to_q.lora_A.weight",
-            "PEFT's names after diffusers' prefix",
-        ),
-        ("diffusion_model.blocks.1.q.lora_A.weight", "ComfyUI's names"),
-        ("lora_unet__transformer_blocks_1_attn1_to_q.lora_down.weight", "VideoX-Fun's names"),
-        ("blocks.1.attn1.to_q.lora_A.weight", "DiffSynth-Studio's names"),
-    ],
-)
-def test_a_near_miss_is_recognised(name: str, what: str) -> None:
-    meant = near_miss(name)
-
-    assert meant is not None
-    assert (meant.name, meant.what) == (LoraKey(1, "q", "A"), what)
-
-
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [
-        (
-            "blocks.2.attn1.to_out.lora_B.weight",
-            NearMiss(LoraKey(2, "out", "B"), "DiffSynth-Studio's names", "DiffSynth-Studio"),
-        ),
-        (
-            "diffusion_model.blocks.2.attn_out.lora_B.weight",
-            NearMiss(LoraKey(2, "out", "B"), "ComfyUI's names", "ComfyUI"),
-        ),
-        (
-            "lora_unet__transformer_blocks_2_attn1_to_out_0.lora_up.weight",
-            NearMiss(LoraKey(2, "out", "B"), "VideoX-Fun's names", "VideoX-Fun"),
-        ),
-        (
-            "diffusion_model.transformer_blocks.2.attn1.to_out.lora_B.weight",
-            NearMiss(LoraKey(2, "out", "B"), "names with ComfyUI's prefix and to_out for to_out.0"),
-        ),
-    ],
-)
-def test_the_output_projection_is_recognised_by_the_name_of_each_program(name: str, meant: NearMiss) -> None:
-    assert near_miss(name) == meant
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "text_encoder.transformer_blocks.1.attn1.to_q.lora_A.weight",
-        "transformer.transformer_blocks.1.attn2.to_q.lora_A.weight",
-        "transformer.transformer_blocks.1.attn1.to_q.alpha",
-        "xtransformer.transformer_blocks.1.attn1.to_q.lora_A.weight",
-    ],
-)
-def test_what_means_nothing_is_no_near_miss(name: str) -> None:
-    assert near_miss(name) is None
 
 
 def test_names_of_videox_fun_are_called_that_and_their_alphas_are_counted(good: Source, tmp_path: Path) -> None:
@@ -1131,7 +1063,7 @@ def test_a_peft_folder_is_verified_by_its_own_names(peft_folder: Path, good: Sou
     report = verify_lora(peft_folder, against=good.checkpoint, load=True)
 
     assert wrong(report) == {}
-    assert (report.naming, report.scaling) == ("PEFT", (0.25,))
+    assert (report.layout, report.scaling) == ("peft", (0.25,))
 
 
 def test_a_peft_folder_without_its_configuration_states_no_scale(peft_folder: Path) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from cogtools import verify_lora
-from cogtools.layouts.diffusers import FILE_NAME, MODULES
+from cogtools.layouts.diffusers import FILE_NAME
 from cogtools.layouts.family import lora_keys
+from cogtools.layouts.folded import short_name
 from cogtools.render.progress import Progress
 from cogtools.render.verify import show_verification
 from tests.support import factories
@@ -278,7 +279,7 @@ def test_json_lists_what_the_text_leaves_out(cogtools_cli: CommandLine, tmp_path
     (shapes,) = [check for check in report["checks"] if check["name"] == "shapes"]
     assert len(shapes["problems"]) == 2
     assert sorted(key for problem in shapes["problems"] for key in problem["keys"]) == sorted(
-        key(name.layer, MODULES[name.projection].removeprefix("attn1."), name.factor) for name in lora_keys(range(3))
+        key(layer, short_name(name.name), name.part) for layer in range(3) for name in lora_keys((layer,))
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from cogtools.checkpoint.dtypes import BY_SAFETENSORS_CODE
 from cogtools.checkpoint.files import FileRange, SourceFile
@@ -154,17 +154,17 @@ _ALIGNMENT = 8
 """The safetensors library pads the header to a multiple of this, so that the tensors are aligned."""
 
 
-class TensorSpec(NamedTuple):
-    """A tensor of the file to be written: what its header says."""
-
-    key: str
-    dtype: DType
-    shape: tuple[int, ...]
+class TensorSpec(Protocol):
+    """A tensor of a file to be written: what its header says."""
 
     @property
-    def size_bytes(self) -> int:
-        """How many bytes it takes."""
-        return prod(self.shape) * self.dtype.itemsize
+    def key(self) -> str: ...
+    @property
+    def dtype(self) -> DType: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def size_bytes(self) -> int: ...
 
 
 def safetensors_header(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:

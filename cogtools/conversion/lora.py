@@ -1,0 +1,368 @@
+"""A LoRA, whatever file it is in: its modules, their factors and ranks, and who states its scale.
+
+One function reads it from any opened checkpoint, for every command. What is odd about the file is kept beside it:
+keys that mean nothing, keys that are spelled as no program reads them, tensors that cannot be read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from cogtools.checkpoint.tensors import whole_tensor
+from cogtools.conversion import scale as scales
+from cogtools.conversion.adapter_config import Stated, parse_config
+from cogtools.conversion.record import ExportRecord, read_record
+from cogtools.conversion.scale import Factors, Scale, Statement
+from cogtools.conversion.training_config import TrainingConfig, find_training_config, read_training_config
+from cogtools.errors import CheckpointError, ExportError, Problem
+from cogtools.layouts import diffusers, peft, sat
+from cogtools.layouts.family import LoraKey, Module, Transformer, hidden_of, rank_of, recognise
+from cogtools.layouts.folded import ATTENTION_KINDS, Kind, folded_names
+from cogtools.layouts.lora import is_lora_key, other_adapter
+from cogtools.layouts.recognition import LAYOUTS, layout_of_names, read_names, recognise_transformer
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+
+    from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.tensors import TensorEntry
+    from cogtools.errors import ProblemKind
+    from cogtools.layouts.lora import LoraLayout, OtherAdapter, ScalePlace
+    from cogtools.layouts.recognition import KeyReading, LoraNames
+
+
+class LoraTensor(NamedTuple):
+    """A tensor of a LoRA: its key in the checkpoint, and what is known of it."""
+
+    key: str
+    entry: TensorEntry
+
+
+@dataclass(slots=True)
+class Lora:
+    """The LoRA in a checkpoint.
+
+    Attributes:
+        checkpoint: the checkpoint, open.
+        names: how its keys are spelled; None if they are no known program's.
+        layout: the layout whose names they are; None if unknown.
+        tensors: its factors, biases and magnitude vectors.
+        alphas: the tensors that hold an alpha, by module.
+        unplaced: keys of a LoRA that mean nothing in its layout.
+        unreadable: tensors that are there, but not as plain tensors.
+        collisions: keys of tensors that another key has already given, by key.
+        record: what cogtools recorded in the file when it wrote it.
+        stated: what the file states in the places where diffusers and PEFT look, by place.
+    """
+
+    checkpoint: Checkpoint
+    names: LoraNames | None
+    layout: LoraLayout | None
+    tensors: dict[LoraKey, LoraTensor]
+    alphas: dict[Module, LoraTensor]
+    unplaced: tuple[str, ...]
+    unreadable: dict[LoraKey, str]
+    collisions: dict[str, LoraKey]
+    record: ExportRecord
+    stated: dict[ScalePlace, Stated]
+
+    @property
+    def foreign(self) -> list[str]:
+        """The keys of the state dict that are none of its tensors."""
+        own = {tensor.key for tensor in [*self.tensors.values(), *self.alphas.values()]}
+        return [key for key in self.checkpoint.tensors if key not in own]
+
+    @property
+    def modules(self) -> list[Module]:
+        """The adapted modules, by layer."""
+        return sorted({key.module for key in self.tensors}, key=lambda module: module.order)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that it adapts."""
+        return tuple(sorted({key.layer for key in self.tensors if key.layer is not None}))
+
+    @property
+    def ranks(self) -> dict[Module, int]:
+        """The rank of every module whose factors tell one: that of lora_A where they disagree."""
+        found: dict[Module, int] = {}
+        for key, tensor in self.tensors.items():
+            rank = rank_of(key, tensor.entry.shape)
+            if rank is not None and (key.part == "A" or key.module not in found):
+                found[key.module] = rank
+        return found
+
+    @property
+    def factors(self) -> Factors:
+        """What its scale is worked out from."""
+        return Factors(self.ranks, {module: tensor.entry for module, tensor in self.alphas.items()})
+
+    @property
+    def intended(self) -> LoraLayout:
+        """The layout of the program that the file is for.
+
+        The one whose loader looks for a file of this name; else the one that its header or the folder speaks to; else
+        the one whose names it has.
+        """
+        path = self.checkpoint.path
+        by_name = next((layout for layout in LAYOUTS if layout.file_name == path.name), None)
+        if by_name is not None:
+            return by_name
+        header = self.stated.get("header")
+        if header is not None and not header.is_nothing and not self._has_own_names(peft.LAYOUT):
+            return diffusers.LAYOUT
+        if "adapter_config" in self.stated and not self._has_own_names(diffusers.LAYOUT):
+            return peft.LAYOUT
+        return self.layout or diffusers.LAYOUT
+
+    def _has_own_names(self, layout: LoraLayout) -> bool:
+        return self.names is not None and self.names.spelling == layout.written
+
+    def reading(self, key: str) -> KeyReading | None:
+        """What a key of the file was found to be; None if nothing."""
+        return None if self.names is None else self.names.readings.get(key)
+
+    def key(self, name: LoraKey) -> str:
+        """The key of a tensor: the one that it has, or should have in its layout."""
+        if name in self.tensors:
+            return self.tensors[name].key
+        if self.names is not None and (key := self.names.spelling.key(name)) is not None:
+            return key
+        return self.intended.key(name) or str(name)
+
+    def problems(
+        self,
+        kind: ProblemKind,
+        names: Iterable[LoraKey],
+        found: str | None = None,
+        expected: str | None = None,
+        every: Collection[Kind] = ATTENTION_KINDS,
+    ) -> list[Problem]:
+        """A problem that several tensors have alike, folded; `every` as in `folded_names`."""
+        return [
+            Problem(kind, text, found, expected, tuple(map(self.key, alike)))
+            for text, alike in folded_names(names, every).items()
+        ]
+
+    @property
+    def unknown_prefix(self) -> str | None:
+        """What stands before all keys, where no program of this layout writes or reads it; None if nothing odd does."""
+        if self.names is None or self.layout is None:
+            return None
+        spelling = self.names.spelling
+        known = {spelled.prefix for layout in LAYOUTS for spelled in (layout.written, *layout.also_read)
+                 if spelled.names is spelling.names}  # fmt: skip
+        return None if spelling.prefix in known else spelling.prefix
+
+    def most_common_hidden(self) -> int | None:
+        """The hidden size that most of its factors have on their other side; None if none tells one."""
+        sizes = Counter(hidden_of(key, tensor.entry.shape) for key, tensor in self.tensors.items())
+        sizes.pop(None, None)
+        return sizes.most_common(1)[0][0] if sizes else None
+
+    def expected(self, layers: Iterable[int]) -> frozenset[LoraKey]:
+        """The tensors that a complete LoRA of this kind has: each kind that occurs in the layers, in all of these.
+
+        A kind that does not occur is no fault, unless its trainer always adapts it; what lies beside the layers is
+        complete if it has both factors.
+        """
+        in_layers: dict[str, set[str]] = {}
+        beside: dict[str, set[str]] = {}
+        for key in [*self.tensors, *self.unreadable]:
+            (beside if key.layer is None else in_layers).setdefault(key.name, {"A", "B"}).add(key.part)
+        for name in self.layout.always if self.layout is not None else ():
+            in_layers.setdefault(name, {"A", "B"})
+        return frozenset(
+            [LoraKey(layer, name, part) for layer in layers for name, parts in in_layers.items() for part in parts]
+            + [LoraKey(None, name, part) for name, parts in beside.items() for part in parts]
+        )
+
+    def statements(self) -> dict[ScalePlace, Statement]:
+        """What the file states of its scale, by the place where programs look for it."""
+        found = [scales.by_config(stated, self.factors) for stated in self.stated.values()]
+        found.append(scales.by_tensors(self.factors))
+        return {statement.place: statement for statement in found if statement is not None and statement.place}
+
+    def scaling_as_run(self, layout: LoraLayout) -> Statement | None:
+        """What the program of a layout multiplies each module's update by; None if it loads nothing."""
+        return scales.scaling_as_run(layout, self.statements(), self.factors)
+
+
+def find_lora(checkpoint: Checkpoint) -> Lora | None:
+    """The LoRA in a checkpoint's state dict, in whatever layout; None if it has no key of one."""
+    lora = read_lora(checkpoint)
+    return lora if lora.tensors or lora.alphas or lora.unplaced or lora.unreadable else None
+
+
+def read_lora(checkpoint: Checkpoint) -> Lora:
+    """The same, where it may have nothing in it."""
+    odd = [key for key, value in checkpoint.not_tensors.items() if not isinstance(value, (dict, list, tuple))]
+    tensors = checkpoint.tensors
+    keys = [key for key in [*tensors, *odd] if is_lora_key(key)]
+    if not keys:  # some save it beside the state dict, under a name of its own
+        tensors = checkpoint.beside
+        keys = [key for key in tensors if is_lora_key(checkpoint.places[key].key)]
+    names = read_names(keys)
+    layout = None if names is None else layout_of_names(names.spelling)
+    stated = _stated(checkpoint)
+    if layout is diffusers.LAYOUT and names is not None and names.spelling.prefix == "" and "adapter_config" in stated:
+        layout = peft.LAYOUT
+    lora = Lora(checkpoint, names, layout, {}, {}, (), {}, {}, read_record(checkpoint.metadata), stated)
+    unplaced = []
+    for key in keys:
+        reading = lora.reading(key)
+        if reading is None:
+            unplaced.append(key)
+            continue
+        name, entry = reading.name, tensors.get(key)
+        if entry is None:
+            lora.unreadable[name] = key
+        elif name in lora.tensors or (name.part == "alpha" and name.module in lora.alphas):
+            lora.collisions[key] = name
+        elif name.part == "alpha":
+            lora.alphas[name.module] = LoraTensor(key, whole_tensor(entry))
+        else:
+            lora.tensors[name] = LoraTensor(key, whole_tensor(entry))
+    lora.unplaced = tuple(unplaced)
+    return lora
+
+
+def find_other_adapter(checkpoint: Checkpoint) -> OtherAdapter | None:
+    """Another kind of adapter than a LoRA that most of a checkpoint's keys belong to; None if none."""
+    found = Counter(other_adapter(key) for key in checkpoint.tensors)
+    kind, count = found.most_common(1)[0] if found else (None, 0)
+    if kind is None and found:  # alphas lie between them
+        known = [(count, kind) for kind, count in found.items() if kind is not None]
+        count, kind = max(known, default=(0, None), key=lambda item: item[0])
+    return kind if 3 * count >= len(checkpoint.tensors) else None
+
+
+def _stated(checkpoint: Checkpoint) -> dict[ScalePlace, Stated]:
+    """What a file states where diffusers and PEFT look for it."""
+    stated: dict[ScalePlace, Stated] = {}
+    text = checkpoint.metadata.get(diffusers.METADATA_KEY)
+    if text is not None:
+        stated["header"] = parse_config(text, diffusers.METADATA_KEY, diffusers.PREFIX)
+    try:
+        config = checkpoint.read_beside(peft.CONFIG_NAME)
+    except CheckpointError as error:
+        problem = Problem("unreadable", peft.CONFIG_NAME, error.found or error.what, error.expected)
+        stated["adapter_config"] = Stated(peft.CONFIG_NAME, problems=(problem,))
+    else:
+        if config is not None:
+            stated["adapter_config"] = parse_config(config.decode(errors="replace"), peft.CONFIG_NAME)
+    return stated
+
+
+# Its scale
+
+
+def find_scale(lora: Lora, *, alpha: float | None = None, config: TrainingConfig | None = None) -> Scale:
+    """What a LoRA's updates are multiplied by, and who states it.
+
+    Args:
+        lora: the LoRA.
+        alpha: given by the user; None takes what is stated.
+        config: the training configuration, for a LoRA in SAT's layout.
+
+    Raises:
+        OptionError: if alpha is not a number above 0.
+        ExportError: if the file states a scale, but not in a way that can be used.
+    """
+    found = _statements(lora, config)
+    if alpha is not None:
+        return Scale(scales.by_alpha(alpha, lora.factors), tuple(found))
+    own = lora.layout.scale if lora.layout is not None else None
+    unusable = lora.stated.get(own) if own is not None else None
+    if unusable is not None and scales.by_config(unusable, lora.factors) is None:
+        raise ExportError(
+            "what the file states of its scale cannot be used",
+            file=lora.checkpoint.path,
+            problems=unusable.problems,
+            hint="state it with --alpha",
+        )
+    if not found:
+        return Scale(scales.by_nothing(lora.factors))
+    first = next((statement for statement in found if statement.place == own), found[0])
+    return Scale(first, tuple(statement for statement in found if statement is not first))
+
+
+def _statements(lora: Lora, config: TrainingConfig | None) -> list[Statement]:
+    """All places that state something, in the order in which they count."""
+    if lora.layout is sat.LAYOUT:
+        return [scales.by_training_config(config, lora.factors)]
+    metadata = lora.checkpoint.metadata
+    found = [
+        *lora.statements().values(),
+        scales.by_finetrainers(metadata, lora.factors),
+        scales.by_record(lora.record, lora.factors),
+    ]
+    return [statement for statement in found if statement is not None]
+
+
+def read_config(lora: Lora, alpha: float | None) -> tuple[TrainingConfig | None, list[str]]:
+    """The training configuration of a LoRA in SAT's layout, as far as it is needed, and notes on one that is not right.
+
+    Args:
+        lora: the LoRA.
+        alpha: given by the user: then a configuration that cannot be read does not matter.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    path = find_training_config(lora.checkpoint.path) if lora.layout is sat.LAYOUT else None
+    if path is None:
+        return None, []
+    try:
+        return read_training_config(path), []
+    except CheckpointError as error:
+        if alpha is None:
+            raise
+        note = f"{error.what}{f' ({error.found})' if error.found else ''}: not used, as --alpha is given."
+    try:
+        return read_training_config(path, with_alpha=False), [note]
+    except CheckpointError:
+        return None, [note]
+
+
+# Its transformer
+
+
+def find_transformer(checkpoint: Checkpoint, lora: Lora | None) -> Transformer | None:
+    """The transformer that the base weights are, else the one that the LoRA fits; None if nothing tells its layers."""
+    shapes = {key: whole_tensor(entry).shape for key, entry in checkpoint.tensors.items()}
+    known = recognise_transformer(shapes)
+    if known is not None or lora is None:
+        return known
+    hidden = lora.record.hidden_size or lora.most_common_hidden()
+    if hidden is None:
+        return None
+    if lora.layout is sat.LAYOUT:  # a few base weights may be there, beside layers that are not
+        known = sat.recognise_transformer(shapes, hidden)
+    else:
+        known = recognise(hidden, lora.record.transformer_layers)
+    if known is None:
+        return None
+    recorded = tuple(model for model in known.models if model.slug in lora.record.models)
+    return _narrowed(known._replace(models=recorded or known.models), lora)
+
+
+def _narrowed(transformer: Transformer, lora: Lora) -> Transformer:
+    """The same, of the models that fit those only whose modules have the LoRA's shapes."""
+    beside = {key: tensor.entry.shape for key, tensor in lora.tensors.items() if key.layer is None}
+    fitting = tuple(model for model in transformer.models if _fits(transformer._replace(models=(model,)), beside))
+    return transformer._replace(models=fitting or transformer.models)
+
+
+def _fits(transformer: Transformer, shapes: Mapping[LoraKey, tuple[int, ...]]) -> bool:
+    for key, shape in shapes.items():
+        rank = rank_of(key, shape)
+        expected = transformer.lora_shape(key, rank or 0)
+        is_convolution = key.name == "patch_proj" and transformer.models[0].patch_size_t is None
+        if not transformer.has(key.module) or is_convolution != (len(shape) == 4 and key.name == "patch_proj"):
+            return False
+        if expected is not None and expected != shape:
+            return False
+    return True
