@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.checkpoint.tensors import whole_tensor
@@ -40,7 +41,7 @@ class LoraTensor(NamedTuple):
     entry: TensorEntry
 
 
-@dataclass(slots=True)
+@dataclass
 class Lora:
     """The LoRA in a checkpoint.
 
@@ -74,7 +75,7 @@ class Lora:
         own = {tensor.key for tensor in [*self.tensors.values(), *self.alphas.values()]}
         return [key for key in self.checkpoint.tensors if key not in own]
 
-    @property
+    @cached_property
     def modules(self) -> list[Module]:
         """The adapted modules, by layer."""
         return sorted({key.module for key in self.tensors}, key=lambda module: module.order)
@@ -84,7 +85,7 @@ class Lora:
         """The layers that it adapts."""
         return tuple(sorted({key.layer for key in self.tensors if key.layer is not None}))
 
-    @property
+    @cached_property
     def ranks(self) -> dict[Module, int]:
         """The rank of every module whose factors tell one: that of lora_A where they disagree."""
         found: dict[Module, int] = {}
