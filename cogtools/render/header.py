@@ -130,11 +130,11 @@ def _tensors(report: CheckpointReport) -> str:
 
 
 def _lora_beside(report: CheckpointReport) -> Iterator[Field]:
-    """What to say of LoRA tensors that no command but this one sees."""
+    """What to say of LoRA tensors whose keys are spread over nested dicts."""
     tensors = next((section.tensors for section in report.sections if section.section == "lora"), 0)
     if tensors:
         yield Field("LoRA", f"{counted(tensors, 'tensor')} of one, but not in the state dict (see --lora)", YELLOW)
-        yield Field("exports to", "nothing: export-lora looks in the state dict only")
+        yield Field("exports to", "nothing: its keys are spread over nested dicts")
 
 
 def _second_copy(copy: SecondCopy, stored_bytes: int) -> Field:
