@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.files import SourceFile, is_file, is_folder
-from cogtools.checkpoint.formats.kinds import looks_like_checkpoint
+from cogtools.checkpoint.formats.signatures import looks_like_checkpoint
 from cogtools.checkpoint.run import Iteration, Run
 from cogtools.checkpoint.shards import PIPELINE_INDEX, SHARD_INDEX_SUFFIXES, kind_of_index, read_index
 from cogtools.errors import SHOWN_PROBLEMS, CheckpointError

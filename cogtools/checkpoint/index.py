@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from cogtools.checkpoint.files import read_whole
 from cogtools.checkpoint.limits import MAX_TENSORS
 from cogtools.checkpoint.pickle.machine import Global, Pickle, Record
 from cogtools.checkpoint.tensors import TensorEntry
@@ -51,6 +52,13 @@ class Place(NamedTuple):
         return f"{self.container}.{self.key}" if self.container else self.key
 
 
+class SmallFile(NamedTuple):
+    """A file that was read as a whole: where it is, for messages, and what is in it."""
+
+    path: Path
+    content: bytes
+
+
 @dataclass(slots=True)
 class Checkpoint:
     """What a checkpoint holds. Nothing of its weights is loaded and nothing of its pickle is run.
@@ -69,6 +77,7 @@ class Checkpoint:
         metadata: the text entries of a safetensors header.
         run: the trainer's save folder that the file lies in.
         parts: where several files make up one checkpoint, each of them by its name.
+        index: the file that names these, where there is one. Like them it is held open until `close`.
     """
 
     path: Path
@@ -84,16 +93,47 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)
     run: Run | None = None
     parts: dict[str, Checkpoint] = field(default_factory=dict)
+    index: SourceFile | None = None
 
     @property
     def size_bytes(self) -> int:
         """The size of its files together."""
         return sum(file.size_bytes for file in self.files)
 
+    def has_beside(self, name: str) -> bool:
+        """Whether a file of that name lies beside the checkpoint."""
+        file = self._beside(name)
+        if file is not None:
+            file.close()
+        return file is not None
+
+    def read_beside(self, name: str, limit_bytes: int, *, above: bool = False) -> SmallFile | None:
+        """A small file beside the checkpoint, such as its configuration; None if there is none.
+
+        Args:
+            name: what it is called.
+            limit_bytes: how long it may be.
+            above: look into the folder above as well, as a trainer keeps its configuration there.
+
+        Raises:
+            CheckpointError: if it is there and cannot be read, or is longer.
+        """
+        file = self._beside(name, above=above)
+        if file is None:
+            return None
+        with file:
+            return SmallFile(file.path, read_whole(file, limit_bytes))
+
+    def _beside(self, name: str, *, above: bool = False) -> SourceFile | None:
+        opened = self.index or next(iter(self.files), None)
+        return None if opened is None else opened.beside(name, above=above)
+
     def close(self) -> None:
         """Close the files; what was not read yet cannot be read any more."""
         for file in self.files:
             file.close()
+        if self.index is not None:
+            self.index.close()
 
     def __enter__(self) -> Self:
         return self

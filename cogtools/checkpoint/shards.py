@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from cogtools.checkpoint.files import SourceFile
-from cogtools.checkpoint.formats.safetensors import looks_like_safetensors
+from cogtools.checkpoint.files import SourceFile, read_small_file
+from cogtools.checkpoint.formats.signatures import looks_like_safetensors
 from cogtools.checkpoint.limits import MAX_INDEX_BYTES
 from cogtools.errors import CheckpointError
 
@@ -65,10 +65,7 @@ def read_index(path: Path) -> dict[str, object]:
     Raises:
         CheckpointError: if it is no JSON object, or too long.
     """
-    with SourceFile.open(path) as file:
-        if file.size_bytes > MAX_INDEX_BYTES:
-            raise _no_index(path, f"{file.size_bytes:,} bytes, more than {MAX_INDEX_BYTES:,}")
-        content = file.read(0, file.size_bytes)
+    content = read_small_file(path, MAX_INDEX_BYTES, "this is too long for an index of a checkpoint's files")
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -37,7 +37,7 @@ def test_the_format_is_told_from_the_content_not_from_the_name(name: str, tmp_pa
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
             "a Git LFS pointer, not the file itself",
-            "fetch the file with: git lfs pull",
+            "fetch the file: git lfs pull",
         ),
         (b"<!DOCTYPE html><html></html>", "a web page", WEB_PAGE),
         (b"GGUF\3\0\0\0", "a GGUF file", "give the checkpoint that it was made from"),
