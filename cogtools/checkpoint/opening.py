@@ -6,15 +6,18 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.files import SourceFile, is_folder
+from cogtools.checkpoint.files import SourceFile, is_folder, list_folder
 from cogtools.checkpoint.folder import find_file, find_run, pipeline_components, refuse_choice
 from cogtools.checkpoint.formats.safetensors import open_safetensors
 from cogtools.checkpoint.formats.signatures import FormatName, format_of, read_start, what_it_is
 from cogtools.checkpoint.formats.torch_legacy import open_torch_legacy
 from cogtools.checkpoint.formats.torch_zip import open_torch_zip
 from cogtools.checkpoint.index import Checkpoint
-from cogtools.checkpoint.shards import kind_of_index, read_shard_index
+from cogtools.checkpoint.names import DISTRIBUTED_METADATA, is_companion, part_of, spread_over
+from cogtools.checkpoint.shards import kind_of_index, read_shard_index, shards_by_name
+from cogtools.checkpoint.weights import spread_error
 from cogtools.errors import CheckpointError
+from cogtools.formatting import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,15 +50,20 @@ def open_checkpoint(path: str | os.PathLike[str], *, iteration: int | None = Non
             refuse_choice(given, iteration=iteration, ema=ema)
         file = given
     checkpoint = _open_any(file)
-    checkpoint.run = find_run(file) or find_run(file.resolve())
+    part = part_of(file.name)
+    if part is not None:
+        checkpoint.format += f", {part}"
+    checkpoint.run = find_run(file)
     return checkpoint
 
 
 def _open_any(path: Path) -> Checkpoint:
-    return _open_pipeline(path) if kind_of_index(path) == "pipeline" else _open_weights(path)
+    return _open_pipeline(path) if not is_folder(path) and kind_of_index(path) == "pipeline" else _open_weights(path)
 
 
 def _open_weights(path: Path) -> Checkpoint:
+    if is_folder(path):
+        return _open_loose_shards(path)
     return _open_shards(path) if kind_of_index(path) == "shards" else _open_file(path)
 
 
@@ -69,11 +77,21 @@ def _open_file(path: Path) -> Checkpoint:
 
 
 def _index(file: SourceFile) -> Checkpoint:
+    _refuse_spread(file)
     start = read_start(file)
     found = format_of(start)
     if found is None:
-        raise _no_checkpoint(file, start)
+        raise _not_a_checkpoint(file, start)
     return _OPEN[found](file)
+
+
+def _refuse_spread(file: SourceFile) -> None:
+    """Refuse a file that is not a checkpoint without others, as its name says."""
+    spread = spread_over([file.name]) if part_of(file.name) is None else None
+    if spread is None and file.name == DISTRIBUTED_METADATA:
+        spread = spread_over(entry.path.name for entry in list_folder(file.path.parent))
+    if spread is not None:
+        raise spread_error(file.path.parent, *spread, file=file.path)
 
 
 def _open_shards(index: Path) -> Checkpoint:
@@ -102,6 +120,24 @@ def _open_shards(index: Path) -> Checkpoint:
     return whole
 
 
+def _open_loose_shards(folder: Path) -> Checkpoint:
+    """Sharded weights without an index as one checkpoint."""
+    files = {path.name: path for path in shards_by_name(folder)}
+    whole = _join(folder, "sharded, without an index", files, _open_file)
+    for name, part in whole.parts.items():
+        twice = next((key for key in part.tensors if key in whole.tensors), None)
+        if twice is not None:
+            whole.close()
+            raise CheckpointError(
+                "these shards are not parts of one checkpoint",
+                file=folder,
+                found=f"{shown(twice)} in {name} and in another of them",
+                hint="copy or download the files again, all of one version",
+            )
+        whole.tensors |= part.tensors
+    return whole
+
+
 def _open_pipeline(index: Path) -> Checkpoint:
     """The components of a diffusers pipeline as one checkpoint, keys prefixed with their names."""
     components = pipeline_components(index)
@@ -117,12 +153,13 @@ def _open_pipeline(index: Path) -> Checkpoint:
 def _join(path: Path, how: str, files: dict[str, Path], open_part: Callable[[Path], Checkpoint]) -> Checkpoint:
     """Several files as one checkpoint, its tensors not yet chosen."""
     parts: dict[str, Checkpoint] = {}
-    index = SourceFile.open(path)
+    index = None if is_folder(path) else SourceFile.open(path)
     try:
         for name, file in files.items():
             parts[name] = open_part(file)
     except BaseException:
-        index.close()
+        if index is not None:
+            index.close()
         for part in parts.values():
             part.close()
         raise
@@ -135,7 +172,9 @@ def _join(path: Path, how: str, files: dict[str, Path], open_part: Callable[[Pat
     return whole
 
 
-def _no_checkpoint(file: SourceFile, start: bytes) -> CheckpointError:
+def _not_a_checkpoint(file: SourceFile, start: bytes) -> CheckpointError:
     expected = "a file of torch.save (.pt, .pth, .bin, .ckpt) or safetensors"
     found, hint = what_it_is(start)
-    return CheckpointError("this is no checkpoint", file=file.path, found=found, expected=expected, hint=hint)
+    if is_companion(file.name):
+        hint = "a training saves this beside its weights: give the weights"
+    return CheckpointError("this is not a checkpoint", file=file.path, found=found, expected=expected, hint=hint)

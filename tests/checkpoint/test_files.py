@@ -1,4 +1,4 @@
-"""Open files, small files, what lies beside a checkpoint; and whatever the system refuses is an error with its reason."""
+"""Open files, small files, what lies beside a checkpoint; what the system refuses is an error with its reason."""
 
 import errno
 import os
@@ -27,6 +27,17 @@ def failing(code: int) -> Callable[..., object]:
         raise OSError(code, os.strerror(code))
 
     return fail
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, function: str, code: int, ask: Callable[[], object]) -> CheckpointError:
+    """The error of what is asked while a function of the system fails."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, failing(code))
+        try:
+            ask()
+        except CheckpointError as error:
+            return error
+    pytest.fail("nothing was refused")
 
 
 # Small files
@@ -98,11 +109,8 @@ def test_a_file_whose_size_cannot_be_found_out_is_an_error_and_closed_again(
     path: Path, monkeypatch: pytest.MonkeyPatch, open_files: Callable[[], int]
 ) -> None:
     before = open_files()
-    monkeypatch.setattr(os, "fstat", failing(errno.ESTALE))
-
-    with pytest.raises(CheckpointError) as caught:
-        SourceFile.open(path)
-    assert (caught.value.what, caught.value.file) == (STALE, str(path))
+    error = refused(monkeypatch, "fstat", errno.ESTALE, lambda: SourceFile.open(path))
+    assert (error.what, error.file) == (STALE, str(path))
     assert open_files() == before
 
 
@@ -111,25 +119,17 @@ def test_a_file_that_gets_stale_is_an_error(
     ask: Callable[[SourceFile], object], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with SourceFile.open(path) as file:
-        monkeypatch.setattr(os, "fstat", failing(errno.ESTALE))
-        with pytest.raises(CheckpointError) as caught:
-            ask(file)
-    assert (caught.value.what, caught.value.file) == (STALE, str(path))
+        error = refused(monkeypatch, "fstat", errno.ESTALE, lambda: ask(file))
+    assert (error.what, error.file) == (STALE, str(path))
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
-def test_a_file_that_cannot_be_opened_or_read_says_why(
-    code: int, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_cannot_be_opened_or_read_says_why(code: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with SourceFile.open(path) as file:
-        monkeypatch.setattr(os, "pread", failing(code))
-        with pytest.raises(CheckpointError) as caught:
-            file.read(0, 1)
-    assert caught.value.what == f"the file cannot be read: {os.strerror(code)}"
-    monkeypatch.setattr(os, "open", failing(code))
-    with pytest.raises(CheckpointError) as caught:
-        SourceFile.open(path)
-    assert caught.value.what == f"the file cannot be opened: {os.strerror(code)}"
+        error = refused(monkeypatch, "pread", code, lambda: file.read(0, 1))
+    assert error.what == f"the file cannot be read: {os.strerror(code)}"
+    error = refused(monkeypatch, "open", code, lambda: SourceFile.open(path))
+    assert error.what == f"the file cannot be opened: {os.strerror(code)}"
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EINTR, errno.ENOSPC])
@@ -166,7 +166,7 @@ def test_a_link_that_may_not_be_read_is_not_an_error_of_its_own(
 
 
 def test_a_folder_is_listed_by_name_and_what_may_not_be_looked_at_is_neither_file_nor_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
@@ -189,7 +189,6 @@ class Broken:
 
     def __enter__(self) -> Iterator[os.DirEntry[str]]:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
-        yield  # type: ignore[unreachable]
 
     def __exit__(self, *_: object) -> None: ...
 

@@ -61,7 +61,7 @@ def test_a_file_that_is_no_checkpoint_is_told_what_it_is(
         open_checkpoint(path)
     tail = f"\n  try:       {hint}" if hint else ""
     assert str(caught.value) == (
-        f"this is no checkpoint\n  file:      {path}\n  found:     {found}\n  expected:  {NO_CHECKPOINT}{tail}"
+        f"this is not a checkpoint\n  file:      {path}\n  found:     {found}\n  expected:  {NO_CHECKPOINT}{tail}"
     )
 
 
