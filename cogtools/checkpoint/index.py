@@ -240,28 +240,37 @@ def walk_tensors(root: object, state_dict: object = None) -> Iterator[tuple[Plac
     a list repeats is listed once.
     """
     visited: set[int] = set()
-    # Plain tuples: a small file can hold a million containers, and each waits here.
-    pending: list[tuple[int, str, str, object]] = [(0, "", "", root)]
-    while pending:
-        depth, container, key, value = pending.pop()
-        place = Place(container, key)
-        if isinstance(value, TensorEntry):
-            yield place if depth else Place("", BARE_TENSOR), value
-            continue
-        if not isinstance(value, (dict, list, tuple, Record)) or isinstance(value, Global) or id(value) in visited:
-            continue
-        if depth == MAX_DEPTH:
-            continue
-        visited.add(id(value))
-        path = _shortened(str(place))
-        inside = [
-            (depth + 1, path, _name(name)[:MAX_NAME], item)
-            for name, item in _items(value)
-            if isinstance(item, _MAY_HOLD_TENSORS) and item
-            if not (value is state_dict and isinstance(item, TensorEntry))
-        ]
-        # Last in, first out: reversed, so that tensors come in the order of the file.
-        pending += reversed(inside)
+    # One iterator a level, and not what is still to be visited: a small file can hold half a million containers.
+    levels = [_Level("", iter([("", root)]))]
+    while levels:
+        level = levels[-1]
+        for key, value in level.items:
+            if isinstance(value, TensorEntry):
+                if len(levels) == 1:
+                    yield Place("", BARE_TENSOR), value
+                elif level.holder is not state_dict or state_dict is None:
+                    yield Place(level.path, _name(key)[:MAX_NAME]), value
+            elif (
+                isinstance(value, _MAY_HOLD_TENSORS)
+                and value
+                and not isinstance(value, Global)
+                and len(levels) <= MAX_DEPTH
+                and id(value) not in visited
+            ):
+                visited.add(id(value))
+                path = str(Place(level.path, _name(key)[:MAX_NAME])) if len(levels) > 1 else ""
+                levels.append(_Level(_shortened(path), _items(value), value))
+                break
+        else:
+            levels.pop()
+
+
+class _Level(NamedTuple):
+    """A container that is being visited: the names that lead to it, and what is left of its items."""
+
+    path: str
+    items: Iterator[tuple[object, object]]
+    holder: object = None
 
 
 class _UnusedNames:
@@ -285,18 +294,27 @@ def _name(key: object) -> str:
     return str(key) if isinstance(key, (str, int, float, Global)) else f"<{type(key).__name__}>"
 
 
-_MAY_HOLD_TENSORS = (TensorEntry, dict, list, tuple, Record)
+_MAY_HOLD_TENSORS = (dict, list, tuple, Record)
 
 
 def _items(
     value: dict[object, object] | list[object] | tuple[object, ...] | Record,
-) -> Iterable[tuple[object, object]]:
+) -> Iterator[tuple[object, object]]:
     if isinstance(value, dict):
-        return value.items()
+        return iter(value.items())
     if isinstance(value, Record):
         return enumerate((value.arguments, value.state, value.items))
-    first_places = {id(item): index for index, item in reversed(list(enumerate(value)))}
-    return ((index, item) for index, item in enumerate(value) if first_places[id(item)] == index)
+    return _without_repeated_tensors(value)
+
+
+def _without_repeated_tensors(items: Iterable[object]) -> Iterator[tuple[object, object]]:
+    seen: set[int] = set()
+    for index, item in enumerate(items):
+        if isinstance(item, TensorEntry):
+            if id(item) in seen:
+                continue
+            seen.add(id(item))
+        yield index, item
 
 
 def _shortened(path: str) -> str:
