@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+from cogtools.checkpoint.limits import MAX_ADAPTER_CONFIG_BYTES
 from cogtools.checkpoint.tensors import whole_tensor
 from cogtools.conversion import scale as scales
 from cogtools.conversion.adapter_config import Stated, parse_config
@@ -247,13 +248,13 @@ def _stated(checkpoint: Checkpoint) -> dict[ScalePlace, Stated]:
     if text is not None:
         stated["header"] = parse_config(text, diffusers.METADATA_KEY, diffusers.PREFIX)
     try:
-        config = checkpoint.read_beside(peft.CONFIG_NAME)
+        config = checkpoint.read_beside(peft.CONFIG_NAME, MAX_ADAPTER_CONFIG_BYTES)
     except CheckpointError as error:
         problem = Problem("unreadable", peft.CONFIG_NAME, error.found or error.what, error.expected)
         stated["adapter_config"] = Stated(peft.CONFIG_NAME, problems=(problem,))
     else:
         if config is not None:
-            stated["adapter_config"] = parse_config(config.decode(errors="replace"), peft.CONFIG_NAME)
+            stated["adapter_config"] = parse_config(config.content.decode(errors="replace"), peft.CONFIG_NAME)
     return stated
 
 
@@ -313,17 +314,18 @@ def read_config(lora: Lora, alpha: float | None) -> tuple[TrainingConfig | None,
     Raises:
         CheckpointError: if it cannot be read.
     """
-    path = find_training_config(lora.checkpoint.path) if lora.layout is sat.LAYOUT else None
-    if path is None:
+    if lora.layout is not sat.LAYOUT:
         return None, []
+    file = None
     try:
-        return read_training_config(path), []
+        file = find_training_config(lora.checkpoint)
+        return (None if file is None else read_training_config(file)), []
     except CheckpointError as error:
         if alpha is None:
             raise
         note = f"{error.what}{f' ({error.found})' if error.found else ''}: not used, as --alpha is given."
     try:
-        return read_training_config(path, with_alpha=False), [note]
+        return (None if file is None else read_training_config(file, with_alpha=False)), [note]
     except CheckpointError:
         return None, [note]
 

@@ -191,7 +191,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda folder: folder / "a.pt", "error: there is no such file\n  file:      {path}\n"),
     "text": (
         a_text,
-        "error: this is no checkpoint\n"
+        "error: this is not a checkpoint\n"
         "  file:      {path}\n"
         "  found:     a text file that begins with 'epoch 1: loss 0.3'\n"
         "  expected:  a file of torch.save (.pt, .pth, .bin, .ckpt) or safetensors\n",

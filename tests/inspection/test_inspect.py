@@ -732,8 +732,8 @@ def test_text_ends_well_with_every_option(inspect: CommandLine, toy: Path, optio
 @pytest.mark.parametrize(
     ("content", "options", "what"),
     [
-        (b"epoch 1: loss 0.3\n", [], "this is no checkpoint"),
-        (b"", [], "this is no checkpoint"),
+        (b"epoch 1: loss 0.3\n", [], "this is not a checkpoint"),
+        (b"", [], "this is not a checkpoint"),
         (b"PK\x03\x04 and no more", [], "the file is cut short: this zip archive has no directory at its end"),
         (None, [], "there is no such file"),
         (b"", ["--sort", "colour"], "Invalid value for '--sort': 'colour' is not one of 'key', 'size', 'offset'"),
