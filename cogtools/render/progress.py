@@ -45,10 +45,10 @@ class Progress:
         """Tell what goes on, where that cannot be counted: until the next bytes are done."""
         if self._hidden:
             return
-        from rich.console import Console
+        from cogtools.render.screen import Screen
 
         self._end_line()
-        self._line = Console(stderr=True).status(text)
+        self._line = Screen(sys.stderr).console.status(text)
         self._line.start()
 
     def _end_line(self) -> None:
@@ -70,9 +70,10 @@ class Progress:
 
     @staticmethod
     def _make_bar() -> RichProgress:
-        from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
+        from cogtools.render.screen import Screen
+
         columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-        return RichProgress(*columns, console=Console(stderr=True), transient=True)
+        return RichProgress(*columns, console=Screen(sys.stderr).console, transient=True)
