@@ -1,4 +1,4 @@
-"""Numbers, counts and text from files in few words: what messages and reports have in common."""
+"""Numbers, counts, lists and text from files in few words: what messages and reports have in common."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ def number(value: float) -> str:
 def counted(count: int, noun: str) -> str:
     """A number of things: "1 tensor", "24 tensors"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def first_of(items: Sequence[str], count: int) -> list[str]:
+    """The first ones of many, and how many more there are."""
+    more = len(items) - count
+    return [*items[:count], f"… and {more:,} more (--json lists all)"] if more > 0 else list(items)
 
 
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")

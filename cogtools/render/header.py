@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from cogtools.conversion.scale import ALPHA_SOURCES
 from cogtools.errors import SHOWN_PROBLEMS
-from cogtools.formatting import counted, fold_numbers, number, size, truncate
+from cogtools.formatting import counted, first_of, fold_numbers, number, size, truncate
 from cogtools.render.text import Line
 
 if TYPE_CHECKING:
@@ -75,11 +75,10 @@ def header_lines(report: CheckpointReport) -> Iterator[Line]:
 
 
 def _files(report: CheckpointReport) -> Iterator[Line]:
-    for part in report.files[:SHOWN_PROBLEMS]:
-        yield _field("", f"{_name_in(report, part)}: {counted(part.tensors, 'tensor')}, {size(part.size_bytes)}")
-    more = len(report.files) - SHOWN_PROBLEMS
-    if more > 0:
-        yield _field("", f"… and {counted(more, 'more file')} (--json lists all)")
+    files = [
+        f"{_name_in(report, part)}: {counted(part.tensors, 'tensor')}, {size(part.size_bytes)}" for part in report.files
+    ]
+    yield from (_field("", text) for text in first_of(files, SHOWN_PROBLEMS))
 
 
 def _name_in(report: CheckpointReport, part: FileReport) -> str:
@@ -188,11 +187,8 @@ def _export(layout: str, outlook: ExportOutlook) -> Iterator[Line]:
     else:
         found = f" (found: {outlook.found})" if outlook.found else ""
         yield _field("no export", f"{outlook.reason}{found}", "yellow")
-    for problem in outlook.problems[:SHOWN_LORA_PROBLEMS]:
-        yield _field("", str(problem))
-    more = len(outlook.problems) - SHOWN_LORA_PROBLEMS
-    if more > 0:
-        yield _field("", f"… and {counted(more, 'more problem')} (--json lists all)")
+    for text in first_of([str(problem) for problem in outlook.problems], SHOWN_LORA_PROBLEMS):
+        yield _field("", text)
     if outlook.hint is not None:
         yield _field("", f"try: {outlook.hint}")
 

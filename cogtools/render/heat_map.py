@@ -67,9 +67,8 @@ def _scaled_by(updates: Sequence[UpdateReport]) -> str:
     scalings = sorted({update.scaling for update in updates if update.scaling is not None})
     if not scalings:
         return "B A (unknown scaling)"
-    if len(scalings) == 1:
-        return f"scaling * B A (scaling {number(scalings[0])})"
-    return f"scaling * B A (scaling {number(scalings[0])} to {number(scalings[-1])})"
+    ends = dict.fromkeys((scalings[0], scalings[-1]))
+    return f"scaling * B A (scaling {' to '.join(map(number, ends))})"
 
 
 def _rows(updates: Sequence[UpdateReport], projections: Sequence[str]) -> Iterator[Line]:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from itertools import groupby
+from os.path import commonprefix
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.formatting import size, truncate
-from cogtools.render.text import Line, printable
+from cogtools.render.text import MAX_PADDING, MIN_KEY_WIDTH, Line, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from cogtools.inspection.report import Statistics, TensorReport
     from cogtools.render.text import Output
-
-MAX_PADDING = 120
-"""Into a pipe, keys up to this length stand in a column."""
-
-MIN_KEY_WIDTH = 20
-"""Keys get so many columns, however narrow the terminal is."""
 
 MAX_ON_SCREEN = 4096
 """Of a longer key, a screen gets only so much of its end; a hostile one has many millions of characters."""
@@ -157,9 +152,7 @@ def _split(keys: Sequence[str]) -> list[Group]:
 
 def _common_segments(keys: Sequence[str]) -> str:
     """The segments that all of some keys begin with, except their last ones."""
-    first, last = min(keys), max(keys)
-    equal = next((place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), None)
-    common = first if equal is None else first[:equal]
+    common = commonprefix([min(keys), max(keys)])  # noqa: RUF071 - not paths: characters are to be compared
     return common[: common.rfind(".") + 1]
 
 

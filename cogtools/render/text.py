@@ -20,13 +20,20 @@ MAX_ERROR_CHARS = 1000
 """The longest text from a file that an error shows."""
 
 
+MAX_PADDING = 120
+"""Into a pipe, keys and what else is as long stand in a column up to this width."""
+
+MIN_KEY_WIDTH = 20
+"""Keys get so many columns, however narrow the terminal is."""
+
+
 class Line:
-    """A line with styles, or one that is wrapped; every other line is a `str`.
+    """A line with styles, or one to be wrapped; every other line is a `str`.
 
     Attributes:
         parts: its texts, each with a style of rich such as "bold red"; "" for none.
-        wrap: whether a terminal shows the last part in as many lines as it needs, below each other. Other lines are
-            never broken: a command or a path that is, cannot be copied.
+        wrap: whether a terminal shows the last part in as many lines as it needs, under each other. Other lines are
+            never broken, so that commands and paths can be copied.
     """
 
     __slots__ = ("parts", "wrap")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from cogtools.formatting import size, truncate
 from cogtools.render.folding import fold, open_lines
-from cogtools.render.text import Line, printable
+from cogtools.render.text import MAX_PADDING, MIN_KEY_WIDTH, Line, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -14,12 +14,6 @@ if TYPE_CHECKING:
     from cogtools.inspection.report import TensorReport
     from cogtools.render.folding import TreeLine
     from cogtools.render.text import Output
-
-MAX_PADDING = 120
-"""Into a pipe, labels and details up to this length stand in a column."""
-
-MIN_LABEL_WIDTH = 20
-"""Labels get so many columns, however narrow the terminal is."""
 
 CLOSED = " +"
 """Stands after a label with more below it than there is room for."""
@@ -48,7 +42,7 @@ def tree_lines(tensors: Sequence[TensorReport], output: Output, room: int | None
         label_width, detail_width = min(label_width, MAX_PADDING), min(detail_width, MAX_PADDING)
     else:
         free = output.width - _SIZE_WIDTH - 4
-        label_width = min(label_width, max(free - detail_width, free // 2, MIN_LABEL_WIDTH))
+        label_width = min(label_width, max(free - detail_width, free // 2, MIN_KEY_WIDTH))
         detail_width = min(detail_width, max(free - label_width, 1))
     for (line, _), label, mark, detail in zip(opened, labels, marks, details, strict=True):
         indent = "  " * line.depth

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cogtools.errors import SHOWN_PROBLEMS
-from cogtools.formatting import number, size
+from cogtools.formatting import first_of, number, size
 from cogtools.render.text import Line, emit, notice, output_of
 
 if TYPE_CHECKING:
@@ -68,10 +68,7 @@ def _with_details(checks: list[Check]) -> Iterator[tuple[Check, list[str]]]:
     """Every check with the first of its problems, and what to do about them; each hint comes once."""
     hints: set[Hint] = set()
     for check in checks:
-        lines = [str(problem) for problem in check.problems[:SHOWN_PROBLEMS]]
-        more = len(check.problems) - SHOWN_PROBLEMS
-        if more > 0:
-            lines.append(f"… and {more:,} more (--json lists all)")
+        lines = first_of([str(problem) for problem in check.problems], SHOWN_PROBLEMS)
         if check.hint is not None and check.hint not in hints:
             hints.add(check.hint)
             lines.append(f"try: {check.hint}")
