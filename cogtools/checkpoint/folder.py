@@ -70,6 +70,11 @@ def find_run(file: Path) -> Run | None:
     return Run(folder.parent, tuple(iterations), latest, chosen) if chosen in iterations else None
 
 
+def iteration_of(file: Path) -> Iteration | None:
+    """The iteration in whose folder a checkpoint file lies, by that folder's name; None if it is not such a name."""
+    return _iteration(file.absolute().parent)
+
+
 def find_file(folder: Path, *, iteration: int | None = None, ema: bool = False) -> Path:
     """The file that a folder stands for: weights, an index of shards, or a pipeline's model_index.json.
 

@@ -17,7 +17,7 @@ from cogtools.conversion.options import ExportOptions
 from cogtools.errors import OptionError
 from cogtools.export.batch import export_many, plan_batch
 from cogtools.export.export import ExportReport, export_checkpoint
-from cogtools.export.workers import run_side_by_side
+from cogtools.export.workers import WorkerPool
 from cogtools.layouts.diffusers import FILE_NAME
 from tests.support.command_line import CommandLine, Result
 from tests.support.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
@@ -70,11 +70,11 @@ def test_as_many_are_exported_side_by_side_as_there_are_processors(
 ) -> None:
     made = []
 
-    def side_by_side(work: Any, jobs: Any, processes: int) -> Any:
+    def pool(processes: int) -> WorkerPool:
         made.append(processes)
-        return run_side_by_side(work, jobs, processes)
+        return WorkerPool(processes)
 
-    monkeypatch.setattr("cogtools.export.batch.run_side_by_side", side_by_side)
+    monkeypatch.setattr("cogtools.export.workers.WorkerPool", pool)
     monkeypatch.setattr("os.cpu_count", lambda: processors)
     result = cogtools_cli("export-lora", *runs, tmp_path / "out")
     assert (result.code, written(tmp_path / "out")) == (0, [f"{run.name}-1000/{FILE_NAME}" for run in runs])
@@ -140,7 +140,7 @@ def test_what_is_there_and_is_not_right_is_told_and_kept(
     what = {"cut": "does not verify", "bit": "does not verify", "other-options": "was made with other options"}
     errors = [line for line in result.err.splitlines() if line.startswith("failed ")]
     assert len(errors) == failed
-    assert all(f"the output is there already, and {what[damage]} (found: " in error for error in errors)
+    assert all(f"the output exists already and {what[damage]} (found: " in error for error in errors)
     assert result.err.count("         try: replace it with --overwrite") == failed
     assert target.read_bytes() == content
     again = cogtools_cli("export-lora", *runs, tmp_path / "out", *options, "--overwrite")
@@ -291,7 +291,7 @@ def test_the_folder_for_the_outputs_is_no_source(
         Path("out").mkdir(exist_ok=True)
         result = cogtools_cli("export-lora", "cat/", "dog/", "eel/", "out/", "out/")
         assert result.code == 0
-        assert result.out.splitlines()[0] == "skipped  out/: this is the folder for the outputs"
+        assert result.out.splitlines()[0] == "skipped  out/: this is the output folder"
         assert result.out.splitlines()[-1] == expected
 
 
@@ -303,7 +303,7 @@ def test_several_checkpoints_need_a_folder(
     result = cogtools_cli("export-lora", *runs, tmp_path / out)
     assert (result.code, result.err) == (
         2,
-        "error: the last argument is the folder for all outputs, and this is a file\n"
+        "error: the last argument is the output folder, but this is a file\n"
         f"  file:      {tmp_path / out}\n"
         "  try:       name a folder as the last argument\n",
     )
@@ -314,7 +314,7 @@ def test_a_forgotten_output_is_noticed(cogtools_cli: CommandLine, runs: list[Pat
     result = cogtools_cli("export-lora", *runs[:2], runs[2] / last)
     assert (result.code, written(runs[2])) == (2, written(runs[0]))
     assert result.err == (
-        "error: the last argument is the folder for all outputs, and this is a trainer's\n"
+        "error: the last argument is the output folder, but this folder holds a training\n"
         f"  file:      {runs[2] / last}\n"
         f"  found:     {runs[2] / '1000' / 'mp_rank_00_model_states.pt'}\n"
         "  expected:  cogtools export-lora CHECKPOINT... OUT_DIR\n"
@@ -395,14 +395,14 @@ def test_notices_of_one_have_its_name_and_notices_of_all_are_said_once(
     [
         pytest.param(
             lambda: os.kill(os.getpid(), signal.SIGKILL),
-            "the process that exported it was killed, perhaps because memory ran out",
+            "the process was killed, perhaps because memory ran out",
             "signal 9 (SIGKILL)",
             id="killed",
         ),
-        pytest.param(lambda: os._exit(3), "the process that exported it was killed, perhaps because memory ran out",
+        pytest.param(lambda: os._exit(3), "the process was killed, perhaps because memory ran out",
                      "exit code 3", id="exit"),
         pytest.param(lambda: [].pop(), "it failed unexpectedly", "IndexError: pop from empty list", id="bug"),
-        pytest.param(lambda: bytearray(1 << 60), "there was not enough memory", "MemoryError: ", id="memory"),
+        pytest.param(lambda: bytearray(1 << 60), "not enough memory", "MemoryError", id="memory"),
     ],
 )  # fmt: skip
 def test_what_ends_one_job_leaves_the_others(
