@@ -43,6 +43,11 @@ def raise_on_signals() -> None:
     sys.unraisablehook = _raise_again
 
 
+def is_interrupted() -> bool:
+    """Whether a signal was heard. Libraries and Python itself may turn its KeyboardInterrupt into another error."""
+    return _raised_at > -math.inf
+
+
 def ignore_signals() -> None:
     """Ignore both from now on, up to the end of the process: there is nothing left that could be interrupted."""
     if hasattr(signal, "setitimer"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogtools.errors import CogtoolsError, OptionError
+from cogtools.interruption import is_interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -82,7 +83,13 @@ def _address_space_in_use() -> int:
 
 
 def as_cogtools_error(error: Exception) -> CogtoolsError | None:
-    """An exception of Python or a library as an error that the user can act on; None if it is a bug of cogtools."""
+    """An exception of Python or a library as an error that the user can act on; None if it is a bug of cogtools.
+
+    Raises:
+        KeyboardInterrupt: if the work was interrupted: then the exception is what somebody has made of that.
+    """
+    if is_interrupted():
+        raise KeyboardInterrupt from error
     causes = list(_causes(error))
     known = next((cause for cause in causes if isinstance(cause, CogtoolsError)), None)
     if known is not None:

@@ -357,25 +357,29 @@ class AtomicFolder(_Atomic):
             put_back(self._place)
             if self.target.is_symlink() and not self._place.parent.exists():
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-            if os.path.lexists(self._place):
-                self._refuse(self._place)
+            self._refuse(self._place)
 
     def _refuse(self, folder: Path) -> None:
-        """Raise an `OutputError` if what is in the place may not be replaced."""
-        if not is_folder(folder):
+        """Raise an `OutputError` if what is in the place may not be replaced. Another run may just move it aside."""
+        try:
+            before = _identity(folder)
+            is_current, is_empty = folder.samefile(Path()), not any(folder.iterdir())
+        except FileNotFoundError:
+            return
+        except NotADirectoryError as error:
             raise OutputError(
                 "the output is a folder, and there is a file in its place", file=self.target, hint=_ELSEWHERE
-            )
-        if folder.samefile(Path()):
+            ) from error
+        if is_current:
             raise OutputError(
                 "the output would replace the current folder", file=self.target, hint="name a folder in it"
             )
-        if not any(folder.iterdir()):
+        if is_empty:
             return
         if not self.overwrite:
             remove_leftovers(folder)
             raise _exists(self.target)
-        if not self.is_ours(folder):
+        if not self.is_ours(folder) and _identity(folder) == before:
             raise OutputError(
                 "the output would replace a folder that cogtools did not write", file=self.target, hint=_ELSEWHERE
             )
@@ -549,6 +553,15 @@ def _refuse_sources(targets: Iterable[Path], sources: Iterable[SourceFile], targ
             raise OutputError(
                 "the output would replace the checkpoint that it is made of", file=target, hint=_ELSEWHERE
             )
+
+
+def _identity(folder: Path) -> tuple[int, int, int] | None:
+    """What tells a folder from another one that takes its name; None if there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def _is_special(path: Path) -> bool:

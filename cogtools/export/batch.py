@@ -122,14 +122,14 @@ def plan_batch(sources: Sequence[str], out: Path, options: ExportOptions, *, eve
                 jobs.append(job)
                 taken.update({name: job, folder: job})
             elif job.output is not None and not _is_same(Path(job.given), Path(other.given)):
-                raise _one_place(job, other, is_one=job.output == other.output or folder == _place(other)[1])
+                raise _one_place(job, other, is_one=folder == _place(other)[1])
     return jobs
 
 
 def _place(job: Job) -> tuple[str, object]:
     """Where a job writes to: its folder's name, as file systems that ignore case compare it, and which folder that is.
 
-    Where there is no such folder yet, the second is the name too; without an output, both are what was given.
+    Where there is no such folder yet, the second is the path; without an output, both are what was given.
     """
     if job.output is None:
         return job.given, job.given
@@ -138,13 +138,13 @@ def _place(job: Job) -> tuple[str, object]:
     try:
         status = folder.stat()
     except (OSError, ValueError):
-        return name, name
+        return name, str(folder)
     return name, (status.st_dev, status.st_ino)
 
 
 def _are_two_folders(one: object, other: object) -> bool:
-    """Whether both are there, and not the same."""
-    return isinstance(one, tuple) and isinstance(other, tuple) and one != other
+    """Whether they are known to be different: where one of them is there, the other name would lead to it too."""
+    return one != other and (isinstance(one, tuple) or isinstance(other, tuple))
 
 
 def _one_place(job: Job, other: Job, *, is_one: bool) -> OptionError:
