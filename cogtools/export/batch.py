@@ -21,10 +21,10 @@ from cogtools.checkpoint.folder import (
     WEIGHTS_FILES,
     find_file,
     find_save_folder,
-    iteration_of,
     iterations_in,
 )
 from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.checkpoint.run import iteration_of
 from cogtools.checkpoint.shards import PIPELINE_INDEX, SHARD_INDEX_SUFFIXES
 from cogtools.conversion.options import CASTS
 from cogtools.conversion.record import ExportRecord, read_record
@@ -227,7 +227,7 @@ def _name(file: Path) -> str:
 
     By names alone: to look which iterations there are would take the longer, the more there are.
     """
-    iteration = iteration_of(file)
+    iteration = iteration_of(file.absolute().parent)
     if iteration is not None:
         return f"{_folder_name(iteration.folder.parent)}-{iteration}"
     if file.name.startswith(_NAMED_AFTER_THEIR_FOLDER) or file.name.endswith(SHARD_INDEX_SUFFIXES):
