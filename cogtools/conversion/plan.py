@@ -84,7 +84,7 @@ class Planned:
     @property
     def size_bytes(self) -> int:
         """How many bytes it takes."""
-        return prod(self.shape) * self.dtype.itemsize
+        return self.dtype.size_bytes(prod(self.shape))
 
     @property
     def storages(self) -> list[Storage]:
