@@ -35,7 +35,7 @@ bench: $(READY)  ## Measure speed and memory against torch and diffusers, as rat
 	$(BIN)/python -m benchmarks.bench .bench
 
 stress: $(READY)  ## Kill hundreds of exports at random moments.
-	$(BIN)/python -m tests.support.interruption --rounds 300
+	$(BIN)/python -m tests.support.interruption --kills 300 --storms 300
 
 fuzz: $(READY)  ## Fuzz all that reads files, for SECONDS=300 in all.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
