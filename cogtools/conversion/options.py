@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from cogtools.errors import OptionError, command
+from cogtools.errors import OptionError
 
 if TYPE_CHECKING:
     import os
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 Format = Literal["diffusers", "peft", "comfyui", "videox-fun", "diffsynth", "sat"]
 """The layouts that a LoRA can be written in, by their names."""
+
+FORMATS: dict[str, Format] = {name: name for name in get_args(Format)}
 
 Scale = Literal["metadata", "fold", "none"]
 """How an exported file carries alpha / rank: stated where its program looks for it, multiplied into its weights, or
@@ -105,8 +107,7 @@ def checked_format(name: str) -> Format:
     Raises:
         OptionError: if there is none of that name.
     """
-    for known in get_args(Format):
-        if name == known:
-            return known
-    expected = ", ".join(get_args(Format))
-    raise OptionError("there is no such format", found=name, expected=expected, hint=command("export-lora", "--help"))
+    if name not in FORMATS:
+        expected = ", ".join(FORMATS)
+        raise OptionError("there is no such format", found=name, expected=expected)
+    return FORMATS[name]

@@ -463,7 +463,7 @@ def _without_place(lora: Lora, layout: LoraLayout) -> list[Problem]:
     """The tensors that the target layout has no place for, or cannot be together in it."""
     expected = f"a module and a part that {layout.reader} has, for --format {layout.name}"
     lost = [name for name in lora.tensors if layout.key(name) is None]
-    convolutions = [name for name, tensor in lora.tensors.items() if len(tensor.entry.shape) == 4]  # noqa: PLR2004
+    convolutions = [name for name, tensor in lora.tensors.items() if len(tensor.entry.shape) == 4]
     if layout.reads_convolutions:
         convolutions = []
     problems = lora.problems("unexpected", lost, expected=expected)
@@ -511,7 +511,7 @@ def _layers(
     elif wanted is not None:
         stated = {name.layer for name in wanted if name.layer is not None}
         expected, declared_by = tuple(sorted(stated)), " (target_modules)"
-    declared = "" if allow_partial or len(expected) == transformer.layers else declared_by
+    declared = "" if allow_partial else declared_by
     wanted = wanted if wanted is not None else lora.expected(expected)
     kinds = {(name.name, name.part) for name in wanted if name.layer is not None}
     missing = sorted(wanted - lora.tensors.keys() - lora.unreadable.keys(), key=lambda name: name.order)

@@ -15,7 +15,7 @@ Real files mix these: diffusers' names under another program's prefix, an adapte
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -239,11 +239,13 @@ class Usage(NamedTuple):
         advice: what to do, in a sentence that ends with a colon.
         lines: how it is done.
         unscaled: lines that follow where the file does not carry its scale; () if {weight} is in the others.
+        whole: advice and lines for a file that has the base weights too.
     """
 
     advice: str
     lines: tuple[str, ...]
     unscaled: tuple[str, ...] = ()
+    whole: tuple[str, tuple[str, ...]] | None = None
 
 
 @dataclass(frozen=True, eq=False)  # a table is itself: compared and hashed by identity
@@ -262,6 +264,7 @@ class LoraLayout:
             knows no alpha of its own.
         path: where its reader looks for the file in a folder; None if it takes any name.
         is_folder: whether the file is not enough, and others lie beside it.
+        beside: these files: their names, and what is always in them; None for one that states the scale.
         container: what kind of file it is.
         also_read: other spellings that its reader loads, as `written` but for what is replaced.
         parts: the tensors of a module that its reader applies.
@@ -285,6 +288,7 @@ class LoraLayout:
     unstated_alpha: float | None = None
     path: str | None = None
     is_folder: bool = False
+    beside: Mapping[str, bytes | None] = field(default_factory=dict)
     container: Container = "safetensors"
     also_read: tuple[Spelling, ...] = ()
     parts: tuple[str, ...] = ("A", "B")
@@ -296,6 +300,11 @@ class LoraLayout:
     notes: tuple[str, ...] = ()
     stated_note: str | None = None
     lora_only_note: str | None = None
+
+    @property
+    def beside_content(self) -> dict[str, bytes]:
+        """The files beside it whose content is always the same."""
+        return {name: content for name, content in self.beside.items() if content is not None}
 
     @property
     def file_name(self) -> str | None:

@@ -43,6 +43,7 @@ LAYOUT = LoraLayout(
     unstated_scaling=None,
     path=FILE_NAME,
     is_folder=True,
+    beside={CONFIG_NAME: None},
     also_read=(Spelling(diffusers.NAMES, PEFT_STYLE, PREFIX, "default"),),
     parts=("A", "B", "bias", "magnitude"),
     ignores_alphas=True,

@@ -56,16 +56,21 @@ LAYOUT = LoraLayout(
     usage=Usage(
         "Load it into SAT after the base weights, with r: {rank} and lora_alpha: {alpha} in lora_config of the yaml:",
         ('load_checkpoint(model, args, "BASE_FOLDER")', "load_checkpoint(model, args, {folder})"),
+        whole=(
+            "Load it into SAT with r: {rank} and lora_alpha: {alpha} in lora_config of the yaml:",
+            ("load_checkpoint(model, args, {folder})",),
+        ),
     ),
     unstated_alpha=DEFAULT_ALPHA,
     path=f"{ITERATION}/{FILE_NAME}",
     is_folder=True,
+    beside={LATEST_NAME: ITERATION.encode(), "training_config.yaml": None},
     container="torch",
     also_read=tuple(Spelling(NAMES, SAT_STYLE, prefix) for prefix in ("diffusion_model.", "model.", "")),
     always=ATTENTION,
     one_rank=True,
-    lora_only_note="This folder holds the LoRA only. SAT loads it without a word and leaves the base weights random: the "
-    "videos are noise. Load the base weights first, with a load_checkpoint of their own, or export with --base BASE.",
+    lora_only_note="This folder holds the LoRA only. SAT loads it without a word and leaves the base weights random: "
+    "the videos are noise. Load the base weights before it, by a load_checkpoint of their own, or export with --base.",
 )
 """Its reader ignores keys that are missing and does not look for others."""
 
@@ -96,6 +101,14 @@ def unwrapped_key(key: str) -> str:
 def bare_key(key: str) -> str:
     """A key of the transformer without what the trainer and wrappers put before it."""
     return unwrapped_key(key).removeprefix("model.").removeprefix("diffusion_model.")
+
+
+_TRANSFORMER_STARTS = ("transformer.", "mixins.", "time_embed.", "ofs_embed.")
+
+
+def is_transformer_key(key: str) -> bool:
+    """Whether a key is one of the transformer's, not of the text encoder or the VAE."""
+    return bare_key(key).startswith(_TRANSFORMER_STARTS)
 
 
 def is_lora_key(key: str) -> bool:
