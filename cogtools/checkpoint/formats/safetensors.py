@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from math import prod
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
 from cogtools.checkpoint.dtypes import BY_SAFETENSORS_CODE
 from cogtools.checkpoint.files import FileRange, SourceFile
