@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cogtools.checkpoint.files import is_folder
 from cogtools.conversion.output import AtomicFile
 from cogtools.errors import ExportError, OptionError, OutputError, command
-from cogtools.formatting import counted
+from cogtools.formatting import counted, truncate
 from cogtools.layouts.family import ATTENTION, IN_LAYERS
 
 if TYPE_CHECKING:
@@ -256,4 +256,4 @@ def _equal(first: Sequence[str], second: Sequence[str]) -> int:
 
 def _shown(name: str) -> str:
     name = "".join(char if char.isprintable() else "?" for char in name)
-    return name if len(name) <= MAX_TITLE_CHARS else f"…{name[1 - MAX_TITLE_CHARS :]}"
+    return truncate(name, MAX_TITLE_CHARS, keep="end")

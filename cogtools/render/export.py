@@ -1,4 +1,4 @@
-"""What `export-lora` says."""
+"""What `export-lora` prints."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import json
 from typing import TYPE_CHECKING
 
 from cogtools.conversion.scale import ALPHA_SOURCES
-from cogtools.formatting import number
-from cogtools.render.text import emit, notice, printable, shortened, size, talk
+from cogtools.formatting import number, size
+from cogtools.layouts.recognition import BY_NAME
+from cogtools.render.text import notice, shortened, show, talk
 
 if TYPE_CHECKING:
     from cogtools.errors import CogtoolsError
     from cogtools.export.batch import BatchItem, BatchReport
     from cogtools.export.export import ExportReport
+    from cogtools.layouts.lora import ScalePlace
 
 
 def show_export(report: ExportReport) -> None:
     """Print what was found and written, and how to load it."""
     for text in report.notices:
         notice(text)
-    emit(summary(report))
+    show(*summary(report))
 
 
-def summary(report: ExportReport) -> str:
+def summary(report: ExportReport) -> list[str]:
     """The result in a few lines."""
     rank = "different by module" if report.rank is None else report.rank
     rows = [
@@ -33,17 +35,18 @@ def summary(report: ExportReport) -> str:
             "written" if report.written else "to write",
             f"{report.output}: {report.tensors} tensors, {report.dtype}, {size(report.size_bytes)}",
         ),
+        *(("", str(file)) for file in report.files if file != report.output),
     ]
     if report.largest_relative_error is not None:
-        rows.append(("rounding", f"largest relative error of a tensor {report.largest_relative_error:.2g}"))
+        rows.append(("rounding", f"largest relative error of any tensor {report.largest_relative_error:.2g}"))
     if report.crc32 == "checked":
         rows.append(("checked", "the CRC-32s of the weights that were read"))
     if report.sha256 is not None:
         rows.append(("sha256", report.sha256))
-    lines = [f"{name:<9} {printable(value)}" for name, value in rows]
+    lines = [f"{name:<9} {value}" for name, value in rows]
     if report.written:
         lines += ["", *_how_to_load(report)]
-    return "\n".join(lines)
+    return lines
 
 
 def _scale(report: ExportReport) -> str:
@@ -51,10 +54,17 @@ def _scale(report: ExportReport) -> str:
     alpha = "different by module" if report.alpha is None else number(report.alpha)
     if report.alpha is None and report.scaling is not None:
         alpha = "not stated"
-    return f"{alpha} ({ALPHA_SOURCES[report.alpha_source]}), scaling {_scaling(report)}, {_CARRIED[report.scale]}"
+    carried = {"fold": "multiplied in", "none": "not in the file"}.get(report.scale)
+    carried = carried or _STATED[BY_NAME[report.format].scale]
+    return f"{alpha} ({ALPHA_SOURCES[report.alpha_source]}), scaling {_scaling(report)}, {carried}"
 
 
-_CARRIED = {"metadata": "stated in the header", "fold": "multiplied in", "none": "not in the file"}
+_STATED: dict[ScalePlace, str] = {
+    "header": "stated in the header",
+    "adapter_config": "stated in adapter_config.json",
+    "alpha_tensors": "stated in alpha tensors",
+    "training_config": "stated in training_config.yaml",
+}
 
 
 def _scaling(report: ExportReport) -> str:
@@ -67,41 +77,46 @@ def _scaling(report: ExportReport) -> str:
 
 
 def _how_to_load(report: ExportReport) -> list[str]:
-    folder, name = _literal(str(report.output.parent)), _literal(report.output.name)
-    call = f'pipe.load_lora_weights({folder}, weight_name={name}, adapter_name="lora")'
-    weight = "…" if report.scaling is None else number(report.scaling)
-    if report.scale == "none":
-        return ["Load it, and bring the scale yourself:", f"    {call}",
-                f'    pipe.set_adapters("lora", {weight})']  # fmt: skip
-    return ["Load it at weight 1.0, for the scale is in the file (no set_adapters or fuse_lora with 1/rank):",
-            f"    {call}"]  # fmt: skip
+    usage = BY_NAME[report.format].usage
+    is_scaled = report.scale != "none"
+    facts = {
+        "path": _literal(str(report.output)),
+        "folder": _literal(str(report.folder)),
+        "name": _literal(report.output.name),
+        "weight": "1.0" if is_scaled else "…" if report.weight is None else number(report.weight),
+        "rank": report.rank,
+        "alpha": 1 if report.scale == "fold" else "…" if report.alpha is None else number(report.alpha),
+    }
+    advice, templates = usage.whole if report.has_base and usage.whole is not None else usage[:2]
+    if not is_scaled and usage.unscaled:
+        advice, templates = "Load it and apply the scale:", (*templates, *usage.unscaled)
+    lines = [line.format_map(facts) for line in templates]
+    if report.pipeline is not None and any("pipe." in line for line in lines):
+        lines.insert(0, f"pipe = {report.pipeline}.from_pretrained(...)")
+    return [advice.format_map(facts), *(f"    {line}" for line in lines)]
 
 
 def _literal(text: str) -> str:
-    """A text as Python code has it; JSON's strings are Python's too, but for how they escape."""
-    return printable(json.dumps(text, ensure_ascii=False))
+    """A text as a string in Python code: JSON's strings are valid there."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def show_batch_item(item: BatchItem, *, quiet: bool = False) -> None:
-    """Print what became of one checkpoint of several: a line, and one more that helps if it failed."""
+    """Print the result of one checkpoint of several: a line, and one with a hint if it failed."""
     if item.error is not None:
-        talk(_shown(f"failed   {item.checkpoint}: {_why(item.error)}"))
+        talk(shortened(f"failed   {item.checkpoint}: {_why(item.error)}"))
         if item.error.hint is not None:
-            talk(_shown(f"         try: {item.error.hint}"))
+            talk(shortened(f"         try: {item.error.hint}"))
     elif not quiet:
         report = item.report
         if report is None:
-            emit(_shown(f"{item.status:<8} {item.output or item.checkpoint}: {item.reason}"))
+            show(shortened(f"{item.status:<8} {item.output or item.checkpoint}: {item.reason}"))
         else:
-            emit(_shown(f"{'done    ' if report.written else 'would write'} {item.output}: {_in_short(report)}"))
-
-
-def _shown(line: str) -> str:
-    return shortened(printable(line))
+            show(shortened(f"{'done    ' if report.written else 'would write'} {item.output}: {_in_short(report)}"))
 
 
 def _why(error: CogtoolsError) -> str:
-    """What failed, what was found, and the first of the problems."""
+    """What failed, what was found, and the first problem."""
     details = [f"found: {error.found}"] if error.found else []
     if error.problems:
         more = f" and {len(error.problems) - 1} more" if len(error.problems) > 1 else ""
@@ -116,10 +131,10 @@ def _in_short(report: ExportReport) -> str:
 
 
 def show_batch(report: BatchReport) -> None:
-    """Print the sum of it, and what the user should know: of all once, of one with its name."""
+    """Print how many were exported, and each notice once, with the checkpoints that it is about unless it is all."""
     exports = [(item.checkpoint, item.report) for item in report.exports if item.report is not None]
     done = "would be written" if any(not export.written for _, export in exports) else "done"
-    emit(f"{report.done} {done}, {report.skipped} skipped, {report.failed} failed")
+    show(f"{report.done} {done}, {report.skipped} skipped, {report.failed} failed")
     named: dict[str, list[str]] = {}
     for checkpoint, export in exports:
         for text in export.notices:
