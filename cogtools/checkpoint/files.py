@@ -6,6 +6,7 @@ an error that can be told, not a SIGBUS that ends the process.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import threading
@@ -125,9 +126,10 @@ class SourceFile:
         """Close the file; a second call does nothing."""
         if self._spool is not None:
             self._spool.close()
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):  # It was only read: whatever close reports changes nothing.
+                os.close(fd)
 
     def __enter__(self) -> Self:
         return self
