@@ -221,12 +221,10 @@ def _wrong_modules(lora: Lora, expected: Expected, adapters: dict[Module, tuple[
 
 def _wrong_tensors(lora: Lora, held: dict[str, torch.Tensor]) -> list[Problem]:
     """Differences between the adapters' parameters and the file's tensors, in both directions."""
-    problems = [
-        Problem("missing", key, "in the model, not in the file")
-        for key in sorted(held.keys() - lora.checkpoint.tensors)
-    ]
-    for key, entry in lora.checkpoint.tensors.items():
-        parameter = held.get(key)
+    read = {_as_read(key): key for key in lora.checkpoint.tensors}
+    problems = [Problem("missing", key, "in the model, not in the file") for key in sorted(held.keys() - read.keys())]
+    for name, key in read.items():
+        entry, parameter = lora.checkpoint.tensors[key], held.get(name)
         if parameter is None:
             problems.append(Problem("unexpected", key, "in the file, not in the model"))
         elif parameter.is_meta:
@@ -237,6 +235,15 @@ def _wrong_tensors(lora: Lora, held: dict[str, torch.Tensor]) -> list[Problem]:
         elif not _same_bytes(parameter, entry.storage.range().read()):
             problems.append(Problem("value", key, "other values", "the file's"))
     return problems
+
+
+def _as_read(key: str) -> str:
+    """The key of the parameter that a key of the file fills.
+
+    DoRA's magnitude vectors have become modules; their keys in files have stayed what they were. Source: peft 0.21,
+    tuners/lora/model.py (`LoraModel._remap_adapter_state_dict_for_load`).
+    """
+    return f"{key}.weight" if key.endswith(".lora_magnitude_vector") else key
 
 
 def _same_bytes(parameter: torch.Tensor, expected: bytes) -> bool:
