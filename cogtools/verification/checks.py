@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cogtools.checkpoint.formats import safetensors
 from cogtools.conversion.adapter_config import path_ends
 from cogtools.conversion.plan import FLOATS
 from cogtools.conversion.scale import BY_NOTHING
@@ -40,7 +41,8 @@ _NO_TENSORS = "no tensors"
 def check_readable(lora: Lora) -> Check:
     """Always passes: a file that could not be opened has no checks."""
     tensors = counted(len(lora.checkpoint.tensors), "tensor")
-    return Check("readable", "pass", f"{tensors}, the safetensors library reads it too")
+    is_safetensors = lora.checkpoint.format == safetensors.FORMAT
+    return Check("readable", "pass", tensors + (", the safetensors library reads it too" if is_safetensors else ""))
 
 
 def misnamed(lora: Lora) -> dict[str, LoraKey]:
@@ -131,7 +133,7 @@ def _who_reads_them(lora: Lora, odd: Mapping[str, LoraKey]) -> Hint:
     layout, path = lora.intended, lora.checkpoint.path
     if not lora.tensors:
         return _look(lora)
-    again = command("export-lora", path, "OUT_DIR", advice=f"for {layout.reader}")
+    again = command("export-lora", path, "OUT_DIR", "--format", layout.name, advice=f"for {layout.reader}")
     if not odd:
         return Hint(f"name it {layout.file_name}") if _wrong_file_name(lora) else _look(lora)
     readers = {None if (reading := lora.reading(key)) is None else reading.layout for key in odd}
@@ -348,8 +350,14 @@ def _scale_without_config(lora: Lora, found: Mapping[Module, float]) -> Check:
         return Check("scale", "fail", f"there is no adapter_config.json, without which {layout.reader} loads nothing")
     statement = lora.statements().get(layout.scale)
     if statement is not None:
-        alpha = f": alpha {number(statement.alpha)} in {counted(len(lora.alphas), 'tensor')}" if statement.alpha else ""
+        where = f" in {counted(len(lora.alphas), 'tensor')}" if lora.alphas else ""
+        alpha = f": alpha {number(statement.alpha)}{where}" if statement.alpha else ""
         return Check("scale", "pass", f"scaling {figures(found.values())}{alpha}")
+    if layout.unstated_alpha is not None:
+        seen = (
+            f"{layout.reader} runs it at scaling {figures(found.values())}: its default alpha, {layout.unstated_alpha}"
+        )
+        return Check("scale", "pass", seen)
     if layout.scale == "nowhere":
         return Check("scale", "pass", f"{layout.reader} reads no scale: it runs the file at scaling 1")
     where = {"header": diffusers.METADATA_KEY, "alpha_tensors": "alpha tensors"}.get(layout.scale, layout.scale)
@@ -389,14 +397,14 @@ def _cure(problems: Iterable[Problem], lora: Lora) -> Hint | None:
 def _weight(lora: Lora) -> Hint:
     """How to load a file that does not state its scale, and how to make one of it that does."""
     record, path = lora.record, lora.checkpoint.path
-    if record.scale == "none" and record.alpha is not None and record.rank is not None:
-        weight = number(record.alpha / record.rank)
-        return Hint(f"load it at weight {weight}, as it was exported with --scale none")
     rank = next(iter(lora.ranks.values()), 0)
+    recorded = record.scaling_of(rank) if record.scale == "none" else None
+    if recorded is not None:
+        return Hint(f"load it at weight {number(recorded)}, as it was exported with --scale none")
     weight = number(1 / rank) if rank else "1 / rank"
     return command(
-        "export-lora", path, "OUT_DIR", "--alpha", "ALPHA",
-        advice=f"load it at weight alpha / rank ({weight} for SAT's default alpha); to write a file that states it",
+        "export-lora", path, "OUT_DIR", "--format", lora.intended.name, "--alpha", "1",
+        advice=f"load it at weight alpha / rank ({weight} for SAT's default alpha, 1); to write a file that states it",
     )  # fmt: skip
 
 
