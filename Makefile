@@ -34,7 +34,7 @@ format: $(READY)  ## Put the code into the project's format.
 bench: $(READY)  ## Measure speed and memory against torch and diffusers, as ratios.
 	$(BIN)/python -m benchmarks.bench .bench
 
-stress: $(READY)  ## Kill hundreds of exports at random moments.
+stress: $(READY)  ## Kill hundreds of exports at random moments, and send others storms of signals.
 	$(BIN)/python -m tests.support.interruption --kills 300 --storms 300
 
 fuzz: $(READY)  ## Fuzz all that reads files, for SECONDS=300 in all.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from typing import NoReturn
 
@@ -32,8 +31,10 @@ def _run() -> int:
 
         return run(sys.argv[1:])
     except Exception as error:  # noqa: BLE001 - whatever it is, it ends with exit code 2
-        with contextlib.suppress(Exception):  # no memory may be left even for a message
+        try:
             _show(error)
+        except Exception:  # noqa: BLE001 - no memory is left for more
+            sys.stderr.write(f"error: {error!r}\n")
         return 2
 
 

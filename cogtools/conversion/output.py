@@ -2,8 +2,8 @@
 
 A target is one file (`AtomicFile`) or a set of files in a folder of their own (`AtomicFolder`). It grows beside its
 place under a temporary name, is synced, and then takes its name. Whatever happens before that leaves the target as it
-was. What a killed run has left is told from what is still being written by a lock: the writer holds it, and it goes
-with the process.
+was. A lock tells what a killed run has left from what is still being written: the writer holds it, and it ends with the
+process.
 
 One step is enough for a file, and for a folder where none is yet. A folder that is replaced takes two: the old one is
 moved aside, the new one takes its name. What a killed run left between the two is put back by the next one.

@@ -17,7 +17,7 @@ from cogtools.checkpoint.decoding import doubles, tensor_doubles
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.conversion.plan import plan_lora
-from cogtools.conversion.scale import ALPHA_SOURCES, BY_DEFAULT, BY_HAND
+from cogtools.conversion.scale import ALPHA_SOURCES, BY_CONFIG, BY_DEFAULT, BY_HAND, BY_NOTHING
 from cogtools.conversion.training_config import FILE_NAME as CONFIG_FILE_NAME
 from cogtools.errors import CheckpointError, Hint, Problem, command
 from cogtools.formatting import counted, number
@@ -285,19 +285,20 @@ def _check_scale(lora: Lora, plan: LoraPlan, found: Mapping[Module, float]) -> C
     seen = f"scaling {figures(wrong.values())}"
     seen += "" if len(wrong) == len(found) else f" in {counted(len(wrong), 'module')}"
     by_hand = _by_hand(record, plan, wrong)
+    is_unstated = plan.config is None and plan.scale.source in (BY_DEFAULT, BY_NOTHING)
     if is_nothing and record.scale == "none":
         weight = figures(wanted.values())
         recorded = record.scaling_of(plan.rank) if plan.rank is not None else None
-        if plan.config is None and recorded is not None:
+        if is_unstated and recorded is not None:
             weight = number(recorded)
         return Check(name, "warn", f"left out, as the file's record says: load it at weight {weight}")
-    if plan.config is None and by_hand:
+    if is_unstated and by_hand:
         return Check(name, "pass", f"{seen}: {by_hand}{_over(plan.rank, record)}")
-    if plan.config is None and not is_nothing and plan.scale.source == BY_DEFAULT:
+    if is_unstated and not is_nothing and plan.scale.source == BY_DEFAULT:
         return Check(name, "warn", f"{seen}; {_not_known(record)}", hint=_KEEP_THE_CONFIG)
     if by_hand:
         seen = f"{seen}: {by_hand}{_over(plan.rank, record)}; but {_contradiction(plan)}"
-        return Check(name, "warn", seen, hint=_WITHOUT_ALPHA)
+        return Check(name, "warn", seen, hint=_WITHOUT_ALPHA if plan.config is not None else None)
     return Check(name, "fail", f"{seen}, where the training's is {figures(wanted.values())}: {why}")
 
 
@@ -344,4 +345,6 @@ def _contradiction(plan: LoraPlan) -> str:
     shown = "different by module" if alpha is None else number(alpha)
     if plan.scale.source == BY_DEFAULT:
         return f"{CONFIG_FILE_NAME} sets no lora_alpha, so the training used {shown}, SAT's default"
-    return f"{CONFIG_FILE_NAME} says alpha {shown}"
+    if plan.scale.source == BY_CONFIG:
+        return f"{CONFIG_FILE_NAME} says alpha {shown}"
+    return f"alpha {shown} is {ALPHA_SOURCES[plan.scale.source]} of what it was made of"

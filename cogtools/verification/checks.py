@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from cogtools.conversion.adapter_config import AdapterConfig
     from cogtools.conversion.lora import Lora
-    from cogtools.conversion.record import ExportRecord
     from cogtools.layouts.family import Module
     from cogtools.verification.expected import Expected
 
@@ -354,10 +353,8 @@ def _scale_without_config(lora: Lora, found: Mapping[Module, float]) -> Check:
         alpha = f": alpha {number(statement.alpha)}{where}" if statement.alpha else ""
         return Check("scale", "pass", f"scaling {figures(found.values())}{alpha}")
     if layout.unstated_alpha is not None:
-        seen = (
-            f"{layout.reader} runs it at scaling {figures(found.values())}: its default alpha, {layout.unstated_alpha}"
-        )
-        return Check("scale", "pass", seen)
+        default = f"its default alpha, {number(layout.unstated_alpha)}"
+        return Check("scale", "pass", f"{layout.reader} runs it at scaling {figures(found.values())}: {default}")
     if layout.scale == "nowhere":
         return Check("scale", "pass", f"{layout.reader} reads no scale: it runs the file at scaling 1")
     where = {"header": diffusers.METADATA_KEY, "alpha_tensors": "alpha tensors"}.get(layout.scale, layout.scale)
@@ -450,15 +447,23 @@ def check_record(lora: Lora, expected: Expected, found: Mapping[Module, float]) 
     name, record = "record", lora.record
     facts: list[str] = []
     problems: list[Problem] = []
-    scaling = recorded_scaling(record)
+    wanted = recorded_scalings(lora)
     stated = stated_of(lora)
     is_nothing = stated is None or stated.is_nothing
-    if scaling is not None and record.alpha is not None and not (record.scale == "none" and is_nothing):
-        facts.append(f"alpha {number(record.alpha)} (scale: {record.scale})")
-        wrong = [value for value in found.values() if not math.isclose(value, scaling, rel_tol=1e-9)]
+    if wanted and not (record.scale == "none" and is_nothing):
+        value = record.alpha if record.alpha is not None else record.scaling
+        if value is not None:
+            kind = "alpha" if record.alpha is not None else "scaling"
+            facts.append(f"{kind} {number(value)} (scale: {record.scale})")
+        wrong = {
+            module: scaling
+            for module, scaling in found.items()
+            if module in wanted and not math.isclose(scaling, wanted[module], rel_tol=1e-6)
+        }
         if wrong:
-            where = f"scaling {figures(wrong)} in {counted(len(wrong), 'module')}"
-            problems.append(Problem("scale", "the stated scale", where, f"scaling {number(scaling)}"))
+            where = f"scaling {figures(wrong.values())} in {counted(len(wrong), 'module')}"
+            due = figures(wanted[module] for module in wrong)
+            problems.append(Problem("scale", "the stated scale", where, f"scaling {due}"))
     rank_found, dtypes = ranks(lora, expected), [tensor.entry.dtype.name for tensor in lora.tensors.values()]
     if record.rank is not None and rank_found:
         facts.append(f"rank {record.rank}")
@@ -474,8 +479,12 @@ def check_record(lora: Lora, expected: Expected, found: Mapping[Module, float]) 
     return judged(name, problems, f"{seen}, as exported", f"exported with {seen}; the file was changed since")
 
 
-def recorded_scaling(record: ExportRecord) -> float | None:
-    """The scaling that a file should state by its record; None if that does not say."""
-    if record.alpha is None or record.rank is None or record.scale not in ("metadata", "fold", "none"):
-        return None
-    return 1.0 if record.scale == "fold" else record.alpha / record.rank
+def recorded_scalings(lora: Lora) -> dict[Module, float]:
+    """The scaling that each module of a file should have by its record, as far as that tells."""
+    record, layout = lora.record, lora.intended
+    found: dict[Module, float] = {}
+    for module, rank in lora.ranks.items():
+        scaling = record.scaling_of(rank) if record.scale in ("metadata", "fold", "none") and rank else None
+        if scaling is not None:
+            found[module] = (layout.scaling_unstated(rank) or 1.0) if record.scale == "fold" else scaling
+    return found
