@@ -14,6 +14,7 @@ from cogtools.version import __version__
 
 if TYPE_CHECKING:
     from cogtools.checkpoint.opening import open_checkpoint
+    from cogtools.conversion.summary import LoraModule, LoraSummary, read_lora
     from cogtools.errors import CogtoolsError
     from cogtools.export.export import ExportReport, export_lora
     from cogtools.inspection.inspect import inspect_checkpoint
@@ -26,11 +27,14 @@ _HOME = {
     "CheckpointReport": "cogtools.inspection.report",
     "CogtoolsError": "cogtools.errors",
     "ExportReport": "cogtools.export.export",
+    "LoraModule": "cogtools.conversion.summary",
+    "LoraSummary": "cogtools.conversion.summary",
     "VerifyReport": "cogtools.verification.report",
     "Selection": "cogtools.inspection.selection",
     "export_lora": "cogtools.export.export",
     "inspect_checkpoint": "cogtools.inspection.inspect",
     "open_checkpoint": "cogtools.checkpoint.opening",
+    "read_lora": "cogtools.conversion.summary",
     "verify_lora": "cogtools.verification.verify",
 }
 
@@ -38,12 +42,15 @@ __all__ = [
     "CheckpointReport",
     "CogtoolsError",
     "ExportReport",
+    "LoraModule",
+    "LoraSummary",
     "Selection",
     "VerifyReport",
     "__version__",
     "export_lora",
     "inspect_checkpoint",
     "open_checkpoint",
+    "read_lora",
     "verify_lora",
 ]
 

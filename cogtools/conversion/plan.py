@@ -467,6 +467,11 @@ def _shape_text(expected: tuple[int | None, ...]) -> str:
     return str(tuple("any" if size is None else size for size in expected)).replace("'", "")
 
 
+def can_hold(layout: LoraLayout, lora: Lora) -> bool:
+    """Whether a layout has a place for all that a LoRA has."""
+    return not _without_place(lora, layout)
+
+
 def _without_place(lora: Lora, layout: LoraLayout) -> list[Problem]:
     """The tensors that the target layout has no place for, or cannot be together in it."""
     expected = f"a module and a part that {layout.reader} has, for --format {layout.name}"
