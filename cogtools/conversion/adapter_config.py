@@ -44,22 +44,24 @@ class FieldRule(NamedTuple):
     """What is known of a field of LoraConfig.
 
     Attributes:
-        values: the values that change nothing, or whose effect is checked elsewhere, besides null.
+        values: the values that change nothing, or whose effect is checked elsewhere.
+        null: whether null is one of them, as it is where PEFT has no other default.
         fits: tells the same of a value, where there are many.
         expression: the regular expression that PEFT makes of a text in a value, and matches with every module.
         is_imported: whether the libraries import a module by the name that a value gives.
     """
 
     values: tuple[object, ...] = ()
+    null: bool = True
     fits: Callable[[object], bool] | None = None
     expression: str | None = None
     is_imported: bool = False
 
     def knows(self, value: object) -> bool:
         """Whether the effect of this value is known."""
-        if value is None or any(_equal(value, known) for known in self.values):
-            return True
-        return self.fits is not None and self.fits(value)
+        if value is None:
+            return self.null
+        return any(_equal(value, known) for known in self.values) or (self.fits is not None and self.fits(value))
 
 
 def _equal(value: object, known: object) -> bool:
@@ -84,8 +86,9 @@ def _is_layers(value: object) -> bool:
     return value == [] or _layers(value) is not None
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float))
+def _is_dropout(value: object) -> TypeGuard[float]:
+    """Whether PEFT takes a value for a dropout; what is not above 0 is none."""
+    return isinstance(value, (int, float)) and not value > 1
 
 
 FIELDS: Mapping[str, FieldRule] = {
@@ -102,10 +105,10 @@ FIELDS: Mapping[str, FieldRule] = {
     # what else an adapter has: held against the tensors
     "use_dora": FieldRule((False, True)),
     "lora_bias": FieldRule((False, True)),
-    "bias": FieldRule(("none", "all", "lora_only")),
+    "bias": FieldRule(("none", "all", "lora_only"), null=False),
     # how a training begins: of no effect once the weights are loaded
     "init_lora_weights": FieldRule((True, False, "gaussian", "orthogonal")),
-    "lora_dropout": FieldRule(fits=_is_number),
+    "lora_dropout": FieldRule(null=False, fits=_is_dropout),
     # about the file
     "peft_type": FieldRule(fits=_always),
     "peft_version": FieldRule(fits=_is_text),
@@ -130,7 +133,7 @@ FIELDS: Mapping[str, FieldRule] = {
     "megatron_config": FieldRule(is_imported=True),
     "modules_to_save": FieldRule(([],), expression=r"(^|.*\.){}($|\..*)"),
     "monteclora_config": FieldRule(),
-    "runtime_config": FieldRule(),
+    "runtime_config": FieldRule(null=False),
     "target_parameters": FieldRule(),
     "task_type": FieldRule(),
     "trainable_token_indices": FieldRule(),
@@ -357,6 +360,8 @@ def _read_fields(fields: Mapping[str, object], place: str, *, in_header: bool) -
         problems.append(Problem("invalid", "r", _shown(rank), "a whole number, 1 or more"))
     if "lora_alpha" in fields and not is_positive(alpha):
         problems.append(Problem("invalid", "lora_alpha", _shown(alpha), "a number above 0"))
+    if fields.get("layers_pattern") and fields.get("layers_to_transform") is None:
+        problems.append(Problem("invalid", "layers_pattern", "stated alone", "layers_to_transform beside it"))
     unknown = sorted(fields.keys() - FIELDS.keys())
     doubts = []
     if in_header:
@@ -399,7 +404,7 @@ def live_dropout(fields: Mapping[str, object]) -> float | None:
     switches it off when it loads a folder.
     """
     value = fields.get("lora_dropout")
-    return value if _is_number(value) and value > 0 else None
+    return value if _is_dropout(value) and value > 0 else None
 
 
 def _live_dropout(fields: Mapping[str, object]) -> list[Problem]:

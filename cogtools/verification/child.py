@@ -58,6 +58,7 @@ def ask(module: str, question: Mapping[str, object], what: str) -> dict[str, obj
             answer, talk = _watch(process, json.dumps(question).encode(), what)
         finally:
             process.kill()
+            process.wait()  # also after Ctrl-C, for which Popen does not wait
     try:
         found = json.loads(answer)
     except ValueError as error:
