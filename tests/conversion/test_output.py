@@ -236,7 +236,7 @@ def test_a_limit_that_is_reached_leaves_nothing(target: Path, how: str) -> None:
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="there is no room for the output"):
+    with pytest.raises(OutputError, match="not enough disk space for the output"):
         refuse_unwritable(tmp_path / "not" / "there" / "a.safetensors", 1 << 62)
     assert names(tmp_path) == []
 
