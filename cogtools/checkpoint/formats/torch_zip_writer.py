@@ -1,351 +1,223 @@
-"""Writing a file of `torch.save`: a zip archive of plain tensors, streamed, without torch.
+"""Writing a file of `torch.save` with nothing but a state dict of plain tensors, piece by piece and without torch.
 
-    <root>/data.pkl                  {wrapper: OrderedDict of the tensors}, pickle protocol 2
-    <root>/.format_version           1
-    <root>/.storage_alignment        64: every entry's bytes begin at a multiple of it
-    <root>/byteorder                 little
-    <root>/data/0, 1 …               the bytes of each tensor, which has a storage of its own
-    <root>/version                   3
-    <root>/.data/serialization_id    40 digits
+    archive/data.pkl        {wrapper: {key: tensor}}, pickle protocol 2
+    archive/byteorder       "little"
+    archive/data/<number>   the bytes of a tensor, from a multiple of 64 on, so that torch.load can map them
+    archive/version         "3"
 
-Everything has its place before the first byte is written. The CRC-32s are computed by a thread beside the copying and
-are filled in last: entries have them behind their bytes, in a data descriptor, as PyTorch's writer has it.
+Everything but the CRC-32s is known from keys, dtypes and shapes. Those stand behind the bytes of a tensor, in a data
+descriptor as PyTorch's own writer has them, and in the directory at the end.
 
-The same tensors give the same bytes. Such a file loads with `torch.load(weights_only=True)`, mapped or not.
+`torch.load(weights_only=True)` reads the result: the pickle names `collections.OrderedDict`, torch's storage classes
+and `torch._utils._rebuild_tensor_v2`, nothing else.
 
-Format: PyTorch's writer, caffe2/serialize/inline_container.cc; PKWARE's APPNOTE.TXT.
+Not supported: dtypes without a storage class, such as float8.
+
+Format: PyTorch's writer, caffe2/serialize/inline_container.cc; torch/serialization.py (`_save`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import pickle
-import queue
 import struct
-import threading
 import zlib
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
-from cogtools.checkpoint.files import FileRange
+from cogtools.checkpoint.formats.signatures import ZIP_MAGIC
+from cogtools.checkpoint.formats.zip_archive import (
+    DIRECTORY_HEADER,
+    DIRECTORY_MAGIC,
+    END,
+    END64,
+    END64_LOCATOR,
+    END64_LOCATOR_MAGIC,
+    END64_MAGIC,
+    END_MAGIC,
+    EXTRA_ZIP64,
+    IN_EXTRA_ZIP64,
+    LOCAL_HEADER,
+)
 from cogtools.checkpoint.tensors import contiguous_strides
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterator, Sequence
 
+    from cogtools.checkpoint.dtypes import DType
     from cogtools.checkpoint.formats.safetensors import TensorSpec
 
-_ROOT = "archive"
-_ALIGNMENT = 64
-_FLAGS = 0x0808  # a data descriptor follows the bytes; names are UTF-8
+ROOT = "archive"
+ALIGNMENT_BYTES = 64
+VERSION = b"3\n"
 
-_IN_ZIP64 = 0xFFFFFFFF
-"""Sizes and offsets from here on stand in fields of zip64."""
-
-_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
-_DIRECTORY_HEADER = struct.Struct("<4s6H3L5H2L")
-_END = struct.Struct("<4s4H2LH")
-_END64_LOCATOR = struct.Struct("<4sLQL")
-_END64 = struct.Struct("<4sQ2H2L4Q")
-_CRC32_OFFSET = 4
-"""Where in a data descriptor the CRC-32 stands."""
-
-_CHUNK_BYTES = 1 << 20
-_WAITING = 8
-"""How many parts may wait for their CRC-32: what was computed is held in memory till then."""
-
-
-class Output(Protocol):
-    """What an archive is written to."""
-
-    def write(self, data: bytes) -> None:
-        """Append bytes."""
-
-    def copy(self, source: FileRange) -> None:
-        """Append a range of another file."""
-
-    def write_at(self, offset_bytes: int, data: bytes) -> None:
-        """Write over what was appended."""
+_DATA_DESCRIPTOR = 1 << 3  # bit 3 of an entry's flags: its CRC-32 stands behind its bytes
+_ZIP_VERSION, _ZIP64_VERSION = 20, 45
+_DATE = 1 << 5 | 1  # 1980-01-01: the same content gives the same bytes
+_PADDING = 0x4246  # the extra field by which PyTorch's writer moves bytes to where it wants them
+_EXTRA_HEADER = struct.Struct("<HH")
+_SIZES64 = struct.Struct("<HHQQ")
+_MAX_COUNT = 0xFFFF
+_DESCRIPTOR_MAGIC = b"PK\x07\x08"
 
 
 class _Entry(NamedTuple):
-    """An entry and its place.
+    """An entry of the archive.
 
     Attributes:
         name: its name.
-        offset: where its header begins.
-        header: that, and the padding up to its bytes.
-        content: its bytes; None if they are a tensor's.
-        size_bytes: how many they are.
+        size_bytes: of its content.
+        offset_bytes: where its header begins.
+        header: the header, up to where the content begins.
     """
 
     name: bytes
-    offset: int
-    header: bytes
-    content: bytes | None
     size_bytes: int
+    offset_bytes: int
+    header: bytes
 
     @property
     def is_large(self) -> bool:
-        """Whether its size stands in fields of zip64."""
-        return self.size_bytes >= _IN_ZIP64
-
-    @property
-    def descriptor_offset(self) -> int:
-        """Where its data descriptor begins."""
-        return self.offset + len(self.header) + self.size_bytes
+        return self.size_bytes >= IN_EXTRA_ZIP64
 
     @property
     def end(self) -> int:
-        """Where the next entry begins."""
-        return self.descriptor_offset + len(self.descriptor(0))
-
-    def descriptor(self, crc32: int) -> bytes:
-        """What follows its bytes."""
-        sizes = "2Q" if self.is_large else "2L"
-        return struct.pack(f"<4sL{sizes}", b"PK\x07\x08", crc32, self.size_bytes, self.size_bytes)
-
-    def directory_header(self, crc32: int) -> bytes:
-        """What the directory says of it."""
-        fields = [self.size_bytes] * 2 * self.is_large + [self.offset] * (self.offset >= _IN_ZIP64)
-        extra = struct.pack(f"<2H{len(fields)}Q", 1, 8 * len(fields), *fields) if fields else b""
-        size, offset = min(self.size_bytes, _IN_ZIP64), min(self.offset, _IN_ZIP64)
-        numbers = (0, 0, _FLAGS, 0, 0, 0, crc32, size, size, len(self.name), len(extra), 0, 0, 0, 0, offset)
-        return _DIRECTORY_HEADER.pack(b"PK\x01\x02", *numbers) + self.name + extra
+        """Where the next entry begins: after its content and its data descriptor."""
+        return self.offset_bytes + len(self.header) + self.size_bytes + (24 if self.is_large else 16)
 
 
-class TorchZip:
-    """A file of `torch.save` that is laid out and not yet written.
+class TorchArchive:
+    """The bytes of a file of `torch.save`, but for the content of its tensors.
 
-        archive = TorchZip(tensors, wrapper="module")
-        output.reserve(archive.size_bytes)
-        archive.write(output, contents)
-
-    Args:
-        tensors: what it holds, in this order. Their dtypes must be those that have a typed storage.
-        wrapper: the key under which the tensors lie; None: they are all that the pickle holds.
+    The file is `start`; then, for each tensor in order, `before` it, its content, what comes `after` it; then `end`.
 
     Attributes:
-        size_bytes: of the whole file.
+        size_bytes: the size of the file.
     """
 
-    def __init__(self, tensors: Sequence[TensorSpec], *, wrapper: str | None = "module") -> None:
-        content = _pickled(tensors, wrapper)
-        identity = int.from_bytes(hashlib.sha256(content).digest(), "big") % 10**40
-        small = [("data.pkl", content), (".format_version", b"1"), (".storage_alignment", b"%d" % _ALIGNMENT)]
-        last = [("version", b"3\n"), (".data/serialization_id", b"%040d" % identity)]
-        self._entries: list[_Entry] = []
-        for name, data in [*small, ("byteorder", b"little")]:
-            self._add(name, data, len(data))
-        for number, tensor in enumerate(tensors):
-            self._add(f"data/{number}", None, tensor.size_bytes)
-        for name, data in last:
-            self._add(name, data, len(data))
-        self.size_bytes = self._entries[-1].end + len(self._directory([0] * len(self._entries)))
-
-    def _add(self, name: str, content: bytes | None, size_bytes: int) -> None:
-        offset = self._entries[-1].end if self._entries else 0
-        encoded = f"{_ROOT}/{name}".encode()
-        self._entries.append(_Entry(encoded, offset, _local_header(encoded, offset, size_bytes), content, size_bytes))
-
-    def write(
-        self,
-        output: Output,
-        contents: Iterable[Iterable[FileRange | bytes]],
-        advance: Callable[[int], None] = lambda _: None,
-    ) -> None:
-        """Write all of it.
+    def __init__(self, tensors: Sequence[TensorSpec], wrapper: str) -> None:
+        """Lay out a file.
 
         Args:
-            output: where to, from its beginning.
-            contents: the bytes of each tensor, in the order in which they were given, in parts.
-            advance: called with the bytes of tensors that were written, as they are.
-
-        Raises:
-            CogtoolsError: if it cannot be read or written.
+            tensors: the state dict. Each gets a storage of its own.
+            wrapper: the key under which it lies.
         """
-        following = iter(contents)
-        with _Crc32s(len(self._entries)) as crc32s:
-            for number, entry in enumerate(self._entries):
-                output.write(entry.header)
-                for part in next(following) if entry.content is None else (entry.content,):
-                    if isinstance(part, FileRange):
-                        output.copy(part)
-                    else:
-                        output.write(part)
-                    crc32s.add(number, part)
-                    if entry.content is None:
-                        advance(part.size_bytes if isinstance(part, FileRange) else len(part))
-                output.write(entry.descriptor(0))
-            found = crc32s.finish()
-        for entry, crc32 in zip(self._entries, found, strict=True):
-            output.write_at(entry.descriptor_offset + _CRC32_OFFSET, struct.pack("<L", crc32))
-        output.write(self._directory(found))
+        self._entries: list[_Entry] = []
+        self._crc32s: list[int] = []
+        small = {"data.pkl": _state_dict(tensors, wrapper), "byteorder": b"little", "version": VERSION}
+        self.start = b"".join(self._small(name, content) for name, content in small.items())
+        self._first = len(self._entries)
+        for number, tensor in enumerate(tensors):
+            self._add(f"data/{number}", tensor.size_bytes)
+        self._directory_offset = self._entries[-1].end
+        self.size_bytes = self._directory_offset + len(self._directory([0] * len(self._entries)))
+
+    def _add(self, name: str, size_bytes: int) -> _Entry:
+        offset = self._entries[-1].end if self._entries else 0
+        encoded = f"{ROOT}/{name}".encode()
+        is_large = size_bytes >= IN_EXTRA_ZIP64
+        shown_size = IN_EXTRA_ZIP64 if is_large else size_bytes
+        extra = _SIZES64.pack(EXTRA_ZIP64, 16, size_bytes, size_bytes) if is_large else b""
+        unpadded = offset + LOCAL_HEADER.size + len(encoded) + len(extra) + _EXTRA_HEADER.size
+        padding = -unpadded % ALIGNMENT_BYTES
+        extra += _EXTRA_HEADER.pack(_PADDING, padding) + b"Z" * padding
+        version = _ZIP64_VERSION if is_large else _ZIP_VERSION
+        sizes = (0, shown_size, shown_size, len(encoded), len(extra))
+        header = LOCAL_HEADER.pack(ZIP_MAGIC, version, _DATA_DESCRIPTOR, 0, 0, _DATE, *sizes)
+        entry = _Entry(encoded, size_bytes, offset, header + encoded + extra)
+        self._entries.append(entry)
+        return entry
+
+    def _small(self, name: str, content: bytes) -> bytes:
+        entry = self._add(name, len(content))
+        return entry.header + content + self._ended(entry, zlib.crc32(content))
+
+    def before(self, number: int) -> bytes:
+        """What stands before the content of a tensor."""
+        return self._entries[self._first + number].header
+
+    def after(self, number: int, crc32: int) -> bytes:
+        """What stands behind the content of a tensor, which has this CRC-32. Tensors end in their order."""
+        return self._ended(self._entries[self._first + number], crc32)
+
+    def _ended(self, entry: _Entry, crc32: int) -> bytes:
+        self._crc32s.append(crc32)
+        sizes = struct.Struct("<QQ" if entry.is_large else "<LL").pack(entry.size_bytes, entry.size_bytes)
+        return _DESCRIPTOR_MAGIC + struct.pack("<L", crc32) + sizes
+
+    def end(self) -> bytes:
+        """The directory, when all tensors have ended."""
+        return self._directory(self._crc32s)
 
     def _directory(self, crc32s: Sequence[int]) -> bytes:
-        """The directory, and the ends after it."""
-        headers = [entry.directory_header(crc32) for entry, crc32 in zip(self._entries, crc32s, strict=True)]
-        start, size, count = self._entries[-1].end, sum(map(len, headers)), len(headers)
-        end64 = _END64.pack(b"PK\x06\x06", _END64.size - 12, 45, 45, 0, 0, count, count, size, start)
-        locator = _END64_LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1)
-        shown = min(count, 0xFFFF)
-        end = _END.pack(b"PK\x05\x06", 0, 0, shown, shown, size, min(start, _IN_ZIP64), 0)
-        return b"".join([*headers, end64, locator, end])
+        listed = b"".join(_listed(entry, crc32) for entry, crc32 in zip(self._entries, crc32s, strict=True))
+        count, size, offset = len(self._entries), len(listed), self._directory_offset
+        if count <= _MAX_COUNT and offset < IN_EXTRA_ZIP64:
+            return listed + END.pack(END_MAGIC, 0, 0, count, count, size, offset, 0)
+        # The size in this record is of what follows its first two fields.
+        body = (END64.size - 12, _ZIP64_VERSION, _ZIP64_VERSION, 0, 0, count, count, size, offset)
+        locator = END64_LOCATOR.pack(END64_LOCATOR_MAGIC, 0, offset + size, 1)
+        last = END.pack(END_MAGIC, 0, 0, _MAX_COUNT, _MAX_COUNT, IN_EXTRA_ZIP64, IN_EXTRA_ZIP64, 0)
+        return listed + END64.pack(END64_MAGIC, *body) + locator + last
 
 
-def _local_header(name: bytes, offset: int, size_bytes: int) -> bytes:
-    """An entry's own header, padded so that its bytes are aligned."""
-    zip64 = struct.pack("<2H2Q", 1, 16, 0, 0) if size_bytes >= _IN_ZIP64 else b""
-    size = _IN_ZIP64 if zip64 else 0
-    before = offset + _LOCAL_HEADER.size + len(name) + len(zip64) + 4
-    padding = struct.pack("<2sH", b"FB", -before % _ALIGNMENT) + b"Z" * (-before % _ALIGNMENT)
-    fixed = _LOCAL_HEADER.pack(b"PK\x03\x04", 0, _FLAGS, 0, 0, 0, 0, size, size, len(name), len(zip64) + len(padding))
-    return fixed + name + zip64 + padding
+def _listed(entry: _Entry, crc32: int) -> bytes:
+    """An entry in the directory: what does not fit into 32 bits stands in an extra field."""
+    numbers = (entry.size_bytes, entry.size_bytes, entry.offset_bytes)
+    wide = [number for number in numbers if number >= IN_EXTRA_ZIP64]
+    narrow = [min(number, IN_EXTRA_ZIP64) for number in numbers]
+    extra = struct.pack(f"<HH{len(wide)}Q", EXTRA_ZIP64, 8 * len(wide), *wide) if wide else b""
+    version = _ZIP64_VERSION if wide else _ZIP_VERSION
+    lengths = (len(entry.name), len(extra), 0, 0, 0)
+    fields = (version, version, _DATA_DESCRIPTOR, 0, 0, _DATE, crc32, narrow[0], narrow[1], *lengths, 0, narrow[2])
+    return DIRECTORY_HEADER.pack(DIRECTORY_MAGIC, *fields) + entry.name + extra
 
 
-class _Crc32s:
-    """Computes the CRC-32s of entries in a thread, from what is added part by part.
-
-    Ranges of files are read a second time, which is faster than copying through this process.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._values = [0] * count
-        self._parts: queue.Queue[tuple[int, FileRange | bytes] | None] = queue.Queue(_WAITING)
-        self._error: Exception | None = None
-        self._thread: threading.Thread | None = threading.Thread(target=self._run, name="crc32")
-
-    def __enter__(self) -> _Crc32s:
-        try:
-            if self._thread is not None:
-                self._thread.start()
-        except RuntimeError:  # no more threads: `add` does it
-            self._thread = None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
-
-    def add(self, number: int, part: FileRange | bytes) -> None:
-        """Go on with the CRC-32 of an entry."""
-        if self._thread is None:
-            self._update(number, part)
-        else:
-            self._parts.put((number, part))
-
-    def finish(self) -> list[int]:
-        """Wait for all of them.
-
-        Raises:
-            CheckpointError: if a range cannot be read.
-        """
-        self._end()
-        if self._error is not None:
-            raise self._error
-        return self._values
-
-    def _end(self) -> None:
-        if self._thread is not None and self._thread.is_alive():
-            self._parts.put(None)
-            self._thread.join()
-
-    def _run(self) -> None:
-        while (item := self._parts.get()) is not None:
-            if self._error is None:
-                try:
-                    self._update(*item)
-                except Exception as error:  # noqa: BLE001 - raised again by `finish`, in the thread that waits
-                    self._error = error
-
-    def _update(self, number: int, part: FileRange | bytes) -> None:
-        if not isinstance(part, FileRange):
-            self._values[number] = zlib.crc32(part, self._values[number])
-            return
-        file, start, size_bytes = part
-        for position in range(0, size_bytes, _CHUNK_BYTES):
-            data = file.read(start + position, min(_CHUNK_BYTES, size_bytes - position))
-            self._values[number] = zlib.crc32(data, self._values[number])
+# The pickle
 
 
-def _pickled(tensors: Sequence[TensorSpec], wrapper: str | None) -> bytes:
-    """The pickle, as `torch.save` writes one of protocol 2."""
-    writer = _PickleWriter()
-    writer.put(pickle.PROTO, b"\x02")
-    if wrapper is not None:
-        writer.put(pickle.EMPTY_DICT)
-        writer.text(wrapper)
-    writer.empty_ordered_dict()
-    if tensors:
-        writer.put(pickle.MARK)
-        for number, tensor in enumerate(tensors):
-            writer.text(tensor.key)
-            writer.tensor(tensor, str(number))
-        writer.put(pickle.SETITEMS)
-    if wrapper is not None:
-        writer.put(pickle.SETITEM)
-    writer.put(pickle.STOP)
-    return bytes(writer.content)
+def _state_dict(tensors: Sequence[TensorSpec], wrapper: str) -> bytes:
+    """{wrapper: {key: tensor}} as `torch.save` pickles it; the number of a tensor is the name of its storage."""
+    return b"".join(
+        [
+            pickle.PROTO + b"\x02",
+            pickle.EMPTY_DICT + pickle.MARK + _text(wrapper) + pickle.EMPTY_DICT + pickle.MARK,
+            *(_text(tensor.key) + b"".join(_tensor(number, tensor)) for number, tensor in enumerate(tensors)),
+            pickle.SETITEMS + pickle.SETITEMS + pickle.STOP,
+        ]
+    )
 
 
-class _PickleWriter:
-    """Writes the instructions of a pickle."""
+def _tensor(number: int, tensor: TensorSpec) -> Iterator[bytes]:
+    """`_rebuild_tensor_v2(storage, 0, shape, strides, requires_grad=False, hooks=OrderedDict())`."""
+    yield _name("torch._utils", "_rebuild_tensor_v2") + pickle.MARK
+    yield pickle.MARK + _text("storage") + _name("torch", _storage_class(tensor.dtype)) + _text(str(number))
+    numel = tensor.size_bytes // tensor.dtype.itemsize
+    yield _text("cpu") + _integer(numel) + pickle.TUPLE + pickle.BINPERSID
+    yield _integer(0) + _integers(tensor.shape) + _integers(contiguous_strides(tensor.shape)) + pickle.NEWFALSE
+    yield _name("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+    yield pickle.TUPLE + pickle.REDUCE
 
-    def __init__(self) -> None:
-        self.content = bytearray()
-        self._globals: dict[str, int] = {}
 
-    def put(self, instruction: bytes, argument: bytes = b"") -> None:
-        self.content += instruction + argument
+def _storage_class(dtype: DType) -> str:
+    if dtype.storage_class is None:
+        raise ValueError(f"torch.save has no storage class for {dtype.name}")
+    return dtype.storage_class
 
-    def text(self, value: str) -> None:
-        encoded = value.encode()
-        self.put(pickle.BINUNICODE, struct.pack("<L", len(encoded)) + encoded)
 
-    def number(self, value: int) -> None:
-        if value < 2**31:
-            self.put(pickle.BININT, struct.pack("<l", value))
-        else:
-            encoded = pickle.encode_long(value)
-            self.put(pickle.LONG1, bytes([len(encoded)]) + encoded)
+def _name(module: str, name: str) -> bytes:
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
 
-    def numbers(self, values: Iterable[int]) -> None:
-        self.put(pickle.MARK)
-        for value in values:
-            self.number(value)
-        self.put(pickle.TUPLE)
 
-    def name(self, module: str, name: str) -> None:
-        """A global: written out once, then taken from the memo."""
-        known = self._globals.get(name)
-        if known is None:
-            self._globals[name] = len(self._globals)
-            self.put(pickle.GLOBAL, f"{module}\n{name}\n".encode())
-            self.put(pickle.BINPUT, bytes([self._globals[name]]))
-        else:
-            self.put(pickle.BINGET, bytes([known]))
+def _text(text: str) -> bytes:
+    encoded = text.encode("utf-8", "surrogatepass")
+    return pickle.BINUNICODE + struct.pack("<L", len(encoded)) + encoded
 
-    def empty_ordered_dict(self) -> None:
-        self.name("collections", "OrderedDict")
-        self.put(pickle.EMPTY_TUPLE)
-        self.put(pickle.REDUCE)
 
-    def tensor(self, tensor: TensorSpec, storage: str) -> None:
-        """`_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, backward_hooks)`."""
-        if tensor.dtype.storage_class is None:
-            raise ValueError(f"a dtype without a typed storage: {tensor.dtype}")
-        self.name("torch._utils", "_rebuild_tensor_v2")
-        self.put(pickle.MARK)
-        self.put(pickle.MARK)
-        self.text("storage")
-        self.name("torch", tensor.dtype.storage_class)
-        self.text(storage)
-        self.text("cpu")
-        self.number(tensor.size_bytes // tensor.dtype.itemsize)
-        self.put(pickle.TUPLE)
-        self.put(pickle.BINPERSID)
-        self.number(0)
-        self.numbers(tensor.shape)
-        self.numbers(contiguous_strides(tensor.shape))
-        self.put(pickle.NEWFALSE)
-        self.empty_ordered_dict()
-        self.put(pickle.TUPLE)
-        self.put(pickle.REDUCE)
+def _integer(number: int) -> bytes:
+    if number < 1 << 31:
+        return pickle.BININT + struct.pack("<l", number)
+    length = number.bit_length() // 8 + 1
+    return pickle.LONG1 + bytes([length]) + number.to_bytes(length, "little")
+
+
+def _integers(numbers: Sequence[int]) -> bytes:
+    return pickle.MARK + b"".join(map(_integer, numbers)) + pickle.TUPLE
