@@ -296,3 +296,9 @@ def _order(key: str, layout: str) -> tuple[int, int, int, int]:
         raise ValueError(f"a key that the map does not have: {key}")
     row, layer, parameter = place
     return _GROUP[row.diffusers], layer or 0, _NUMBER[row.diffusers], row.parameters.index(parameter)
+
+
+def layer_of(key: str) -> int | None:
+    """The layer that a key of diffusers belongs to; None if it belongs to none."""
+    place = _find(key, "diffusers")
+    return None if place is None else place[1]
