@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from cogtools.cli.export_lora import export_lora_command
+from cogtools.cli.export_model import export_model_command
 from cogtools.cli.inspect import inspect_command
 from cogtools.cli.options import COULD_NOT, DONE, INTERRUPTED
 from cogtools.cli.verify import verify_command
@@ -23,12 +24,13 @@ _CANNOT_PRINT = {errno.EBADF, errno.EIO, errno.ENOSPC, errno.EFBIG}
 
 app = typer.Typer(
     name="cogtools",
-    help="Export, inspect and verify CogVideoX LoRA checkpoints.",
+    help="Export, inspect and verify CogVideoX checkpoints: LoRAs and whole models.",
     rich_markup_mode=None,  # plain help: long names stay whole, and nothing else has to be imported
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("export-lora", short_help="Export a checkpoint's LoRA for diffusers.")(export_lora_command)
+app.command("export-model", short_help="Export a whole model for diffusers, or back for SAT.")(export_model_command)
 app.command("inspect", short_help="Show what a checkpoint holds.")(inspect_command)
 app.command("verify", short_help="Prove that a LoRA is complete, faithful and loads.")(verify_command)
 

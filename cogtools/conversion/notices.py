@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def export_notices(checkpoint: Checkpoint, plan: LoraPlan, scale: str) -> tuple[str, ...]:
     """What to say of an export: of the checkpoint, of the choices that were made for the user, and of the output."""
     return (
-        *_of_dangers(checkpoint),
+        *danger_notices(checkpoint),
         *choice_notices(checkpoint),
         *plan.notices,
         *_of_the_scale(plan, scale),
@@ -24,7 +24,7 @@ def export_notices(checkpoint: Checkpoint, plan: LoraPlan, scale: str) -> tuple[
     )
 
 
-def _of_dangers(checkpoint: Checkpoint) -> list[str]:
+def danger_notices(checkpoint: Checkpoint) -> list[str]:
     """Warn of a checkpoint that would run code if it were loaded: whoever exports from it may try that next."""
     names = sorted(str(name) for name in checkpoint.foreign if danger_of(*name) == "dangerous")
     shown = ", ".join(name[:MAX_SHOWN_CHARS] for name in names[:SHOWN_PROBLEMS])
