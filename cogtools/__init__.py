@@ -1,4 +1,4 @@
-"""Export, inspect and verify CogVideoX LoRA checkpoints.
+"""Export, inspect and verify CogVideoX checkpoints, LoRAs and whole models.
 
     >>> import cogtools
     >>> report = cogtools.export_lora("ckpts/lora-disney/1000/mp_rank_00_model_states.pt", "out")
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from cogtools.conversion.summary import LoraModule, LoraSummary, read_lora
     from cogtools.errors import CogtoolsError
     from cogtools.export.export import ExportReport, export_lora
+    from cogtools.export.export_model import export_model
+    from cogtools.export.model_report import ModelExportReport
     from cogtools.inspection.inspect import inspect_checkpoint
     from cogtools.inspection.report import CheckpointReport
     from cogtools.inspection.selection import Selection
@@ -30,8 +32,10 @@ _HOME = {
     "LoraModule": "cogtools.conversion.summary",
     "LoraSummary": "cogtools.conversion.summary",
     "VerifyReport": "cogtools.verification.report",
+    "ModelExportReport": "cogtools.export.model_report",
     "Selection": "cogtools.inspection.selection",
     "export_lora": "cogtools.export.export",
+    "export_model": "cogtools.export.export_model",
     "inspect_checkpoint": "cogtools.inspection.inspect",
     "open_checkpoint": "cogtools.checkpoint.opening",
     "read_lora": "cogtools.conversion.summary",
@@ -44,10 +48,12 @@ __all__ = [
     "ExportReport",
     "LoraModule",
     "LoraSummary",
+    "ModelExportReport",
     "Selection",
     "VerifyReport",
     "__version__",
     "export_lora",
+    "export_model",
     "inspect_checkpoint",
     "open_checkpoint",
     "read_lora",

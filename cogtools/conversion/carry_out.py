@@ -7,7 +7,7 @@ checkpoint must not have changed in between.
 from __future__ import annotations
 
 import zlib
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.checkpoint.files import FileRange
@@ -46,19 +46,22 @@ class PlannedFile(NamedTuple):
         head: what comes before the tensors; all of it, where there are none.
         tensors: its tensors, in order.
         archive: what stands around the tensors of a file of `torch.save`, instead of the head.
+        copied: what follows the head where the file is a copy of another one.
     """
 
     path: str
     head: bytes = b""
     tensors: tuple[Planned, ...] = ()
     archive: TorchArchive | None = None
+    copied: FileRange | None = None
 
     @property
     def size_bytes(self) -> int:
         """Its size."""
         if self.archive is not None:
             return self.archive.size_bytes
-        return len(self.head) + sum(tensor.size_bytes for tensor in self.tensors)
+        copied = 0 if self.copied is None else self.copied.size_bytes
+        return len(self.head) + copied + sum(tensor.size_bytes for tensor in self.tensors)
 
 
 def write(
@@ -81,30 +84,46 @@ def write(
     Raises:
         CogtoolsError: if it cannot be done. The target is then as it was before.
     """
-    size_bytes = sum(file.size_bytes for file in files)
-    tensors = [tensor for file in files for tensor in file.tensors]
+    return write_outputs([(output, files)], sources, progress, sha256=sha256)
+
+
+def write_outputs(
+    outputs: Sequence[tuple[AtomicFile | AtomicFolder, Sequence[PlannedFile]]],
+    sources: Iterable[SourceFile],
+    progress: Callable[[int, int], None] | None,
+    *,
+    sha256: bool = False,
+) -> Written:
+    """Write several outputs, and publish them one after the other when all are complete; the rest is as for `write`."""
+    size_bytes = sum(file.size_bytes for _, files in outputs for file in files)
+    tensors = [tensor for _, files in outputs for file in files for tensor in file.tensors]
     computed = _computed(tensors)
     done, digest = 0, None
-    with output, Crc32Check(storages_of(tensors)) as check:
-        for file in files:
-            with _begun(output, file) as growing:
-                growing.reserve(file.size_bytes)
-                for part in _parts(file, computed):
-                    if isinstance(part, FileRange):
-                        growing.copy(part)
-                        done += part.size_bytes
-                    else:
-                        growing.write(part)
-                        done += len(part)
-                    if progress is not None:
-                        progress(done, size_bytes)
-                growing.sync()
-                if sha256 and file.tensors:
-                    digest = growing.sha256()
+    with ExitStack() as opened:
+        for output, _ in outputs:
+            opened.enter_context(output)
+        check = opened.enter_context(Crc32Check(storages_of(tensors)))
+        for output, files in outputs:
+            for file in files:
+                with _begun(output, file) as growing:
+                    growing.reserve(file.size_bytes)
+                    for part in _parts(file, computed):
+                        if isinstance(part, FileRange):
+                            growing.copy(part)
+                            done += part.size_bytes
+                        else:
+                            growing.write(part)
+                            done += len(part)
+                        if progress is not None:
+                            progress(done, size_bytes)
+                    growing.sync()
+                    if sha256 and file.tensors:
+                        digest = growing.sha256()
         check.finish()
         for source in sources:
             source.refuse_changed()
-        output.publish()
+        for output, _ in outputs:
+            output.publish()
     return Written(max(computed.errors, default=None) if computed is not None else None, digest)
 
 
@@ -133,6 +152,8 @@ def _parts(file: PlannedFile, computed: Computed | None) -> Iterator[FileRange |
                 crc32 = zlib.crc32(chunk, crc32)
                 yield chunk
         yield archive.after(number, crc32)
+    if file.copied is not None:
+        yield file.copied
     if archive is not None:
         yield archive.end()
 

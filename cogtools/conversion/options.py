@@ -111,3 +111,34 @@ def checked_format(name: str) -> Format:
         expected = ", ".join(FORMATS)
         raise OptionError("there is no such format", found=name, expected=expected)
     return FORMATS[name]
+
+
+ModelFormat = Literal["diffusers", "sat"]
+"""What a whole model is written for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """The options of an export of a whole model.
+
+    Attributes:
+        format: "diffusers" writes a folder for each part; "sat" a folder that SAT loads the transformer from.
+        model: the short name of the model, where nothing else tells.
+        iteration: which iteration of a save folder; None takes the latest.
+        ema: take its EMA weights.
+        max_shard_size: how large a file of weights may be; None takes the default.
+        vae: a file of SAT's VAE, in place of the checkpoint's.
+        base: a pipeline on this machine that gives the parts that are missing.
+        overwrite: replace the folders of parts that cogtools wrote.
+        dry_run: find out everything, write nothing.
+    """
+
+    format: ModelFormat = "diffusers"
+    model: str | None = None
+    iteration: int | None = None
+    ema: bool = False
+    max_shard_size: str | None = None
+    vae: str | None = None
+    base: str | None = None
+    overwrite: bool = False
+    dry_run: bool = False
