@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cogtools.cli.options import COULD_NOT, Ema, Iteration, Json, Quiet
+from cogtools.cli.options import COULD_NOT, Ema, Iteration, Json, Quiet, Rank
 from cogtools.conversion.options import Cast, ExportOptions, Scale
 from cogtools.errors import OptionError
 from cogtools.render import text
@@ -37,6 +37,7 @@ def export_lora_command(
         ),
     ] = "metadata",
     dtype: Annotated[Cast, typer.Option(metavar="keep|fp32|fp16|bf16", help="Cast the tensors.")] = "keep",
+    rank: Rank = None,
     iteration: Iteration = None,
     ema: Ema = False,
     every: Annotated[bool, typer.Option("--all", help="Export every iteration of a save folder.")] = False,
@@ -74,6 +75,7 @@ def export_lora_command(
         overwrite=overwrite,
         dry_run=dry_run,
         sha256=sha256,
+        rank=rank,
     )
     # As `cp` has it: a folder that goes into another one keeps a name of its own there.
     if len(sources) > 1 or every or (is_folder(Path(sources[0])) and out.endswith(("/", os.sep))):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cogtools.checkpoint.files import FileRange
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.conversion.crc32 import Crc32Check
+from cogtools.conversion.loss import loss_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from cogtools.checkpoint.files import SourceFile
     from cogtools.checkpoint.tensors import Storage
     from cogtools.conversion.arithmetic import Computed
+    from cogtools.conversion.loss import LossReport
     from cogtools.conversion.output import AtomicFile
     from cogtools.conversion.plan import Planned
 
@@ -30,10 +32,12 @@ class Written(NamedTuple):
     Attributes:
         largest_relative_error: of any tensor, where arithmetic changed values; None where nothing was computed.
         sha256: of the file, if asked for.
+        lost: how much of the LoRA was lost where it was cut to a lower rank or merged; None where it was not.
     """
 
     largest_relative_error: float | None = None
     sha256: str | None = None
+    lost: LossReport | None = None
 
 
 def write(
@@ -80,7 +84,9 @@ def write(
             source.refuse_changed()
         digest = output.sha256() if sha256 else None
         output.publish()
-    return Written(max(computed.errors, default=None) if computed is not None else None, digest)
+    if computed is None:
+        return Written(sha256=digest)
+    return Written(max(computed.errors, default=None), digest, loss_report(computed.losses))
 
 
 def storages_of(tensors: Iterable[Planned]) -> list[Storage]:
@@ -97,10 +103,10 @@ def _computed(tensors: Iterable[Planned]) -> Computed | None:
     return Computed()
 
 
-def _content(tensor: Planned, computed: Computed | None) -> Iterator[FileRange | bytes]:
+def _content(tensor: Planned, computed: Computed | None) -> Iterator[FileRange | bytes | memoryview]:
     """The bytes of a tensor: ranges of the checkpoint where they can be copied as they are."""
     if tensor.compute is not None and computed is not None:
-        yield computed.content(tensor)
+        yield from computed.content(tensor)
         return
     for piece in tensor.pieces:
         if isinstance(piece, bytes):

@@ -31,6 +31,7 @@ class ExportOptions:
         overwrite: replace a file that is there already.
         dry_run: find out everything, write nothing.
         sha256: compute the SHA-256 of the output.
+        rank: cut every module of a higher rank down to this one, to the best approximation there is; None keeps all.
     """
 
     alpha: float | None = None
@@ -42,3 +43,4 @@ class ExportOptions:
     overwrite: bool = False
     dry_run: bool = False
     sha256: bool = False
+    rank: int | None = None

@@ -137,7 +137,7 @@ class AtomicFile:
             if error.errno not in _CANNOT_RESERVE:
                 raise _cannot_write(self.target, error) from error
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Append bytes."""
         view = memoryview(data)
         with _write_errors(self.target):

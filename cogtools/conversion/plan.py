@@ -25,6 +25,7 @@ from cogtools.layouts.family import LoraKey, Module, Transformer, rank_of
 from cogtools.layouts.folded import fold_names
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from cogtools.checkpoint.dtypes import DType
@@ -40,24 +41,67 @@ FLOATS = ("float32", "float16", "bfloat16", "float64")
 """The dtypes that a LoRA can have."""
 
 
-class Fold(NamedTuple):
-    """Arithmetic on one factor of a module: lora_B @ lora_A comes out multiplied by `scaling`.
+class Update(NamedTuple):
+    """What a LoRA adds to the weight of a module: scaling * b @ a.
 
     Attributes:
+        a: lora_A: (rank, in), or with the kernel of a convolution behind it.
+        b: lora_B: (out, rank), or with a kernel of 1 x 1 behind it.
         scaling: the factor.
-        part: which of the two this is.
-        a: lora_A.
-        b: lora_B.
     """
 
-    scaling: float
-    part: str
     a: TensorEntry
     b: TensorEntry
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """Its rank."""
+        return self.a.shape[0]
+
+
+class Fold(NamedTuple):
+    """Arithmetic on a factor of a module: lora_B @ lora_A comes out as the sum of updates, at a scaling of 1.
+
+    Those of several are stacked: lora_A row under row, lora_B column beside column.
+
+    Attributes:
+        module: the module.
+        part: which of the two factors this is.
+        updates: what is folded into it.
+        rank: the rank that it is cut down to, to the best approximation of that rank; None keeps all.
+    """
+
+    module: Module
+    part: str
+    updates: tuple[Update, ...]
+    rank: int | None = None
 
 
 class Cast(NamedTuple):
     """Arithmetic on one tensor: its numbers in another dtype."""
+
+
+class Added(NamedTuple):
+    """What is added to a run of rows of a base weight.
+
+    Attributes:
+        module: the module whose rows they are.
+        updates: what is added, each with as many rows; none where nothing is.
+    """
+
+    module: Module
+    updates: tuple[Update, ...] = ()
+
+
+class Merge(NamedTuple):
+    """Arithmetic on a base weight: updates are added to its rows.
+
+    Attributes:
+        added: for each piece of the planned tensor, what is added to it.
+    """
+
+    added: tuple[Added, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +121,7 @@ class Planned:
     dtype: DType
     shape: tuple[int, ...]
     pieces: tuple[TensorEntry | bytes, ...]
-    compute: Fold | Cast | None = None
+    compute: Fold | Cast | Merge | None = None
     source: str = ""
 
     @property
@@ -131,8 +175,7 @@ class LoraPlan:
     @property
     def rank(self) -> int | None:
         """The rank of every module; None if they differ."""
-        found = set(self.ranks.values())
-        return found.pop() if len(found) == 1 else None
+        return one_rank(self.ranks)
 
     @property
     def scalings(self) -> dict[Module, float]:
@@ -168,12 +211,23 @@ class LoraPlan:
             raise ValueError(f"planned without a key: {name}")
         return key
 
+    def update(self, module: Module, *, with_scaling: bool = True) -> Update:
+        """What the LoRA adds to a module's weight."""
+        a, b = (self.entry(LoraKey(*module, part)) for part in "AB")
+        return Update(a, b, self.scalings[module] if with_scaling else 1.0)
+
     def alpha_of(self, module: Module) -> float:
         """The alpha to state for a module, so that alpha / rank is its scaling; whole numbers as such."""
         rank, scaling = self.lora.ranks[module], self.scalings[module]
         stated = self.scale.statement.alphas.get(module)
         alpha = stated if stated is not None and stated / rank == scaling else scaling * rank
         return int(alpha) if alpha == int(alpha) else alpha
+
+
+def one_rank(ranks: Mapping[Module, int]) -> int | None:
+    """The rank that all modules have; None if they differ."""
+    found = set(ranks.values())
+    return found.pop() if len(found) == 1 else None
 
 
 def plan_lora(
@@ -238,16 +292,42 @@ def planned_tensors(plan: LoraPlan, options: ExportOptions) -> list[Planned]:
     dtype = target_dtype(plan, options)
     planned = [_planned_alpha(plan, module, alpha) for module, alpha in carried(plan, options).alphas.items()]
     for name in plan.names:
-        entry = plan.entry(name)
-        compute: Fold | Cast | None = None
-        if options.scale == "fold" and name.part in ("A", "B"):
-            a, b = (plan.entry(name._replace(part=part)) for part in "AB")
-            compute = Fold(plan.scalings[name.module], name.part, a, b)
-        elif dtype != entry.dtype:
-            compute = Cast()
-        source = plan.lora.tensors[name].key
+        entry, source = plan.entry(name), plan.lora.tensors[name].key
+        if name.part in ("A", "B") and (options.scale == "fold" or options.rank is not None):
+            update = plan.update(name.module, with_scaling=options.scale != "none")
+            planned.append(planned_factor(plan.key(name), name, (update,), dtype, options.rank, source))
+            continue
+        compute = None if dtype == entry.dtype else Cast()
         planned.append(Planned(plan.key(name), dtype, entry.shape, (entry,), compute, source))
     return sorted(planned, key=lambda tensor: tensor.key)
+
+
+def planned_factor(
+    key: str, name: LoraKey, updates: tuple[Update, ...], dtype: DType, rank: int | None, source: str
+) -> Planned:
+    """A factor of the sum of a module's updates.
+
+    Args:
+        key: its key in the output.
+        name: which factor of which module it is.
+        updates: what is added up.
+        dtype: its dtype in the output.
+        rank: the largest rank that it may have; None keeps that of all updates together.
+        source: the key of what it is made of, for messages.
+    """
+    stacked, kept = sum(update.rank for update in updates), kept_rank(updates, rank)
+    first = updates[0]
+    shape = (kept, *first.a.shape[1:]) if name.part == "A" else (first.b.shape[0], kept, *first.b.shape[2:])
+    pieces = tuple(update.a if name.part == "A" else update.b for update in updates)
+    compute = Fold(name.module, name.part, updates, kept if kept < stacked else None)
+    return Planned(key, dtype, shape, pieces, compute, source)
+
+
+def kept_rank(updates: Sequence[Update], rank: int | None) -> int:
+    """The rank of a sum of updates that are stacked, or cut down to `rank` where that is less."""
+    stacked = sum(update.rank for update in updates)
+    first = updates[0]
+    return stacked if rank is None else min(stacked, rank, first.b.shape[0], prod(first.a.shape[1:]))
 
 
 def _planned_alpha(plan: LoraPlan, module: Module, alpha: float) -> Planned:
@@ -258,11 +338,31 @@ def carried(plan: LoraPlan, options: ExportOptions) -> Carried:
     """How the output carries the scale: stated where its layout states it, as 1 if it is folded in, or not at all."""
     if options.scale == "none":
         return Carried()
-    ranks = plan.ranks
-    is_folded = options.scale == "fold"
+    ranks = target_ranks(plan, options)
+    is_folded = options.scale == "fold" or options.rank is not None
     if is_folded and plan.layout.unstated_scaling == 1.0 and plan.layout.scale != "header":
         return Carried()
     return carry(plan.layout, ranks, ranks if is_folded else {module: plan.alpha_of(module) for module in ranks})
+
+
+def target_ranks(plan: LoraPlan, options: ExportOptions) -> dict[Module, int]:
+    """The rank of every module of the output.
+
+    Raises:
+        OptionError: if the rank that is asked for is not below that of any module.
+    """
+    if options.rank is None:
+        return plan.ranks
+    refuse_rank(options.rank, plan.ranks.values())
+    return {module: kept_rank([plan.update(module)], options.rank) for module in plan.modules}
+
+
+def refuse_rank(rank: int, ranks: Iterable[int]) -> None:
+    """Raise an `OptionError` if cutting modules of these ranks down to `rank` is impossible, or changes none."""
+    largest = max(ranks)
+    if not 0 < rank < largest:
+        expected = f"a rank from 1 to {largest - 1}: the LoRA has rank {largest}"
+        raise OptionError(f"the LoRA cannot be cut down to rank {rank}", expected=expected, hint="leave --rank out")
 
 
 def target_dtype(plan: LoraPlan, options: ExportOptions) -> DType:

@@ -33,7 +33,8 @@ class ExportRecord:
         models: short names of the models that fit.
         transformer_layers: layers of the transformer, adapted or not.
         hidden_size: of the transformer.
-        rank: of every module; None if they differ.
+        rank: of every module of the file; None if they differ.
+        cut_to: the rank that modules of a higher one were cut down to.
         alpha: the training's, of every module; None if they differ.
         alpha_source: where that comes from, as `Alpha.source`.
         scale: how the file carries the scale: "metadata", "fold" or "none".
@@ -49,6 +50,7 @@ class ExportRecord:
     transformer_layers: int | None = None
     hidden_size: int | None = None
     rank: int | None = None
+    cut_to: int | None = None
     alpha: float | None = None
     alpha_source: str | None = None
     scale: str | None = None
@@ -61,8 +63,9 @@ class ExportRecord:
         return self.alpha if self.alpha_source == BY_HAND else None
 
     def text(self) -> str:
-        """The record as it stands in the header."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """The record as it stands in the header: what is not known is left out."""
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        return json.dumps(known, sort_keys=True)
 
 
 def read_record(metadata: Mapping[str, str]) -> ExportRecord:
@@ -91,6 +94,7 @@ def read_record(metadata: Mapping[str, str]) -> ExportRecord:
         transformer_layers=count("transformer_layers", MAX_LAYERS),
         hidden_size=count("hidden_size", MAX_HIDDEN),
         rank=count("rank"),
+        cut_to=count("cut_to"),
         alpha=alpha if is_positive(alpha) else None,
         alpha_source=text("alpha_source"),
         scale=text("scale"),

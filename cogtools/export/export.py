@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
@@ -12,7 +12,16 @@ from cogtools.conversion.carry_out import Written, write
 from cogtools.conversion.notices import export_notices
 from cogtools.conversion.options import Cast, ExportOptions, Scale
 from cogtools.conversion.output import AtomicFile, refuse_unwritable
-from cogtools.conversion.plan import LoraPlan, Planned, carried, plan_lora, planned_tensors, target_dtype
+from cogtools.conversion.plan import (
+    LoraPlan,
+    Planned,
+    carried,
+    one_rank,
+    plan_lora,
+    planned_tensors,
+    target_dtype,
+    target_ranks,
+)
 from cogtools.conversion.record import RECORD_KEY, ExportRecord
 from cogtools.errors import OptionError
 from cogtools.layouts import diffusers
@@ -24,6 +33,7 @@ if TYPE_CHECKING:
 
     from cogtools.checkpoint.dtypes import DType
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.conversion.loss import LossReport
 
 
 class PreparedExport(NamedTuple):
@@ -55,17 +65,18 @@ class ExportReport:
         model: name of the model, or of what can be said of it.
         layers: the adapted layers.
         modules: how many modules are adapted.
-        rank: the rank of every module; None if they differ.
+        rank: the rank of every module in the output; None if they differ.
         alpha: the training's alpha; None if modules have different ones, or none is stated.
         alpha_source: where the scale comes from: "--alpha", "training_config.yaml", "default" …
-        scaling: what every module's update is multiplied by: alpha / rank; None if that differs.
+        scaling: what every module's update was multiplied by in the training: alpha / rank; None if that differs.
         scale: how the output carries it: "metadata", "fold" or "none".
         dtype: of the output's tensors.
         source_dtype: of the checkpoint's.
         tensors: how many tensors the output has.
         size_bytes: the size of the output file.
         crc32: "checked", "not checked" in a dry run, or "not recorded" if the checkpoint has no CRC-32s to check.
-        largest_relative_error: of any tensor, where folding or casting changed the values; else None.
+        largest_relative_error: of any tensor, where folding, casting or cutting changed the values; else None.
+        lost: how much of the LoRA was lost where it was cut to a lower rank; else None.
         sha256: of the output file, if asked for.
         notices: what the user should know.
     """
@@ -87,6 +98,7 @@ class ExportReport:
     size_bytes: int
     crc32: Literal["checked", "not checked", "not recorded"]
     largest_relative_error: float | None
+    lost: LossReport | None
     sha256: str | None
     notices: tuple[str, ...]
 
@@ -104,6 +116,7 @@ def export_lora(
     overwrite: bool = False,
     dry_run: bool = False,
     sha256: bool = False,
+    rank: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportReport:
     """Export the LoRA in a SAT checkpoint as a file that diffusers loads at the right strength.
@@ -124,12 +137,14 @@ def export_lora(
         overwrite: replace a file that is there already.
         dry_run: find out everything, write nothing.
         sha256: compute the SHA-256 of the output.
+        rank: cut every module of a higher rank down to this one, to the best approximation there is; the scale is
+            then multiplied in, and alpha / rank is 1.
         progress: called with the bytes written so far and the bytes in all.
 
     Raises:
         CogtoolsError: if it cannot be done. The target is then as it was before.
     """
-    options = ExportOptions(alpha, scale, dtype, iteration, ema, allow_partial, overwrite, dry_run, sha256)
+    options = ExportOptions(alpha, scale, dtype, iteration, ema, allow_partial, overwrite, dry_run, sha256, rank)
     return export_checkpoint(checkpoint, out, options, progress=progress)
 
 
@@ -141,6 +156,7 @@ def export_checkpoint(
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportReport:
     """The same as `export_lora`, with the options as one record."""
+    options = _with_scale(options)
     target = output_path(Path(out))
     output = AtomicFile(target, overwrite=options.overwrite)
     with open_checkpoint(checkpoint, iteration=options.iteration, ema=options.ema) as opened:
@@ -160,7 +176,7 @@ def export_checkpoint(
         model=plan.transformer.name,
         layers=plan.layers,
         modules=len(plan.modules),
-        rank=plan.rank,
+        rank=one_rank(target_ranks(plan, options)),
         alpha=plan.scale.alpha,
         alpha_source=plan.scale.source,
         scaling=plan.scaling,
@@ -171,9 +187,26 @@ def export_checkpoint(
         size_bytes=prepared.size_bytes,
         crc32="not recorded" if not plan.has_crc32 else "not checked" if options.dry_run else "checked",
         largest_relative_error=written.largest_relative_error,
+        lost=written.lost,
         sha256=written.sha256,
         notices=export_notices(opened, plan, options.scale),
     )
+
+
+def _with_scale(options: ExportOptions) -> ExportOptions:
+    """The options with the way in which the scale is carried: what is cut to a lower rank has it multiplied in.
+
+    Raises:
+        OptionError: if there is no such way, or it does not go with the others.
+    """
+    scale = options.scale
+    if scale not in get_args(Scale):
+        raise OptionError("there is no such way to carry the scale", found=scale, expected=", ".join(get_args(Scale)))
+    if options.rank is None:
+        return options
+    if scale == "none":
+        raise OptionError("--scale none does not go with --rank, which multiplies the scale in", hint="leave it out")
+    return replace(options, scale="fold")
 
 
 def output_path(out: Path) -> Path:
@@ -187,9 +220,6 @@ def prepare_export(checkpoint: Checkpoint, options: ExportOptions) -> PreparedEx
     Raises:
         CogtoolsError: if it cannot be done.
     """
-    scale = options.scale
-    if scale not in get_args(Scale):
-        raise OptionError("there is no such way to carry the scale", found=scale, expected=", ".join(get_args(Scale)))
     plan = plan_lora(checkpoint, diffusers.LAYOUT, alpha=options.alpha, allow_partial=options.allow_partial)
     tensors = planned_tensors(plan, options)
     dtype = target_dtype(plan, options)
@@ -209,7 +239,8 @@ def _metadata(plan: LoraPlan, checkpoint: Checkpoint, options: ExportOptions, dt
         models=tuple(model.slug for model in plan.transformer.models),
         transformer_layers=plan.transformer.layers,
         hidden_size=plan.transformer.hidden,
-        rank=plan.rank,
+        rank=one_rank(target_ranks(plan, options)),
+        cut_to=options.rank,
         alpha=plan.scale.alpha,
         alpha_source=plan.scale.source,
         scale=options.scale,

@@ -10,6 +10,7 @@ from cogtools.formatting import number
 from cogtools.render.text import emit, notice, printable, shortened, size, talk
 
 if TYPE_CHECKING:
+    from cogtools.conversion.loss import LossReport
     from cogtools.errors import CogtoolsError
     from cogtools.export.batch import BatchItem, BatchReport
     from cogtools.export.export import ExportReport
@@ -36,6 +37,8 @@ def summary(report: ExportReport) -> str:
     ]
     if report.largest_relative_error is not None:
         rows.append(("rounding", f"largest relative error of a tensor {report.largest_relative_error:.2g}"))
+    if report.lost is not None:
+        rows.append(("cut", f"to rank {rank}: {lost(report.lost)}"))
     if report.crc32 == "checked":
         rows.append(("checked", "the CRC-32s of the weights that were read"))
     if report.sha256 is not None:
@@ -44,6 +47,17 @@ def summary(report: ExportReport) -> str:
     if report.written:
         lines += ["", *_how_to_load(report)]
     return "\n".join(lines)
+
+
+def lost(report: LossReport) -> str:
+    """How much of a LoRA is lost, and where most."""
+    worst = report.worst
+    return f"{percent(report.lost)} of the LoRA is lost; most, {percent(worst.lost)}, in {worst.module}"
+
+
+def percent(share: float) -> str:
+    """A share in percent, with two digits that count."""
+    return f"{100 * share:.2g} %"
 
 
 def _scale(report: ExportReport) -> str:
@@ -61,7 +75,7 @@ def _scaling(report: ExportReport) -> str:
     """The scaling, as the quotient that it is where all modules have one alpha and one rank."""
     if report.scaling is None:
         return "different by module"
-    if report.alpha is None or report.rank is None:
+    if report.alpha is None or report.rank is None or report.alpha / report.rank != report.scaling:
         return number(report.scaling)
     return f"{number(report.alpha)}/{report.rank} = {number(report.scaling)}"
 
