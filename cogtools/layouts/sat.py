@@ -81,6 +81,11 @@ def bare_key(key: str) -> str:
     return unwrapped_key(key).removeprefix("model.").removeprefix("diffusion_model.")
 
 
+def without_original(key: str) -> str:
+    """A key of a base weight without the segment that SAT's LoRA puts into the names of those it adapts."""
+    return key.replace(".original.", ".") if ".original." in key else key
+
+
 def is_lora_key(key: str) -> bool:
     """Whether a key belongs to a LoRA as SAT makes them, of whatever module."""
     return not {"matrix_A", "matrix_B"}.isdisjoint(key.split("."))
