@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cogtools.checkpoint.opening import open_checkpoint
     from cogtools.errors import CogtoolsError
     from cogtools.export.export import ExportReport, export_lora
+    from cogtools.export.merge import MergeReport, merge
     from cogtools.inspection.inspect import inspect_checkpoint
     from cogtools.inspection.report import CheckpointReport
     from cogtools.inspection.selection import Selection
@@ -26,9 +27,11 @@ _HOME = {
     "CheckpointReport": "cogtools.inspection.report",
     "CogtoolsError": "cogtools.errors",
     "ExportReport": "cogtools.export.export",
+    "MergeReport": "cogtools.export.merge",
     "VerifyReport": "cogtools.verification.report",
     "Selection": "cogtools.inspection.selection",
     "export_lora": "cogtools.export.export",
+    "merge": "cogtools.export.merge",
     "inspect_checkpoint": "cogtools.inspection.inspect",
     "open_checkpoint": "cogtools.checkpoint.opening",
     "verify_lora": "cogtools.verification.verify",
@@ -38,11 +41,13 @@ __all__ = [
     "CheckpointReport",
     "CogtoolsError",
     "ExportReport",
+    "MergeReport",
     "Selection",
     "VerifyReport",
     "__version__",
     "export_lora",
     "inspect_checkpoint",
+    "merge",
     "open_checkpoint",
     "verify_lora",
 ]

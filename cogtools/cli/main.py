@@ -10,6 +10,7 @@ import typer
 
 from cogtools.cli.export_lora import export_lora_command
 from cogtools.cli.inspect import inspect_command
+from cogtools.cli.merge import merge_command
 from cogtools.cli.options import COULD_NOT, DONE, INTERRUPTED
 from cogtools.cli.verify import verify_command
 from cogtools.errors import CogtoolsError, InterruptedByUserError, OptionError, PrintError
@@ -23,12 +24,13 @@ _CANNOT_PRINT = {errno.EBADF, errno.EIO, errno.ENOSPC, errno.EFBIG}
 
 app = typer.Typer(
     name="cogtools",
-    help="Export, inspect and verify CogVideoX LoRA checkpoints.",
+    help="Export, merge, inspect and verify CogVideoX LoRA checkpoints.",
     rich_markup_mode=None,  # plain help: long names stay whole, and nothing else has to be imported
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("export-lora", short_help="Export a checkpoint's LoRA for diffusers.")(export_lora_command)
+app.command("merge", short_help="Merge LoRAs into base weights, or into one LoRA.")(merge_command)
 app.command("inspect", short_help="Show what a checkpoint holds.")(inspect_command)
 app.command("verify", short_help="Prove that a LoRA is complete, faithful and loads.")(verify_command)
 

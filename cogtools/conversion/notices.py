@@ -15,13 +15,12 @@ if TYPE_CHECKING:
 
 def export_notices(checkpoint: Checkpoint, plan: LoraPlan, scale: str) -> tuple[str, ...]:
     """What to say of an export: of the checkpoint, of the choices that were made for the user, and of the output."""
-    return (
-        *_of_dangers(checkpoint),
-        *choice_notices(checkpoint),
-        *plan.notices,
-        *_of_the_scale(plan, scale),
-        *_of_the_crc32s(plan),
-    )
+    return (*source_notices(checkpoint, plan), *_of_the_scale(plan, scale), *_of_the_crc32s(plan))
+
+
+def source_notices(checkpoint: Checkpoint, plan: LoraPlan) -> tuple[str, ...]:
+    """What to say of a checkpoint whose LoRA is taken, and of the choices that were made for the user."""
+    return (*_of_dangers(checkpoint), *choice_notices(checkpoint), *plan.notices)
 
 
 def _of_dangers(checkpoint: Checkpoint) -> list[str]:

@@ -11,6 +11,9 @@ Scale = Literal["metadata", "fold", "none"]
 Cast = Literal["keep", "fp32", "fp16", "bf16"]
 """What an exported file's tensors are cast to."""
 
+Dtype = Literal["fp32", "fp16", "bf16"]
+"""The dtypes that can be asked for."""
+
 CASTS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """The dtypes that these words stand for, by PyTorch's names."""
 
@@ -44,3 +47,30 @@ class ExportOptions:
     dry_run: bool = False
     sha256: bool = False
     rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """The options of a merge.
+
+    Attributes:
+        weights: of the LoRAs, in their order; () is 1 for all.
+        alpha: the training's alpha of the only LoRA; None takes what is stated.
+        dtype: what is written; None is the dtype of the base weights, and fp32 for a LoRA.
+        rank: cut modules of a LoRA of several down to this rank, to the best approximation there is; None keeps all.
+        iteration: which iteration of a save folder; None takes the latest.
+        ema: take its EMA weights.
+        allow_partial: accept a LoRA that adapts some of the layers only.
+        overwrite: replace an output that is there already.
+        dry_run: find out everything, write nothing.
+    """
+
+    weights: tuple[float, ...] = ()
+    alpha: float | None = None
+    dtype: Dtype | None = None
+    rank: int | None = None
+    iteration: int | None = None
+    ema: bool = False
+    allow_partial: bool = False
+    overwrite: bool = False
+    dry_run: bool = False

@@ -131,8 +131,11 @@ class Planned:
 
     @property
     def storages(self) -> list[Storage]:
-        """The storages that its pieces view."""
-        return [piece.storage for piece in self.pieces if not isinstance(piece, bytes)]
+        """The storages that it is made of."""
+        entries = [piece for piece in self.pieces if not isinstance(piece, bytes)]
+        if isinstance(self.compute, Merge):
+            entries += [entry for added in self.compute.added for update in added.updates for entry in update[:2]]
+        return [entry.storage for entry in entries]
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +293,7 @@ def planned_tensors(plan: LoraPlan, options: ExportOptions) -> list[Planned]:
         OptionError: if there is no such dtype.
     """
     dtype = target_dtype(plan, options)
-    planned = [_planned_alpha(plan, module, alpha) for module, alpha in carried(plan, options).alphas.items()]
+    planned = [planned_alpha(plan.layout, module, alpha) for module, alpha in carried(plan, options).alphas.items()]
     for name in plan.names:
         entry, source = plan.entry(name), plan.lora.tensors[name].key
         if name.part in ("A", "B") and (options.scale == "fold" or options.rank is not None):
@@ -330,8 +333,10 @@ def kept_rank(updates: Sequence[Update], rank: int | None) -> int:
     return stacked if rank is None else min(stacked, rank, first.b.shape[0], prod(first.a.shape[1:]))
 
 
-def _planned_alpha(plan: LoraPlan, module: Module, alpha: float) -> Planned:
-    return Planned(plan.key(LoraKey(*module, "alpha")), DTYPES["float32"], (), (struct.pack("<f", alpha),))
+def planned_alpha(layout: LoraLayout, module: Module, alpha: float) -> Planned:
+    """The tensor that states the alpha of a module."""
+    key = layout.key(LoraKey(*module, "alpha")) or ""
+    return Planned(key, DTYPES["float32"], (), (struct.pack("<f", alpha),))
 
 
 def carried(plan: LoraPlan, options: ExportOptions) -> Carried:
@@ -353,8 +358,26 @@ def target_ranks(plan: LoraPlan, options: ExportOptions) -> dict[Module, int]:
     """
     if options.rank is None:
         return plan.ranks
+    refuse_more_than_factors(plan, "cut to a lower rank")
     refuse_rank(options.rank, plan.ranks.values())
     return {module: kept_rank([plan.update(module)], options.rank) for module in plan.modules}
+
+
+def refuse_more_than_factors(plan: LoraPlan, done: str) -> None:
+    """Raise an `ExportError` for biases and magnitude vectors: what they add is not a product of two factors.
+
+    Args:
+        plan: the LoRA.
+        done: what cannot be done with them: "merged".
+    """
+    more = [name for name in plan.names if name.part not in ("A", "B")]
+    if more:
+        raise ExportError(
+            f"a LoRA with biases, or with magnitude vectors (DoRA), cannot be {done}",
+            file=plan.lora.checkpoint.path,
+            problems=plan.lora.problems("unexpected", more, expected="lora_A and lora_B only"),
+            hint="load it as it is, with the program that it is for",
+        )
 
 
 def refuse_rank(rank: int, ranks: Iterable[int]) -> None:
@@ -373,9 +396,22 @@ def target_dtype(plan: LoraPlan, options: ExportOptions) -> DType:
     """
     if options.dtype == "keep":
         return plan.dtype
-    if options.dtype not in CASTS:
-        raise OptionError("there is no such dtype", found=options.dtype, expected="keep, " + ", ".join(CASTS))
-    return DTYPES[CASTS[options.dtype]]
+    return named_dtype(options.dtype, "keep")
+
+
+def named_dtype(name: str, *others: str) -> DType:
+    """The dtype of a name in `CASTS`.
+
+    Args:
+        name: the name.
+        others: what else could have been asked for, for the message.
+
+    Raises:
+        OptionError: if there is no such dtype.
+    """
+    if name not in CASTS:
+        raise OptionError("there is no such dtype", found=name, expected=", ".join([*others, *CASTS]))
+    return DTYPES[CASTS[name]]
 
 
 class _Common(NamedTuple):

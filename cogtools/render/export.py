@@ -10,6 +10,8 @@ from cogtools.formatting import number
 from cogtools.render.text import emit, notice, printable, shortened, size, talk
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from cogtools.conversion.loss import LossReport
     from cogtools.errors import CogtoolsError
     from cogtools.export.batch import BatchItem, BatchReport
@@ -81,14 +83,19 @@ def _scaling(report: ExportReport) -> str:
 
 
 def _how_to_load(report: ExportReport) -> list[str]:
-    folder, name = _literal(str(report.output.parent)), _literal(report.output.name)
-    call = f'pipe.load_lora_weights({folder}, weight_name={name}, adapter_name="lora")'
+    call = loading_call(report.output)
     weight = "…" if report.scaling is None else number(report.scaling)
     if report.scale == "none":
         return ["Load it, and bring the scale yourself:", f"    {call}",
                 f'    pipe.set_adapters("lora", {weight})']  # fmt: skip
     return ["Load it at weight 1.0, for the scale is in the file (no set_adapters or fuse_lora with 1/rank):",
             f"    {call}"]  # fmt: skip
+
+
+def loading_call(path: Path) -> str:
+    """The call with which diffusers loads a LoRA."""
+    folder, name = _literal(str(path.parent)), _literal(path.name)
+    return f'pipe.load_lora_weights({folder}, weight_name={name}, adapter_name="lora")'
 
 
 def _literal(text: str) -> str:

@@ -1,0 +1,165 @@
+"""The plan of a merge: which updates of which LoRAs are added up, and what becomes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from cogtools.conversion.plan import kept_rank, planned_alpha, planned_factor, refuse_more_than_factors
+from cogtools.conversion.scale import BY_DEFAULT, BY_NOTHING, carry
+from cogtools.errors import ExportError, Problem
+from cogtools.layouts.family import LoraKey
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from cogtools.checkpoint.dtypes import DType
+    from cogtools.conversion.plan import LoraPlan, Planned, Update
+    from cogtools.conversion.scale import Carried
+    from cogtools.layouts.family import Module, Transformer
+    from cogtools.layouts.lora import LoraLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    """A LoRA that is merged, and how strongly.
+
+    Attributes:
+        plan: what it is.
+        weight: what its updates are multiplied by, beside their own scaling.
+    """
+
+    plan: LoraPlan
+    weight: float = 1.0
+
+    @property
+    def updates(self) -> dict[Module, Update]:
+        """What it adds to each module's weight.
+
+        Raises:
+            ExportError: if a module's scaling is not known.
+        """
+        unknown = [module for module in self.plan.modules if module not in self.plan.scalings]
+        if unknown:
+            raise ExportError(
+                "the scaling of a part of this LoRA is not known",
+                file=self.plan.lora.checkpoint.path,
+                problems=[Problem("scale", str(module), expected="a number") for module in unknown],
+                hint="state it with --alpha",
+            )
+        updates = {module: self.plan.update(module) for module in self.plan.modules}
+        return {module: update._replace(scaling=update.scaling * self.weight) for module, update in updates.items()}
+
+
+Updates = "Mapping[Module, tuple[Update, ...]]"
+"""What is added to each module's weight."""
+
+
+def sum_of(loras: Sequence[Weighted]) -> dict[Module, tuple[Update, ...]]:
+    """What several LoRAs add to each module's weight, in their order.
+
+    Raises:
+        ExportError: if one has more than two factors, if nothing states its scale though others are merged with it, or
+            if they are of different models.
+    """
+    for lora in loras:
+        refuse_more_than_factors(lora.plan, "merged")
+        if len(loras) > 1:
+            _refuse_without_scale(lora.plan)
+    found: dict[Module, list[Update]] = {}
+    for lora in loras:
+        for module, update in lora.updates.items():
+            found.setdefault(module, []).append(update)
+    _refuse_other_sizes(loras, found)
+    return {module: tuple(found[module]) for module in sorted(found, key=lambda module: module.order)}
+
+
+def common_transformer(loras: Sequence[Weighted]) -> Transformer:
+    """The transformer that all of the LoRAs belong to.
+
+    Raises:
+        ExportError: if there is none.
+    """
+    first = loras[0].plan
+    found = first.transformer
+    for lora in loras[1:]:
+        other = lora.plan.transformer
+        models = tuple(model for model in found.models if model in other.models)
+        known = bool(found.models or other.models)
+        if found.hidden != other.hidden or (known and not models):
+            raise ExportError(
+                "these LoRAs are of different models",
+                file=lora.plan.lora.checkpoint.path,
+                found=other.name,
+                expected=f"{found.name}, as {first.lora.checkpoint.path} has it",
+                hint="merge LoRAs of one model only",
+            )
+        found = found._replace(models=models, layers=max(found.layers, other.layers))
+    return found
+
+
+def _refuse_without_scale(plan: LoraPlan) -> None:
+    source = plan.scale.source
+    if source == BY_NOTHING or (source == BY_DEFAULT and plan.config is None):
+        raise ExportError(
+            "nothing states the scale of this LoRA, and each of several has to state its own",
+            file=plan.lora.checkpoint.path,
+            expected="alpha in the file, or in the configuration beside it",
+            hint="export it with --alpha first, and merge what that gives",
+        )
+
+
+def _refuse_other_sizes(loras: Sequence[Weighted], updates: Mapping[Module, Sequence[Update]]) -> None:
+    """Refuse updates of one module that have different sizes, where nothing tells the model's."""
+    for module, found in updates.items():
+        sizes = {(update.b.shape[0], prod(update.a.shape[1:])) for update in found}
+        if len(sizes) > 1:
+            shapes = ", ".join(f"{rows} x {columns}" for rows, columns in sorted(sizes))
+            raise ExportError(
+                "these LoRAs do not fit each other",
+                file=loras[-1].plan.lora.checkpoint.path,
+                problems=[Problem("shape", str(module), shapes, "updates of one size")],
+                hint="merge LoRAs of one model only",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """One LoRA that does what several do together.
+
+    Their factors are stacked: its rank is the sum of theirs, or what it is cut down to. All scalings and weights are
+    multiplied in, so that its own scaling is 1.
+
+    Attributes:
+        updates: what is added up, by module.
+        layout: the layout that it is written in.
+        dtype: the dtype that it is written in.
+        rank: the rank that modules of a higher one are cut down to; None keeps all.
+    """
+
+    updates: Mapping[Module, tuple[Update, ...]]
+    layout: LoraLayout
+    dtype: DType
+    rank: int | None = None
+
+    @property
+    def ranks(self) -> dict[Module, int]:
+        """The rank of every module."""
+        return {module: kept_rank(updates, self.rank) for module, updates in self.updates.items()}
+
+    @property
+    def carried(self) -> Carried:
+        """How the output states that its scaling is 1."""
+        return carry(self.layout, self.ranks, self.ranks)
+
+    @property
+    def tensors(self) -> list[Planned]:
+        """The tensors of the output, in the order of their keys."""
+        planned = [planned_alpha(self.layout, module, alpha) for module, alpha in self.carried.alphas.items()]
+        for module, updates in self.updates.items():
+            for part in "AB":
+                name = LoraKey(*module, part)
+                key = self.layout.key(name) or ""
+                planned.append(planned_factor(key, name, updates, self.dtype, self.rank, str(name)))
+        return sorted(planned, key=lambda tensor: tensor.key)

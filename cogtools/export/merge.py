@@ -1,0 +1,394 @@
+"""Merging LoRAs: into one LoRA, or into base weights."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from cogtools.checkpoint.files import is_folder
+from cogtools.checkpoint.folder import find_save_folder
+from cogtools.checkpoint.formats.safetensors import safetensors_header
+from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.conversion.carry_out import Written, storages_of, write
+from cogtools.conversion.lora import find_lora
+from cogtools.conversion.merge_plan import Stack, Weighted, common_transformer, sum_of
+from cogtools.conversion.notices import source_notices
+from cogtools.conversion.options import MergeOptions
+from cogtools.conversion.output import AtomicFile, refuse_unwritable
+from cogtools.conversion.plan import named_dtype, one_rank, plan_lora, refuse_rank
+from cogtools.conversion.record import RECORD_KEY, ExportRecord, MergedRecord
+from cogtools.conversion.refusals import what_it_holds
+from cogtools.errors import ExportError, OptionError, command
+from cogtools.export.export import output_path
+from cogtools.formatting import counted
+from cogtools.layouts import diffusers
+from cogtools.layouts.recognition import recognise_transformer
+from cogtools.version import __version__
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+
+    from cogtools.checkpoint.index import Checkpoint
+    from cogtools.conversion.loss import LossReport
+    from cogtools.conversion.options import Dtype
+    from cogtools.conversion.plan import Planned
+    from cogtools.layouts.family import Transformer
+
+
+@dataclass(frozen=True, slots=True)
+class MergedLora:
+    """A LoRA that was merged.
+
+    Attributes:
+        file: the file that it was read from.
+        layout: the layout that it is in.
+        modules: how many modules it adapts.
+        rank: the rank of every module; None if they differ.
+        alpha: of every module; None if they differ, or none is stated.
+        alpha_source: where the scale comes from: "--alpha", "training_config.yaml", "default" …
+        scaling: what every module's update was multiplied by in the training; None if that differs.
+        weight: what it was multiplied by beside that.
+    """
+
+    file: Path
+    layout: str | None
+    modules: int
+    rank: int | None
+    alpha: float | None
+    alpha_source: str
+    scaling: float | None
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merge found and wrote.
+
+    Attributes:
+        result: what was made: "lora" or "model".
+        base: the file of the base weights; None where there are none.
+        loras: the LoRAs, in the order of their weights.
+        output: the file or folder that was written, or would be.
+        written: false for a dry run.
+        model: name of the model, or of what can be said of it.
+        format: the layout of the output.
+        modules: how many modules were changed, or the merged LoRA adapts.
+        rank: the rank of every module of the merged LoRA; None if they differ, and for a model.
+        dtype: of the output's tensors.
+        tensors: how many tensors the output has.
+        size_bytes: the size of the output.
+        crc32: "checked", "not checked" in a dry run, or "not recorded" if the files have no CRC-32s to check.
+        largest_relative_error: of any tensor that was cast, or made of factors; else None.
+        lost: how much of the LoRAs was lost where it was rounded or cut; None where nothing could be.
+        notices: what the user should know.
+    """
+
+    result: Literal["lora", "model"]
+    base: Path | None
+    loras: tuple[MergedLora, ...]
+    output: Path
+    written: bool
+    model: str
+    format: str
+    modules: int
+    rank: int | None
+    dtype: str
+    tensors: int
+    size_bytes: int
+    crc32: Literal["checked", "not checked", "not recorded"]
+    largest_relative_error: float | None
+    lost: LossReport | None
+    notices: tuple[str, ...]
+
+
+def merge(
+    *paths: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    weights: Sequence[float] = (),
+    alpha: float | None = None,
+    dtype: Dtype | None = None,
+    rank: int | None = None,
+    iteration: int | None = None,
+    ema: bool = False,
+    allow_partial: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """Merge LoRAs into one LoRA, or into base weights.
+
+    What each path is shows in what it holds: one with base weights is the model that the others are merged into, and a
+    single one with a LoRA beside its base weights is merged with itself.
+
+    Args:
+        paths: base weights and LoRAs: files, or the folders that `open_checkpoint` takes.
+        out: a folder, or for a LoRA a file name ending in .safetensors.
+        weights: of the LoRAs, in their order; () is 1 for all.
+        alpha: the training's alpha of the only LoRA; None takes what is stated.
+        dtype: what is written; None is the dtype of the base weights, and fp32 for a LoRA.
+        rank: cut modules of a LoRA of several down to this rank, to the best approximation there is; None keeps all.
+        iteration: which iteration of a save folder; None takes the latest.
+        ema: take its EMA weights.
+        allow_partial: accept a LoRA that adapts some of the layers only.
+        overwrite: replace an output that is there already.
+        dry_run: find out everything, write nothing.
+        progress: called with the bytes written so far and the bytes in all.
+
+    Raises:
+        CogtoolsError: if it cannot be done. The target is then as it was before.
+    """
+    options = MergeOptions(
+        tuple(map(float, weights)), alpha, dtype, rank, iteration, ema, allow_partial, overwrite, dry_run
+    )
+    return merge_checkpoints(paths, out, options, progress=progress)
+
+
+class Source(NamedTuple):
+    """One of the arguments, open.
+
+    Attributes:
+        checkpoint: what it is.
+        has_base: whether it holds a transformer's base weights.
+        has_lora: whether it holds a LoRA.
+    """
+
+    checkpoint: Checkpoint
+    has_base: bool
+    has_lora: bool
+
+
+class Roles(NamedTuple):
+    """What the arguments are.
+
+    Attributes:
+        base: the one that LoRAs are merged into; None if there is none.
+        loras: those whose LoRAs are merged.
+    """
+
+    base: Source | None
+    loras: tuple[Source, ...]
+
+
+def merge_checkpoints(
+    paths: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    options: MergeOptions,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """The same as `merge`, with the options as one record."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(checkpoint) for checkpoint in _open(paths, options)]
+        roles = roles_of([_source(checkpoint) for checkpoint in opened])
+        loras = _weighted(roles, options)
+        return _merge_loras(loras, Path(out), options, progress)
+
+
+def _open(paths: Sequence[str | os.PathLike[str]], options: MergeOptions) -> list[Checkpoint]:
+    """Open the arguments. An iteration is that of the only one in which it can be chosen."""
+    given = list(map(Path, paths))
+    runs = [path for path in given if is_folder(path) and find_save_folder(path) is not None]
+    asked = options.iteration is not None or options.ema
+    if asked and len(runs) > 1:
+        raise OptionError(
+            "--iteration and --ema choose in one save folder, and there are several",
+            found=", ".join(map(str, runs)),
+            hint="give the folder of an iteration for each",
+        )
+    chooses = runs[0] if runs else given[0] if given else None
+    opened: list[Checkpoint] = []
+    try:
+        for path in given:
+            if asked and path == chooses:
+                opened.append(open_checkpoint(path, iteration=options.iteration, ema=options.ema))
+            else:
+                opened.append(open_checkpoint(path))
+    except BaseException:
+        for checkpoint in opened:
+            checkpoint.close()
+        raise
+    return opened
+
+
+def _source(checkpoint: Checkpoint) -> Source:
+    shapes = {key: entry.shape for key, entry in checkpoint.tensors.items()}
+    source = Source(checkpoint, recognise_transformer(shapes) is not None, find_lora(checkpoint) is not None)
+    if not source.has_base and not source.has_lora:
+        found, hint = what_it_holds(checkpoint)
+        raise ExportError(
+            "this is neither a LoRA nor a transformer's base weights", file=checkpoint.path, found=found, hint=hint
+        )
+    return source
+
+
+def roles_of(sources: Sequence[Source]) -> Roles:
+    """Which of the arguments is the base, and which are LoRAs.
+
+    Of several that hold base weights, the one without a LoRA is the base, else the first.
+
+    Raises:
+        OptionError: if there is nothing to merge.
+        ExportError: if there are several bases.
+    """
+    bases = [source for source in sources if not source.has_lora]
+    if len(bases) > 1:
+        raise ExportError(
+            "there are several models among these, and LoRAs are merged into one",
+            file=bases[1].checkpoint.path,
+            found=f"base weights, as in {bases[0].checkpoint.path}",
+            hint="give one model, and LoRAs",
+        )
+    base = next(iter(bases), None) or next((source for source in sources if source.has_base), None)
+    loras = tuple(source for source in sources if source is not base)
+    if base is not None and base.has_lora and not loras:
+        return Roles(base, (base,))
+    if base is not None and not loras:
+        raise OptionError(
+            "there is no LoRA to merge into these base weights",
+            found=str(base.checkpoint.path),
+            expected="cogtools merge MODEL LORA... OUT",
+            hint=command("export-model", base.checkpoint.path, "OUT", advice="to convert it without one"),
+        )
+    if base is None and len(loras) == 1:
+        path = loras[0].checkpoint.path
+        raise OptionError(
+            "a LoRA alone cannot be merged: there are neither base weights nor another LoRA",
+            found=str(path),
+            expected="cogtools merge MODEL LORA OUT",
+            hint=command("export-lora", path, "OUT_DIR", advice="to convert it, or cut it to a lower rank"),
+        )
+    return Roles(base, loras)
+
+
+def _weighted(roles: Roles, options: MergeOptions) -> list[Weighted]:
+    """The LoRAs, each with its weight.
+
+    Raises:
+        CogtoolsError: if options do not go with them, or one of them cannot be merged.
+    """
+    loras, weights = roles.loras, options.weights or (1.0,) * len(roles.loras)
+    if len(weights) != len(loras):
+        raise OptionError(
+            "there has to be a --weight for each LoRA, in their order",
+            found=counted(len(weights), "weight"),
+            expected=f"{len(loras)}, for " + ", ".join(str(source.checkpoint.path) for source in loras),
+        )
+    for weight in weights:
+        if weight == 0 or not math.isfinite(weight):
+            raise OptionError("--weight must be a number other than 0", found=str(weight))
+    if options.alpha is not None and len(loras) > 1:
+        raise OptionError(
+            "--alpha is that of one LoRA, and several have to state theirs",
+            found=counted(len(loras), "LoRA"),
+            hint="export the one that states none with --alpha first",
+        )
+    return [
+        Weighted(
+            plan_lora(source.checkpoint, diffusers.LAYOUT, alpha=options.alpha, allow_partial=options.allow_partial),
+            weight,
+        )
+        for source, weight in zip(loras, weights, strict=True)
+    ]
+
+
+def _merge_loras(
+    loras: Sequence[Weighted], out: Path, options: MergeOptions, progress: Callable[[int, int], None] | None
+) -> MergeReport:
+    layout = diffusers.LAYOUT
+    transformer = common_transformer(loras)
+    stack = Stack(sum_of(loras), layout, named_dtype(options.dtype or "fp32"), options.rank)
+    if options.rank is not None:
+        refuse_rank(options.rank, Stack(stack.updates, layout, stack.dtype).ranks.values())
+    tensors = stack.tensors
+    header = safetensors_header(tensors, _lora_metadata(stack, loras, transformer))
+    size_bytes = len(header) + sum(tensor.size_bytes for tensor in tensors)
+    files = [file for lora in loras for file in lora.plan.lora.checkpoint.files]
+    target = output_path(out)
+    output = AtomicFile(target, overwrite=options.overwrite)
+    output.refuse_existing()
+    output.refuse_source(files)
+    refuse_unwritable(target, size_bytes)
+    written = Written()
+    if not options.dry_run:
+        written = write(output, header, tensors, files, progress, sha256=False)
+    return MergeReport(
+        result="lora",
+        base=None,
+        loras=tuple(map(_merged_lora, loras)),
+        output=target,
+        written=not options.dry_run,
+        model=transformer.name,
+        format=layout.name,
+        modules=len(stack.updates),
+        rank=one_rank(stack.ranks),
+        dtype=stack.dtype.name,
+        tensors=len(tensors),
+        size_bytes=size_bytes,
+        crc32=_crc32(tensors, options),
+        largest_relative_error=written.largest_relative_error,
+        lost=written.lost,
+        notices=_notices(loras),
+    )
+
+
+def _lora_metadata(stack: Stack, loras: Sequence[Weighted], transformer: Transformer) -> dict[str, str]:
+    record = ExportRecord(
+        version=__version__,
+        models=tuple(model.slug for model in transformer.models),
+        transformer_layers=transformer.layers,
+        hidden_size=transformer.hidden,
+        rank=one_rank(stack.ranks),
+        cut_to=stack.rank,
+        scale="fold",
+        dtype=stack.dtype.name,
+        merged=tuple(map(_merged_record, loras)),
+    )
+    return {"format": "pt", RECORD_KEY: record.text(), **stack.carried.header}
+
+
+def _merged_record(lora: Weighted) -> MergedRecord:
+    checkpoint, scale = lora.plan.lora.checkpoint, lora.plan.scale
+    iteration, run = checkpoint.values.get("iteration"), checkpoint.run
+    return MergedRecord(
+        source=checkpoint.path.name,
+        iteration=iteration if isinstance(iteration, int) else None,
+        ema=None if run is None else run.chosen.ema,
+        weight=lora.weight,
+        scaling=lora.plan.scaling,
+        alpha=scale.alpha,
+        alpha_source=scale.source,
+    )
+
+
+def _merged_lora(lora: Weighted) -> MergedLora:
+    plan = lora.plan
+    return MergedLora(
+        file=plan.lora.checkpoint.path,
+        layout=None if plan.lora.layout is None else plan.lora.layout.name,
+        modules=len(plan.modules),
+        rank=plan.rank,
+        alpha=plan.scale.alpha,
+        alpha_source=plan.scale.source,
+        scaling=plan.scaling,
+        weight=lora.weight,
+    )
+
+
+def _crc32(tensors: Sequence[Planned], options: MergeOptions) -> Literal["checked", "not checked", "not recorded"]:
+    if all(storage.crc32 is None for storage in storages_of(tensors)):
+        return "not recorded"
+    return "not checked" if options.dry_run else "checked"
+
+
+def _notices(loras: Sequence[Weighted]) -> tuple[str, ...]:
+    """What to say of each LoRA: with its name, where there are several."""
+    found = []
+    for lora in loras:
+        checkpoint = lora.plan.lora.checkpoint
+        name = f"{checkpoint.path}: " if len(loras) > 1 else ""
+        found += [name + text for text in source_notices(checkpoint, lora.plan)]
+    return tuple(found)
