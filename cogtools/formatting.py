@@ -1,9 +1,9 @@
-"""Numbers, counts and text from files in few words: what messages and reports have in common."""
+"""Numbers, counts, lists and text from files in few words: what messages and reports have in common."""
 
 from __future__ import annotations
 
 from reprlib import Repr
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,6 +17,23 @@ def number(value: float) -> str:
 def counted(count: int, noun: str) -> str:
     """A number of things: "1 tensor", "24 tensors"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def first_of(items: Sequence[str], count: int) -> list[str]:
+    """The first ones of many, and how many more there are."""
+    more = len(items) - count
+    return [*items[:count], f"… and {more:,} more (--json lists all)"] if more > 0 else list(items)
+
+
+_UNITS = ("bytes", "kB", "MB", "GB", "TB")
+
+
+def size(size_bytes: int) -> str:
+    """A number of bytes with its unit: "118.0 MB", in powers of 1000 as disks and `ls -h --si` count."""
+    value, unit = float(size_bytes), 0
+    while value >= 999.95 and unit < len(_UNITS) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{size_bytes} bytes" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
 
 
 def fold_numbers(numbers: Sequence[int]) -> str:
@@ -40,3 +57,21 @@ _REPR.maxlevel = 3
 def shown(value: object) -> str:
     """Text or JSON of a file in quotes, and as much of it as a line holds."""
     return _REPR.repr(value)
+
+
+def truncate(
+    text: str, length: int = MAX_SHOWN_CHARS, *, keep: Literal["start", "end", "both"] = "start", mark: str = "…"
+) -> str:
+    """A text of at most `length` characters: what is too much is cut out, and `mark` put in its place.
+
+    Args:
+        text: the text.
+        length: how many characters the result may have, with the mark.
+        keep: the part that stays. Of both ends, the last one gets two thirds of the room.
+        mark: shown in place of what was cut out.
+    """
+    if len(text) <= length:
+        return text
+    room = max(length - len(mark), 0)
+    tail = {"start": 0, "end": room, "both": min(2 * length // 3, room)}[keep]
+    return text[: room - tail] + mark + text[len(text) - tail :]

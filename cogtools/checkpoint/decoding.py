@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cogtools.checkpoint.gather import tensor_chunks
+
 if TYPE_CHECKING:
     from cogtools.checkpoint.dtypes import DType
+    from cogtools.checkpoint.tensors import TensorEntry
 
 Array = NDArray[Any]
 
@@ -76,6 +79,15 @@ def decode(raw: Array, dtype: DType) -> Array:
 def doubles(data: bytes, dtype: DType) -> NDArray[np.float64]:
     """The numbers of little-endian bytes, in double precision, which holds all floats here exactly."""
     return decode(np.frombuffer(data, raw_code(dtype, big_endian=False)), dtype).astype(np.float64)
+
+
+def tensor_doubles(entry: TensorEntry) -> NDArray[np.float64]:
+    """The whole tensor in double precision, in its shape.
+
+    Raises:
+        CheckpointError: if the file ends before the tensor does, or cannot be read.
+    """
+    return doubles(b"".join(tensor_chunks(entry)), entry.dtype).reshape(entry.shape)
 
 
 @cache

@@ -1,35 +1,50 @@
-"""Where bytes lie: an open file, a storage in it, and a tensor's view of that storage.
+"""Where bytes lie: an open file, a range of it, and what is in a folder.
 
-Files are read with positioned reads, never through a memory map: a file that shrinks while it is read then gives
-an error that can be told, not a SIGBUS that ends the process.
+Files are read with positioned reads, never through a memory map: a file that shrinks while it is read then gives an
+error, not a SIGBUS that ends the process. Whatever the system refuses is a `CheckpointError` with its reason.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from cogtools.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
+    from collections.abc import Callable, Iterable
 
 
 class SourceFile:
     """A regular file, held open for reading, so that what was looked at is what is read later.
 
+    What reads checkpoints asks a file for `name`, `size_bytes`, `read`, `refuse_changed` and `beside` only, so that one
+    that lies elsewhere can stand in its place; `fd` is for what needs a file of this machine.
+
     Args:
         path: where it is, for messages.
         fd: its open file descriptor, which `close` closes.
+
+    Raises:
+        CheckpointError: if it is not a regular file, or its size cannot be found out.
     """
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path = path
         self.fd = fd
-        status = os.fstat(fd)
+        status = self._status()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(
+                "this is not a regular file",
+                file=path,
+                found=_file_kind(status.st_mode),
+                expected="a file on disk: its parts are read by position",
+                hint="save the stream to a file first",
+            )
         self.size_bytes = status.st_size
         self._version = status.st_size, status.st_mtime_ns
         self._lock = threading.RLock()
@@ -46,21 +61,39 @@ class SourceFile:
             # Without O_NONBLOCK a pipe would block here until somebody writes to it.
             fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         except FileNotFoundError as error:
-            found = f"a link to {path.readlink()}, which is not there" if path.is_symlink() else None
+            target = link_target(path)
+            found = f"a link to {target}, which is not there" if target is not None else None
             raise CheckpointError("there is no such file", file=path, found=found) from error
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            raise CheckpointError(f"the file cannot be opened: {_reason(error)}", file=path) from error
-        mode = os.fstat(fd).st_mode
-        if not stat.S_ISREG(mode):
-            os.close(fd)
-            raise CheckpointError(
-                "this is not a regular file",
-                file=path,
-                found=_file_kind(mode),
-                expected="a file on disk: its parts are read by position",
-                hint="save the stream to a file first",
-            )
-        return cls(path, fd)
+            raise CheckpointError(f"the file cannot be opened: {reason(error)}", file=path) from error
+        try:
+            return cls(path, fd)
+        except BaseException:
+            _close(fd)
+            raise
+
+    @property
+    def name(self) -> str:
+        """What it is called in its folder."""
+        return self.path.name
+
+    def beside(self, name: str, *, above: bool = False) -> SourceFile | None:
+        """The file of that name in the same folder, opened; None if there is none.
+
+        If this file was opened through a link, it is looked for beside the link first, then where the link leads.
+
+        Args:
+            name: what it is called.
+            above: look into the folder above as well.
+
+        Raises:
+            CheckpointError: if it is there and cannot be opened.
+        """
+        for path in dict.fromkeys((self.path.absolute(), Path(os.path.realpath(self.path)))):
+            for folder in (path.parent, path.parent.parent) if above else (path.parent,):
+                if is_file(folder / name):
+                    return SourceFile.open(folder / name)
+        return None
 
     def read(self, offset_bytes: int, size_bytes: int) -> bytes:
         """Exactly `size_bytes` bytes from `offset_bytes` on.
@@ -76,7 +109,7 @@ class SourceFile:
             try:
                 part = self._pread(missing, offset_bytes + size_bytes - missing)
             except OSError as error:
-                raise CheckpointError(f"the file cannot be read: {_reason(error)}", file=self.path) from error
+                raise self._unreadable(error) from error
             if not part:
                 raise self.cut_short(offset_bytes, size_bytes)
             parts.append(part)
@@ -90,19 +123,28 @@ class SourceFile:
             os.lseek(self.fd, offset_bytes, os.SEEK_SET)
             return os.read(self.fd, size_bytes)
 
+    def _status(self) -> os.stat_result:
+        try:
+            return os.fstat(self.fd)
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"the file cannot be read: {reason(error)}", file=self.path)
+
     def cut_short(self, offset_bytes: int, size_bytes: int) -> CheckpointError:
         """The error for a read beyond the end of the file."""
         return CheckpointError(
             "the file is cut short",
             file=self.path,
-            found=f"the file ends at {os.fstat(self.fd).st_size:,}",
+            found=f"the file ends at {self._status().st_size:,}",
             expected=f"{size_bytes:,} bytes at offset {offset_bytes:,}",
             hint="copy or download it again; a checkpoint that is still being written looks like this too",
         )
 
     def refuse_changed(self) -> None:
-        """Raise a `CheckpointError` if the file has been written to since it was opened."""
-        status = os.fstat(self.fd)
+        """Raise a `CheckpointError` if the file has been written to since it was opened, or cannot be read any more."""
+        status = self._status()
         if (status.st_size, status.st_mtime_ns) != self._version:
             raise CheckpointError(
                 "the file was changed while it was read",
@@ -126,7 +168,7 @@ class SourceFile:
         if self._spool is not None:
             self._spool.close()
         if self.fd >= 0:
-            os.close(self.fd)
+            _close(self.fd)
             self.fd = -1
 
     def __enter__(self) -> Self:
@@ -173,24 +215,86 @@ class FileRange(NamedTuple):
         return self.file.read(self.offset_bytes, self.size_bytes)
 
 
+def read_small_file(path: Path, limit_bytes: int, what: str = "the file is too long to be read") -> bytes:
+    """All of a file that says something of a checkpoint, such as a configuration.
+
+    Args:
+        path: the file.
+        limit_bytes: how long it may be.
+        what: what to say of one that is longer.
+
+    Raises:
+        CheckpointError: if it cannot be read, or is longer.
+    """
+    with SourceFile.open(path) as file:
+        return read_whole(file, limit_bytes, what)
+
+
+def read_whole(file: SourceFile, limit_bytes: int, what: str = "the file is too long to be read") -> bytes:
+    """As `read_small_file`, of a file that is open."""
+    if file.size_bytes > limit_bytes:
+        raise CheckpointError(
+            what, file=file.path, found=f"{file.size_bytes:,} bytes", expected=f"at most {limit_bytes:,}"
+        )
+    return file.read(0, file.size_bytes)
+
+
+class FolderEntry(NamedTuple):
+    """A name in a folder, and what is there: links are followed, and one to nothing is neither."""
+
+    path: Path
+    is_file: bool
+    is_folder: bool
+
+
+def list_folder(folder: Path) -> list[FolderEntry]:
+    """What is in a folder, by name.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = [FolderEntry(folder / entry.name, _is(entry.is_file), _is(entry.is_dir)) for entry in entries]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the folder cannot be read: {reason(error)}", file=folder) from error
+    return sorted(found)
+
+
 def is_file(path: Path) -> bool:
     """Whether a path is that of a file; false also where it may not be looked at, or no file can have that name."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
+    return _is(path.is_file)
 
 
 def is_folder(path: Path) -> bool:
     """Whether a path is that of a folder; false also where `is_file` says it may be."""
+    return _is(path.is_dir)
+
+
+def link_target(path: Path) -> Path | None:
+    """Where a link leads; None if it is not a link, or cannot be read."""
     try:
-        return path.is_dir()
+        return path.readlink()
+    except (OSError, ValueError):
+        return None
+
+
+def reason(error: OSError | ValueError) -> str:
+    """Why the system did not do something, in its own words."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _is(ask: Callable[[], bool]) -> bool:
+    try:
+        return ask()
     except OSError:
         return False
 
 
-def _reason(error: OSError | ValueError) -> str:
-    return getattr(error, "strerror", None) or str(error)
+def _close(fd: int) -> None:
+    # Nothing was written: whatever closing fails for, what was read is right.
+    with contextlib.suppress(OSError):
+        os.close(fd)
 
 
 def _file_kind(mode: int) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from cogtools.checkpoint.files import SourceFile, is_file
-from cogtools.checkpoint.limits import MAX_ADAPTER_CONFIG_BYTES, MAX_TENSORS
+from cogtools.checkpoint.files import read_whole
+from cogtools.checkpoint.limits import MAX_TENSORS
 from cogtools.checkpoint.pickle.machine import Global, Pickle, Record
 from cogtools.checkpoint.tensors import TensorEntry
 from cogtools.errors import CheckpointError
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
+    from cogtools.checkpoint.files import SourceFile
     from cogtools.checkpoint.run import Run
 
 WRAPPERS = ("module", "model", "state_dict")
@@ -51,6 +52,13 @@ class Place(NamedTuple):
         return f"{self.container}.{self.key}" if self.container else self.key
 
 
+class SmallFile(NamedTuple):
+    """A file that was read as a whole: where it is, for messages, and what is in it."""
+
+    path: Path
+    content: bytes
+
+
 @dataclass(slots=True)
 class Checkpoint:
     """What a checkpoint holds. Nothing of its weights is loaded and nothing of its pickle is run.
@@ -69,6 +77,7 @@ class Checkpoint:
         metadata: the text entries of a safetensors header.
         run: the trainer's save folder that the file lies in.
         parts: where several files make up one checkpoint, each of them by its name.
+        index: the file that names these, where there is one. Like them it is held open until `close`.
     """
 
     path: Path
@@ -84,35 +93,47 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)
     run: Run | None = None
     parts: dict[str, Checkpoint] = field(default_factory=dict)
+    index: SourceFile | None = None
 
     @property
     def size_bytes(self) -> int:
         """The size of its files together."""
         return sum(file.size_bytes for file in self.files)
 
-    def read_beside(self, name: str, max_bytes: int = MAX_ADAPTER_CONFIG_BYTES) -> bytes | None:
-        """What a small file beside this one holds; None if there is none of that name.
+    def has_beside(self, name: str) -> bool:
+        """Whether a file of that name lies beside the checkpoint."""
+        file = self._beside(name)
+        if file is not None:
+            file.close()
+        return file is not None
+
+    def read_beside(self, name: str, limit_bytes: int, *, above: bool = False) -> SmallFile | None:
+        """A small file beside the checkpoint, such as its configuration; None if there is none.
+
+        Args:
+            name: what it is called.
+            limit_bytes: how long it may be.
+            above: look into the folder above as well, as a trainer keeps its configuration there.
 
         Raises:
-            CheckpointError: if it is longer than `max_bytes`, or cannot be read.
+            CheckpointError: if it is there and cannot be read, or is longer.
         """
-        path = self.path.with_name(name)
-        if not is_file(path):
+        file = self._beside(name, above=above)
+        if file is None:
             return None
-        with SourceFile.open(path) as file:
-            if file.size_bytes > max_bytes:
-                raise CheckpointError(
-                    "the file is too large",
-                    file=path,
-                    found=f"{file.size_bytes:,} bytes",
-                    expected=f"at most {max_bytes:,}",
-                )
-            return file.read(0, file.size_bytes)
+        with file:
+            return SmallFile(file.path, read_whole(file, limit_bytes))
+
+    def _beside(self, name: str, *, above: bool = False) -> SourceFile | None:
+        opened = self.index or next(iter(self.files), None)
+        return None if opened is None else opened.beside(name, above=above)
 
     def close(self) -> None:
         """Close the files; what was not read yet cannot be read any more."""
         for file in self.files:
             file.close()
+        if self.index is not None:
+            self.index.close()
 
     def __enter__(self) -> Self:
         return self
@@ -219,28 +240,37 @@ def walk_tensors(root: object, state_dict: object = None) -> Iterator[tuple[Plac
     a list repeats is listed once.
     """
     visited: set[int] = set()
-    # Plain tuples: a small file can hold a million containers, and each waits here.
-    pending: list[tuple[int, str, str, object]] = [(0, "", "", root)]
-    while pending:
-        depth, container, key, value = pending.pop()
-        place = Place(container, key)
-        if isinstance(value, TensorEntry):
-            yield place if depth else Place("", BARE_TENSOR), value
-            continue
-        if not isinstance(value, (dict, list, tuple, Record)) or isinstance(value, Global) or id(value) in visited:
-            continue
-        if depth == MAX_DEPTH:
-            continue
-        visited.add(id(value))
-        path = _shortened(str(place))
-        inside = [
-            (depth + 1, path, _name(name)[:MAX_NAME], item)
-            for name, item in _items(value)
-            if isinstance(item, _MAY_HOLD_TENSORS) and item
-            if not (value is state_dict and isinstance(item, TensorEntry))
-        ]
-        # Last in, first out: reversed, so that tensors come in the order of the file.
-        pending += reversed(inside)
+    # One iterator a level, and not what is still to be visited: a small file can hold half a million containers.
+    levels = [_Level("", iter([("", root)]))]
+    while levels:
+        level = levels[-1]
+        for key, value in level.items:
+            if isinstance(value, TensorEntry):
+                if len(levels) == 1:
+                    yield Place("", BARE_TENSOR), value
+                elif level.holder is not state_dict or state_dict is None:
+                    yield Place(level.path, _name(key)[:MAX_NAME]), value
+            elif (
+                isinstance(value, _MAY_HOLD_TENSORS)
+                and value
+                and not isinstance(value, Global)
+                and len(levels) <= MAX_DEPTH
+                and id(value) not in visited
+            ):
+                visited.add(id(value))
+                path = str(Place(level.path, _name(key)[:MAX_NAME])) if len(levels) > 1 else ""
+                levels.append(_Level(_shortened(path), _items(value), value))
+                break
+        else:
+            levels.pop()
+
+
+class _Level(NamedTuple):
+    """A container that is being visited: the names that lead to it, and what is left of its items."""
+
+    path: str
+    items: Iterator[tuple[object, object]]
+    holder: object = None
 
 
 class _UnusedNames:
@@ -264,18 +294,27 @@ def _name(key: object) -> str:
     return str(key) if isinstance(key, (str, int, float, Global)) else f"<{type(key).__name__}>"
 
 
-_MAY_HOLD_TENSORS = (TensorEntry, dict, list, tuple, Record)
+_MAY_HOLD_TENSORS = (dict, list, tuple, Record)
 
 
 def _items(
     value: dict[object, object] | list[object] | tuple[object, ...] | Record,
-) -> Iterable[tuple[object, object]]:
+) -> Iterator[tuple[object, object]]:
     if isinstance(value, dict):
-        return value.items()
+        return iter(value.items())
     if isinstance(value, Record):
         return enumerate((value.arguments, value.state, value.items))
-    first_places = {id(item): index for index, item in reversed(list(enumerate(value)))}
-    return ((index, item) for index, item in enumerate(value) if first_places[id(item)] == index)
+    return _without_repeated_tensors(value)
+
+
+def _without_repeated_tensors(items: Iterable[object]) -> Iterator[tuple[object, object]]:
+    seen: set[int] = set()
+    for index, item in enumerate(items):
+        if isinstance(item, TensorEntry):
+            if id(item) in seen:
+                continue
+            seen.add(id(item))
+        yield index, item
 
 
 def _shortened(path: str) -> str:

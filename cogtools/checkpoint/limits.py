@@ -53,9 +53,6 @@ MAX_CHOSEN_KEY_ITEMS = 30_000
 """How many very large integers, and items of tuples, may be keys. A file can choose their hashes, and a dict of keys
 with one hash takes quadratic time. Strings are hashed with a secret; smaller integers have hashes of their own."""
 
-MAX_MEMO_INDEX = 2**32
-"""Memo entries are numbered by uint32; only protocol 0, which writes the number as text, could go on."""
-
 # What a tensor may be
 
 MAX_DIMENSIONS = 32

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import codecs
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.files import SourceFile, is_folder
+from cogtools.checkpoint.files import SourceFile, is_folder, list_folder
 from cogtools.checkpoint.folder import find_file, find_run, pipeline_components, refuse_choice
-from cogtools.checkpoint.formats.kinds import FORMATS, START_BYTES, read_start
+from cogtools.checkpoint.formats.safetensors import open_safetensors
+from cogtools.checkpoint.formats.signatures import FormatName, format_of, read_start, what_it_is
+from cogtools.checkpoint.formats.torch_legacy import open_torch_legacy
+from cogtools.checkpoint.formats.torch_zip import open_torch_zip
 from cogtools.checkpoint.index import Checkpoint
-from cogtools.checkpoint.shards import kind_of_index, read_shard_index
+from cogtools.checkpoint.names import DISTRIBUTED_METADATA, is_companion, part_of, spread_over
+from cogtools.checkpoint.shards import kind_of_index, read_shard_index, shards_by_name
+from cogtools.checkpoint.weights import spread_error
 from cogtools.errors import CheckpointError
+from cogtools.formatting import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cogtools.checkpoint.tensors import TensorEntry
 
-_OTHER_FILES = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch the file with: git lfs pull"),
-    (b"<!DOCTYPE", "a web page", "download the file itself, not the page that shows it"),
-    (b"<html", "a web page", "download the file itself, not the page that shows it"),
-    (b"GGUF", "a GGUF file", "give the checkpoint that it was made from"),
-    (b"\x89HDF", "an HDF5 file", "give a checkpoint of PyTorch or safetensors"),
-    (b"\x93NUMPY", "a NumPy array", "give a checkpoint of PyTorch or safetensors"),
-    (b"\x1f\x8b", "a gzip archive", "unpack it first: gunzip or tar xzf"),
-    (b"PK\x05\x06", "an empty zip archive", "copy or download it again"),
-    (b"Rar!", "a RAR archive", "unpack it first"),
-    (b"7z\xbc\xaf", "a 7z archive", "unpack it first"),
-)
-"""Files that are given in place of a checkpoint: how they begin, what they are, what to do."""
+_OPEN: dict[FormatName, Callable[[SourceFile], Checkpoint]] = {
+    "zip": open_torch_zip,
+    "safetensors": open_safetensors,
+    "legacy": open_torch_legacy,
+}
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, iteration: int | None = None, ema: bool = False) -> Checkpoint:
@@ -53,15 +50,20 @@ def open_checkpoint(path: str | os.PathLike[str], *, iteration: int | None = Non
             refuse_choice(given, iteration=iteration, ema=ema)
         file = given
     checkpoint = _open_any(file)
-    checkpoint.run = find_run(file) or find_run(file.resolve())
+    part = part_of(file.name)
+    if part is not None:
+        checkpoint.format += f", {part}"
+    checkpoint.run = find_run(file)
     return checkpoint
 
 
 def _open_any(path: Path) -> Checkpoint:
-    return _open_pipeline(path) if kind_of_index(path) == "pipeline" else _open_weights(path)
+    return _open_pipeline(path) if not is_folder(path) and kind_of_index(path) == "pipeline" else _open_weights(path)
 
 
 def _open_weights(path: Path) -> Checkpoint:
+    if is_folder(path):
+        return _open_loose_shards(path)
     return _open_shards(path) if kind_of_index(path) == "shards" else _open_file(path)
 
 
@@ -75,11 +77,21 @@ def _open_file(path: Path) -> Checkpoint:
 
 
 def _index(file: SourceFile) -> Checkpoint:
+    _refuse_spread(file)
     start = read_start(file)
-    for file_format in FORMATS:
-        if file_format.fits(start):
-            return file_format.open(file)
-    raise _no_checkpoint(file, start)
+    found = format_of(start)
+    if found is None:
+        raise _not_a_checkpoint(file, start)
+    return _OPEN[found](file)
+
+
+def _refuse_spread(file: SourceFile) -> None:
+    """Refuse a file that is not a checkpoint without others, as its name says."""
+    spread = spread_over([file.name]) if part_of(file.name) is None else None
+    if spread is None and file.name == DISTRIBUTED_METADATA:
+        spread = spread_over(entry.path.name for entry in list_folder(file.path.parent))
+    if spread is not None:
+        raise spread_error(file.path.parent, *spread, file=file.path)
 
 
 def _open_shards(index: Path) -> Checkpoint:
@@ -108,6 +120,24 @@ def _open_shards(index: Path) -> Checkpoint:
     return whole
 
 
+def _open_loose_shards(folder: Path) -> Checkpoint:
+    """Sharded weights without an index as one checkpoint."""
+    files = {path.name: path for path in shards_by_name(folder)}
+    whole = _join(folder, "sharded, without an index", files, _open_file)
+    for name, part in whole.parts.items():
+        twice = next((key for key in part.tensors if key in whole.tensors), None)
+        if twice is not None:
+            whole.close()
+            raise CheckpointError(
+                "these shards are not parts of one checkpoint",
+                file=folder,
+                found=f"{shown(twice)} in {name} and in another of them",
+                hint="copy or download the files again, all of one version",
+            )
+        whole.tensors |= part.tensors
+    return whole
+
+
 def _open_pipeline(index: Path) -> Checkpoint:
     """The components of a diffusers pipeline as one checkpoint, keys prefixed with their names."""
     components = pipeline_components(index)
@@ -123,15 +153,18 @@ def _open_pipeline(index: Path) -> Checkpoint:
 def _join(path: Path, how: str, files: dict[str, Path], open_part: Callable[[Path], Checkpoint]) -> Checkpoint:
     """Several files as one checkpoint, its tensors not yet chosen."""
     parts: dict[str, Checkpoint] = {}
+    index = None if is_folder(path) else SourceFile.open(path)
     try:
         for name, file in files.items():
             parts[name] = open_part(file)
     except BaseException:
+        if index is not None:
+            index.close()
         for part in parts.values():
             part.close()
         raise
     formats = " and ".join(sorted({part.format for part in parts.values()}))
-    whole = Checkpoint(path=path, format=f"{formats}, {how}" if formats else how, files=[], tensors={}, parts=parts)
+    whole = Checkpoint(path, f"{formats}, {how}" if formats else how, [], {}, parts=parts, index=index)
     for part in parts.values():
         whole.files += part.files
         for foreign, count in part.foreign.items():
@@ -139,23 +172,9 @@ def _join(path: Path, how: str, files: dict[str, Path], open_part: Callable[[Pat
     return whole
 
 
-def _no_checkpoint(file: SourceFile, start: bytes) -> CheckpointError:
+def _not_a_checkpoint(file: SourceFile, start: bytes) -> CheckpointError:
     expected = "a file of torch.save (.pt, .pth, .bin, .ckpt) or safetensors"
-    found, hint = _what_it_is(start)
-    return CheckpointError("this is no checkpoint", file=file.path, found=found, expected=expected, hint=hint)
-
-
-def _what_it_is(start: bytes) -> tuple[str, str | None]:
-    for signature, name, hint in _OTHER_FILES:
-        if start.startswith(signature):
-            return name, hint
-    if not start:
-        return "nothing: the file is empty", "copy or download it again"
-    if not start.strip(b"\0"):
-        return "zeros: its content is missing", "copy or download it again"
-    try:
-        # Where the file goes on, its start may end in the middle of a character.
-        text = codecs.getincrementaldecoder("utf-8")().decode(start, final=len(start) < START_BYTES)
-    except UnicodeDecodeError:
-        return f"a file that begins with {start[:8].hex(' ')}", None
-    return f"a text file that begins with {text.splitlines()[0][:60]!r}", None
+    found, hint = what_it_is(start)
+    if is_companion(file.name):
+        hint = "a training saves this beside its weights: give the weights"
+    return CheckpointError("this is not a checkpoint", file=file.path, found=found, expected=expected, hint=hint)

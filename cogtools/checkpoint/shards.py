@@ -3,7 +3,8 @@
     model.safetensors.index.json, pytorch_model.bin.index.json    {"weight_map": {key: the shard that has it}}
     model_index.json                                              {"_class_name": "…Pipeline", component: […]}
 
-They are known by these names, and under others by what they hold.
+They are known by these names, and under others by what they hold. Shards lie beside their index; people rename them, or
+leave the index behind, and then their names say which belong together: model-00001-of-00003.safetensors.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from cogtools.checkpoint.files import SourceFile
-from cogtools.checkpoint.formats.safetensors import looks_like_safetensors
+from cogtools.checkpoint.files import SourceFile, is_file, list_folder, read_small_file
+from cogtools.checkpoint.formats.signatures import looks_like_safetensors
 from cogtools.checkpoint.limits import MAX_INDEX_BYTES
+from cogtools.checkpoint.names import PIPELINE_INDEX as PIPELINE_INDEX
+from cogtools.checkpoint.names import SHARD_INDEX_SUFFIXES as SHARD_INDEX_SUFFIXES
+from cogtools.checkpoint.names import shard_name
 from cogtools.errors import CheckpointError
-
-PIPELINE_INDEX = "model_index.json"
-SHARD_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 
 _START_BYTES = 16
 
@@ -48,14 +49,18 @@ def read_shard_index(path: Path) -> dict[str, str]:
     """Which file each tensor of sharded weights is in.
 
     Raises:
-        CheckpointError: if the index is no such thing, or names a file outside of its folder.
+        CheckpointError: if it is not an index of shards, or names a file that is not beside it.
     """
     weight_map = read_index(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise _no_index(path, "no weight_map of names and files")
     folder = path.parent.resolve()
-    for name in set(weight_map.values()):
+    names = sorted(set(weight_map.values()))
+    for name in names:
         _refuse_outside(path, folder, name)
+    missing = [name for name in names if not is_file(path.with_name(name))]
+    if missing:
+        raise _missing(path, names, missing)
     return weight_map
 
 
@@ -65,17 +70,51 @@ def read_index(path: Path) -> dict[str, object]:
     Raises:
         CheckpointError: if it is no JSON object, or too long.
     """
-    with SourceFile.open(path) as file:
-        if file.size_bytes > MAX_INDEX_BYTES:
-            raise _no_index(path, f"{file.size_bytes:,} bytes, more than {MAX_INDEX_BYTES:,}")
-        content = file.read(0, file.size_bytes)
+    content = read_small_file(path, MAX_INDEX_BYTES, "this is too long for an index of a checkpoint's files")
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise _no_index(path, f"no JSON: {error}") from error
+        raise _no_index(path, f"not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise _no_index(path, "no JSON object")
+        raise _no_index(path, "JSON, but not an object")
     return value
+
+
+def _missing(index: Path, names: list[str], missing: list[str]) -> CheckpointError:
+    """The error for shards that are not beside their index: which, and under what names they are there instead."""
+    renamed = _renamed(index.parent, missing[0])
+    more = f", and {len(missing) - 1:,} more of {len(names):,}" if len(missing) > 1 else ""
+    if renamed is not None:
+        return CheckpointError(
+            "the index names files that are not here; they were renamed",
+            file=index,
+            found=f"{renamed}, which is called {missing[0]} in the index{more}",
+            hint="correct the names in the weight_map of the index, or give the files the names that it has",
+        )
+    return CheckpointError(
+        "the index names files that are not here",
+        file=index,
+        found=f"no {missing[0]}{more}",
+        hint="copy or download the missing files into the folder of the index",
+    )
+
+
+def _renamed(folder: Path, name: str) -> str | None:
+    """The file that has the number of this shard under another name; None if there is none, or are several."""
+    wanted = shard_name(name)
+    if wanted is None:
+        return None
+    found = []
+    for entry in list_folder(folder):
+        shard = shard_name(entry.path.name) if entry.is_file else None
+        if shard is not None and (shard.number, shard.of) == (wanted.number, wanted.of):
+            found.append(entry.path.name)
+    return found[0] if len(found) == 1 else None
+
+
+def shards_by_name(folder: Path) -> list[Path]:
+    """The shards in a folder that has no index of them, by number."""
+    return [entry.path for entry in list_folder(folder) if entry.is_file and shard_name(entry.path.name)]
 
 
 def _refuse_outside(index: Path, folder: Path, name: str) -> None:
@@ -85,7 +124,7 @@ def _refuse_outside(index: Path, folder: Path, name: str) -> None:
     try:
         shard = (folder / name).resolve()
     except (OSError, ValueError, RuntimeError) as error:  # half a surrogate pair; links in a circle
-        raise _no_index(index, f"the file {name!r}, which no file can be called") from error
+        raise _no_index(index, f"the file {name!r}, which is not a name that a file can have") from error
     if shard.parent not in (folder, _blobs_of(folder)):
         raise _no_index(index, f"the file {name!r}, a link to another folder")
 
@@ -104,7 +143,7 @@ def _blobs_of(folder: Path) -> Path | None:
 
 def _no_index(path: Path, found: str) -> CheckpointError:
     return CheckpointError(
-        "this is no index of a checkpoint's files",
+        "this is not an index of a checkpoint's files",
         file=path,
         found=found,
         expected="a JSON object that names the files beside it",

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+from cogtools.checkpoint.limits import MAX_ADAPTER_CONFIG_BYTES
 from cogtools.checkpoint.tensors import whole_tensor
 from cogtools.conversion import scale as scales
 from cogtools.conversion.adapter_config import Stated, parse_config
@@ -40,7 +42,7 @@ class LoraTensor(NamedTuple):
     entry: TensorEntry
 
 
-@dataclass(slots=True)
+@dataclass
 class Lora:
     """The LoRA in a checkpoint.
 
@@ -74,7 +76,7 @@ class Lora:
         own = {tensor.key for tensor in [*self.tensors.values(), *self.alphas.values()]}
         return [key for key in self.checkpoint.tensors if key not in own]
 
-    @property
+    @cached_property
     def modules(self) -> list[Module]:
         """The adapted modules, by layer."""
         return sorted({key.module for key in self.tensors}, key=lambda module: module.order)
@@ -84,7 +86,7 @@ class Lora:
         """The layers that it adapts."""
         return tuple(sorted({key.layer for key in self.tensors if key.layer is not None}))
 
-    @property
+    @cached_property
     def ranks(self) -> dict[Module, int]:
         """The rank of every module whose factors tell one: that of lora_A where they disagree."""
         found: dict[Module, int] = {}
@@ -246,13 +248,13 @@ def _stated(checkpoint: Checkpoint) -> dict[ScalePlace, Stated]:
     if text is not None:
         stated["header"] = parse_config(text, diffusers.METADATA_KEY, diffusers.PREFIX)
     try:
-        config = checkpoint.read_beside(peft.CONFIG_NAME)
+        config = checkpoint.read_beside(peft.CONFIG_NAME, MAX_ADAPTER_CONFIG_BYTES)
     except CheckpointError as error:
         problem = Problem("unreadable", peft.CONFIG_NAME, error.found or error.what, error.expected)
         stated["adapter_config"] = Stated(peft.CONFIG_NAME, problems=(problem,))
     else:
         if config is not None:
-            stated["adapter_config"] = parse_config(config.decode(errors="replace"), peft.CONFIG_NAME)
+            stated["adapter_config"] = parse_config(config.content.decode(errors="replace"), peft.CONFIG_NAME)
     return stated
 
 
@@ -312,17 +314,18 @@ def read_config(lora: Lora, alpha: float | None) -> tuple[TrainingConfig | None,
     Raises:
         CheckpointError: if it cannot be read.
     """
-    path = find_training_config(lora.checkpoint.path) if lora.layout is sat.LAYOUT else None
-    if path is None:
+    if lora.layout is not sat.LAYOUT:
         return None, []
+    file = None
     try:
-        return read_training_config(path), []
+        file = find_training_config(lora.checkpoint)
+        return (None if file is None else read_training_config(file)), []
     except CheckpointError as error:
         if alpha is None:
             raise
         note = f"{error.what}{f' ({error.found})' if error.found else ''}: not used, as --alpha is given."
     try:
-        return read_training_config(path, with_alpha=False), [note]
+        return (None if file is None else read_training_config(file, with_alpha=False)), [note]
     except CheckpointError:
         return None, [note]
 

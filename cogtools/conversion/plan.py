@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -138,7 +139,7 @@ class Planned:
         return [entry.storage for entry in entries]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LoraPlan:
     """What a checkpoint's LoRA becomes.
 
@@ -164,12 +165,12 @@ class LoraPlan:
     notices: tuple[str, ...] = ()
     config: Path | None = None
 
-    @property
+    @cached_property
     def modules(self) -> list[Module]:
         """The adapted modules that are exported, by layer."""
         return sorted({name.module for name in self.names}, key=lambda module: module.order)
 
-    @property
+    @cached_property
     def ranks(self) -> dict[Module, int]:
         """The rank of each of these."""
         ranks = self.lora.ranks
@@ -180,7 +181,7 @@ class LoraPlan:
         """The rank of every module; None if they differ."""
         return one_rank(self.ranks)
 
-    @property
+    @cached_property
     def scalings(self) -> dict[Module, float]:
         """What each module's update is multiplied by."""
         found = self.scale.scalings

@@ -14,7 +14,6 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeGuard
 
-from cogtools.checkpoint.files import SourceFile, is_file
 from cogtools.checkpoint.limits import MAX_TRAINING_CONFIG_BYTES
 from cogtools.checkpoint.plausible import is_number, is_positive
 from cogtools.errors import CheckpointError
@@ -22,6 +21,8 @@ from cogtools.layouts.family import MAX_LAYERS
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from cogtools.checkpoint.index import Checkpoint, SmallFile
 
 FILE_NAME = "training_config.yaml"
 
@@ -62,27 +63,27 @@ class TrainingConfig:
         return tuple(sorted({layer + count if layer < 0 else layer for layer in self.layers or ()}))
 
 
-def find_training_config(checkpoint: Path) -> Path | None:
-    """The training configuration beside a checkpoint file, or in the save folder above its iteration's folder.
+def find_training_config(checkpoint: Checkpoint) -> SmallFile | None:
+    """The training configuration beside a checkpoint, or in the save folder above its iteration's folder.
 
-    If the checkpoint is a link, it is looked for where the link lies first, then where it points to.
+    Raises:
+        CheckpointError: if it cannot be read, or is too long to be one.
     """
-    folders = (checkpoint.absolute().parent, checkpoint.resolve().parent)
-    places = (place / FILE_NAME for folder in folders for place in (folder, folder.parent))
-    return next(filter(is_file, places), None)
+    return checkpoint.read_beside(FILE_NAME, MAX_TRAINING_CONFIG_BYTES, above=True)
 
 
-def read_training_config(path: Path, *, with_alpha: bool = True) -> TrainingConfig:
+def read_training_config(file: SmallFile, *, with_alpha: bool = True) -> TrainingConfig:
     """Read what a training configuration says of the LoRA.
 
     Args:
-        path: the file.
+        file: the file.
         with_alpha: read `lora_alpha`; if not, whatever stands there does not matter.
 
     Raises:
-        CheckpointError: if the file cannot be read, or a value in it is not valid.
+        CheckpointError: if the file is not YAML, or a value in it is not valid.
     """
-    params: object = _load(path)
+    path = file.path
+    params: object = _load(file)
     for name in _PATH:
         params = params.get(name) if isinstance(params, dict) else None
     if not isinstance(params, dict):
@@ -120,7 +121,7 @@ def _are_layers(value: object) -> TypeGuard[list[int]]:
     return all(type(item) is int and -MAX_LAYERS <= item < MAX_LAYERS for item in value)
 
 
-def _load(path: Path) -> object:
+def _load(file: SmallFile) -> object:
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -135,15 +136,11 @@ def _load(path: Path) -> object:
                 raise yaml.constructor.ConstructorError(None, None, "it has a number too long to be one")
             return str(super().construct_scalar(node))
 
-    with SourceFile.open(path) as file:
-        if file.size_bytes > MAX_TRAINING_CONFIG_BYTES:
-            raise _unreadable(path, f"{file.size_bytes:,} bytes", f"at most {MAX_TRAINING_CONFIG_BYTES:,}")
-        content = file.read(0, file.size_bytes)
     try:
-        return yaml.load(content, Loader)  # noqa: S506 - the class is derived from SafeLoader
+        return yaml.load(file.content, Loader)  # noqa: S506 - the class is derived from SafeLoader
     except (yaml.YAMLError, RecursionError, *_BAD_SCALAR) as error:
         reason = getattr(error, "problem", None) or str(error)
-        raise _unreadable(path, reason, "YAML as the trainer writes it") from error
+        raise _unreadable(file.path, reason, "YAML as the trainer writes it") from error
 
 
 def _unreadable(path: Path, found: str, expected: str) -> CheckpointError:

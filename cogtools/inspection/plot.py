@@ -6,16 +6,15 @@ matplotlib is an extra, `cogtools[plot]`: it is imported here only, and asked fo
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
-import os
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cogtools.checkpoint.files import is_folder
+from cogtools.conversion.output import AtomicFile
 from cogtools.errors import ExportError, OptionError, OutputError, command
-from cogtools.formatting import counted
+from cogtools.formatting import counted, truncate
 from cogtools.layouts.family import ATTENTION, IN_LAYERS
 
 if TYPE_CHECKING:
@@ -108,20 +107,10 @@ def plot_updates(reports: Sequence[CheckpointReport], path: Path) -> None:
         figure.suptitle(" · ".join(["LoRA update per module", *models]), parse_math=False)
         metadata: dict[str, Any] = {"Date": None} if file_format == "svg" else {}
         figure.savefig(content, format=file_format, dpi=150, metadata=metadata)
-    _write(path, content.getvalue())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Put a picture in its place, whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    except OSError as error:
-        raise OutputError(f"the picture cannot be written: {error.strerror}", file=path) from error
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+    with AtomicFile(path, overwrite=True) as picture:
+        picture.write(content.getvalue())
+        picture.sync()
+        picture.publish()
 
 
 def _norms(report: CheckpointReport) -> dict[tuple[int, str], float]:
@@ -267,4 +256,4 @@ def _equal(first: Sequence[str], second: Sequence[str]) -> int:
 
 def _shown(name: str) -> str:
     name = "".join(char if char.isprintable() else "?" for char in name)
-    return name if len(name) <= MAX_TITLE_CHARS else f"…{name[1 - MAX_TITLE_CHARS :]}"
+    return truncate(name, MAX_TITLE_CHARS, keep="end")

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cogtools.checkpoint.decoding import Array, can_decode, doubles
-from cogtools.checkpoint.gather import tensor_chunks
+from cogtools.checkpoint.decoding import Array, can_decode, tensor_doubles
 from cogtools.inspection.report import UpdateReport
 from cogtools.layouts.family import LoraKey
 
@@ -67,7 +66,9 @@ def lora_updates(
 def _update(module: Module, a: TensorEntry | None, b: TensorEntry | None, scaling: float | None) -> UpdateReport:
     try:
         a, b = _checked(a, b)
-        norm, effective_rank = update_strength(_load(a), _load(b), 1.0 if scaling is None else scaling)
+        norm, effective_rank = update_strength(
+            tensor_doubles(a), tensor_doubles(b), 1.0 if scaling is None else scaling
+        )
     except NotComputedError as error:
         return UpdateReport(*module, scaling, not_computed=str(error))
     return UpdateReport(*module, scaling, norm, effective_rank)
@@ -134,8 +135,3 @@ def _checked(a: TensorEntry | None, b: TensorEntry | None) -> tuple[TensorEntry,
     if a.shape[0] > MAX_RANK or max(a.size_bytes, b.size_bytes) > MAX_FACTOR_BYTES:
         raise NotComputedError("factors too large to compute with")
     return a, b
-
-
-def _load(entry: TensorEntry) -> Array:
-    """The whole tensor in double precision."""
-    return doubles(b"".join(tensor_chunks(entry)), entry.dtype).reshape(entry.shape)

@@ -1,4 +1,4 @@
-"""What `export-lora` says."""
+"""What `export-lora` prints."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 from typing import TYPE_CHECKING
 
 from cogtools.conversion.scale import ALPHA_SOURCES
-from cogtools.formatting import number
-from cogtools.render.text import emit, notice, printable, shortened, size, talk
+from cogtools.formatting import number, size
+from cogtools.render.text import notice, shortened, show, talk
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,10 +22,10 @@ def show_export(report: ExportReport) -> None:
     """Print what was found and written, and how to load it."""
     for text in report.notices:
         notice(text)
-    emit(summary(report))
+    show(*summary(report))
 
 
-def summary(report: ExportReport) -> str:
+def summary(report: ExportReport) -> list[str]:
     """The result in a few lines."""
     rank = "different by module" if report.rank is None else report.rank
     rows = [
@@ -38,17 +38,17 @@ def summary(report: ExportReport) -> str:
         ),
     ]
     if report.largest_relative_error is not None:
-        rows.append(("rounding", f"largest relative error of a tensor {report.largest_relative_error:.2g}"))
+        rows.append(("rounding", f"largest relative error of any tensor {report.largest_relative_error:.2g}"))
     if report.lost is not None:
         rows.append(("cut", f"to rank {rank}: {lost(report.lost)}"))
     if report.crc32 == "checked":
         rows.append(("checked", "the CRC-32s of the weights that were read"))
     if report.sha256 is not None:
         rows.append(("sha256", report.sha256))
-    lines = [f"{name:<9} {printable(value)}" for name, value in rows]
+    lines = [f"{name:<9} {value}" for name, value in rows]
     if report.written:
         lines += ["", *_how_to_load(report)]
-    return "\n".join(lines)
+    return lines
 
 
 def lost(report: LossReport) -> str:
@@ -86,9 +86,9 @@ def _how_to_load(report: ExportReport) -> list[str]:
     call = loading_call(report.output)
     weight = "…" if report.scaling is None else number(report.scaling)
     if report.scale == "none":
-        return ["Load it, and bring the scale yourself:", f"    {call}",
+        return ["Load it and apply the scale:", f"    {call}",
                 f'    pipe.set_adapters("lora", {weight})']  # fmt: skip
-    return ["Load it at weight 1.0, for the scale is in the file (no set_adapters or fuse_lora with 1/rank):",
+    return ["Load it at weight 1.0: the scale is already in the file (no set_adapters or fuse_lora with 1/rank):",
             f"    {call}"]  # fmt: skip
 
 
@@ -99,30 +99,26 @@ def loading_call(path: Path) -> str:
 
 
 def _literal(text: str) -> str:
-    """A text as Python code has it; JSON's strings are Python's too, but for how they escape."""
-    return printable(json.dumps(text, ensure_ascii=False))
+    """A text as a string in Python code: JSON's strings are valid there."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def show_batch_item(item: BatchItem, *, quiet: bool = False) -> None:
-    """Print what became of one checkpoint of several: a line, and one more that helps if it failed."""
+    """Print the result of one checkpoint of several: a line, and one with a hint if it failed."""
     if item.error is not None:
-        talk(_shown(f"failed   {item.checkpoint}: {_why(item.error)}"))
+        talk(shortened(f"failed   {item.checkpoint}: {_why(item.error)}"))
         if item.error.hint is not None:
-            talk(_shown(f"         try: {item.error.hint}"))
+            talk(shortened(f"         try: {item.error.hint}"))
     elif not quiet:
         report = item.report
         if report is None:
-            emit(_shown(f"{item.status:<8} {item.output or item.checkpoint}: {item.reason}"))
+            show(shortened(f"{item.status:<8} {item.output or item.checkpoint}: {item.reason}"))
         else:
-            emit(_shown(f"{'done    ' if report.written else 'would write'} {item.output}: {_in_short(report)}"))
-
-
-def _shown(line: str) -> str:
-    return shortened(printable(line))
+            show(shortened(f"{'done    ' if report.written else 'would write'} {item.output}: {_in_short(report)}"))
 
 
 def _why(error: CogtoolsError) -> str:
-    """What failed, what was found, and the first of the problems."""
+    """What failed, what was found, and the first problem."""
     details = [f"found: {error.found}"] if error.found else []
     if error.problems:
         more = f" and {len(error.problems) - 1} more" if len(error.problems) > 1 else ""
@@ -137,10 +133,10 @@ def _in_short(report: ExportReport) -> str:
 
 
 def show_batch(report: BatchReport) -> None:
-    """Print the sum of it, and what the user should know: of all once, of one with its name."""
+    """Print how many were exported, and each notice once, with the checkpoints that it is about unless it is all."""
     exports = [(item.checkpoint, item.report) for item in report.exports if item.report is not None]
     done = "would be written" if any(not export.written for _, export in exports) else "done"
-    emit(f"{report.done} {done}, {report.skipped} skipped, {report.failed} failed")
+    show(f"{report.done} {done}, {report.skipped} skipped, {report.failed} failed")
     named: dict[str, list[str]] = {}
     for checkpoint, export in exports:
         for text in export.notices:

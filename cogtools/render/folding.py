@@ -1,7 +1,7 @@
 """Many keys in few lines: equal layers, and equal parts of a layer, folded into one.
 
-What is still too much for a screen stays closed: first of all what holds a LoRA is opened, then the upper levels
-before the lower ones and the large before the small, as long as there is room.
+What is still too much for a screen stays closed: parts with a LoRA are opened first, then upper levels before lower
+ones and large parts before small ones, as long as there is room.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cogtools.inspection.report import TensorReport
 
 MAX_DEPTH = 32
-"""How deep keys are taken apart; what is left of a deeper one stays together."""
+"""How many dots of a key are split at; the rest of a deeper key stays together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +29,10 @@ class TreeLine:
     Attributes:
         depth: how far it is indented.
         label: the part of the keys that it stands for: "layers.0-29".
-        times: how many equal ones were folded into it; 1 if none.
+        times: how many equal parts it stands for.
         detail: dtype and shape, or how many tensors are below.
-        size_bytes: of all that it stands for.
-        has_lora: whether some of it is a LoRA.
+        size_bytes: of all of them.
+        has_lora: whether there is a LoRA in it.
         below: the lines below it.
     """
 
@@ -47,7 +47,7 @@ class TreeLine:
 
 @dataclass(slots=True)
 class _Node:
-    """What the keys with one common beginning have after it."""
+    """The keys that have a prefix in common."""
 
     children: dict[str, _Node] = field(default_factory=dict)
     tensor: TensorReport | None = None
@@ -57,11 +57,11 @@ class _Node:
 
 
 def open_lines(roots: Iterable[TreeLine], room: int | None = None) -> Iterator[tuple[TreeLine, bool]]:
-    """The lines of a tree that there is room for, and of each whether it is open: true where nothing is below it.
+    """The lines of a tree that there is room for, each with whether it is open: true where nothing is below it.
 
     Args:
-        roots: the lines at its top, which are always there.
-        room: how long the tree may become by opening its parts; None opens all.
+        roots: the lines at its top, which are always shown.
+        room: how many lines the tree may have by opening its parts; None opens all.
     """
     roots = list(roots)
     opened = None if room is None else _choose(roots, room)
@@ -123,15 +123,14 @@ def fold(tensors: Iterable[TensorReport]) -> list[TreeLine]:
 def _grow(tensors: Iterable[TensorReport]) -> _Node:
     root = _Node()
     for tensor in tensors:
-        node = root
+        path = [root]
         for part in tensor.key.split(".", MAX_DEPTH):
+            path.append(path[-1].children.setdefault(part, _Node()))
+        path[-1].tensor = tensor
+        for node in path:
             node.tensors += 1
             node.size_bytes += tensor.size_bytes
             node.has_lora |= tensor.section == "lora"
-            node = node.children.setdefault(part, _Node())
-        node.tensors += 1
-        node.size_bytes += tensor.size_bytes
-        node.tensor = tensor
     return root
 
 
@@ -186,7 +185,7 @@ def _branch(label: str, folded: int, node: _Node, signatures: dict[int, int], de
 
 
 def _counted(names: list[str], node: _Node) -> int:
-    """How many a label says that it stands for: names of single tensors, as weight and bias, speak for themselves."""
+    """How many parts a label counts: names of single tensors such as weight and bias are not counted."""
     return 1 if node.tensor is not None and not _is_number(names[0]) else len(names)
 
 

@@ -1,14 +1,13 @@
-"""The header of `inspect`: what kind of file it is, what is in it, and what that is good for."""
+"""The header of `inspect`: what kind of file it is, what is in it, and what can be done with it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from cogtools.conversion.scale import ALPHA_SOURCES
 from cogtools.errors import SHOWN_PROBLEMS
-from cogtools.formatting import MAX_SHOWN_CHARS, counted, fold_numbers, number
-from cogtools.render.style import CYAN, DIM, GREEN, RED, YELLOW
-from cogtools.render.text import printable, size
+from cogtools.formatting import counted, first_of, fold_numbers, number, size, truncate
+from cogtools.render.text import Line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -22,10 +21,10 @@ if TYPE_CHECKING:
         LoraReport,
         SecondCopy,
     )
-    from cogtools.render.style import Style
+    from cogtools.render.text import Output
 
 SHOWN_ITERATIONS = 3
-"""Of many iterations so many are named at the beginning and at the end, besides the marked ones."""
+"""Of many iterations, so many are named at the beginning and at the end, besides the marked ones."""
 
 SHOWN_LORA_PROBLEMS = 3
 
@@ -37,66 +36,53 @@ NOTEWORTHY_SHARE = 0.01
 """Storages have some bytes that no tensor views, where a trainer aligns them. From this share on it is worth a line."""
 
 
-class Field(NamedTuple):
-    """A line of the header; it goes on with lines that have no label."""
-
-    label: str
-    value: str
-    colour: str = ""
+def _field(label: str, value: str, style: str = "") -> Line:
+    """A line of the header; what goes on with the one above it has no label."""
+    return Line((f"  {label:<10} ", "cyan"), (value, style), wrap=True)
 
 
-def header_lines(report: CheckpointReport, style: Style) -> Iterator[str]:
+def header_lines(report: CheckpointReport) -> Iterator[Line]:
     """The header as lines of text."""
-    for field in _fields(report):
-        label = field.label
-        for line in style.wrapped(printable(field.value), indent=13):
-            value = style.paint(line, field.colour) if field.colour else line
-            yield f"  {style.paint(f'{label:<10}', CYAN)} {value}".rstrip()
-            label = ""
-
-
-def _fields(report: CheckpointReport) -> Iterator[Field]:
-    yield Field("format", f"{report.format}, {size(report.size_bytes)}")
+    yield _field("format", f"{report.format}, {size(report.size_bytes)}")
     yield from _files(report)
     if report.iterations:
-        yield Field("iterations", _iterations(report.iterations))
-    yield Field("tensors", _tensors(report))
+        yield _field("iterations", _iterations(report.iterations))
+    yield _field("tensors", _tensors(report))
     if report.model is not None:
         facts = f" ({report.model.layers} layers, hidden size {report.model.hidden})" if report.model.slugs else ""
-        yield Field("model", report.model.name + facts)
+        yield _field("model", report.model.name + facts)
     if report.lora is not None:
         yield from _lora(report.lora)
     else:
         yield from _lora_beside(report)
     if report.trainer:
-        yield Field("trainer", ", ".join(f"{name} {value}" for name, value in report.trainer.items()))
+        yield _field("trainer", ", ".join(f"{name} {value}" for name, value in report.trainer.items()))
     if report.second_copy is not None:
         yield _second_copy(report.second_copy, report.stored_bytes)
     if report.unviewed_bytes > NOTEWORTHY_SHARE * report.stored_bytes:
         unviewed = f"{size(report.unviewed_bytes)} of {size(report.stored_bytes)}"
-        yield Field("unused", f"{unviewed} are in no tensor: tensors are views of larger storages", YELLOW)
+        yield _field("unused", f"{unviewed} belong to no tensor: tensors are views of larger storages", "yellow")
     others = [entry for entry in report.entries if entry.name not in report.trainer and entry.kind != "None"]
     if others:
-        yield Field("beside it", _some(entry.name for entry in others))
+        yield _field("also holds", _some(entry.name for entry in others))
     entries = [entry for entry in report.not_tensors if entry.name not in report.trainer]
     if entries:
-        yield Field("entries", _some(f"{entry.name} ({entry.kind})" for entry in entries))
+        yield _field("entries", _some(f"{entry.name} ({entry.kind})" for entry in entries))
     if report.metadata:
-        yield Field("metadata", _some(f"{name}={_cut(value)}" for name, value in report.metadata.items()))
+        yield _field("metadata", _some(f"{name}={truncate(value)}" for name, value in report.metadata.items()))
     if report.globals:
         yield from _globals(report.globals)
 
 
-def _files(report: CheckpointReport) -> Iterator[Field]:
-    for part in report.files[:SHOWN_PROBLEMS]:
-        yield Field("", f"{_name_in(report, part)}: {counted(part.tensors, 'tensor')}, {size(part.size_bytes)}")
-    more = len(report.files) - SHOWN_PROBLEMS
-    if more > 0:
-        yield Field("", f"… and {counted(more, 'more file')} (--json lists all)")
+def _files(report: CheckpointReport) -> Iterator[Line]:
+    files = [
+        f"{_name_in(report, part)}: {counted(part.tensors, 'tensor')}, {size(part.size_bytes)}" for part in report.files
+    ]
+    yield from (_field("", text) for text in first_of(files, SHOWN_PROBLEMS))
 
 
 def _name_in(report: CheckpointReport, part: FileReport) -> str:
-    """The name of a file, with its folder if that is another one than the checkpoint's: a pipeline's component."""
+    """The name of a file, with its folder where that is not the checkpoint's: a component of a pipeline."""
     folder = report.checkpoint.parent
     return str(part.file.relative_to(folder)) if part.file.is_relative_to(folder) else part.file.name
 
@@ -124,20 +110,20 @@ def _tensors(report: CheckpointReport) -> str:
     if not report.state_dict_tensors:
         where = {0: "", 1: ", not in a state dict"}.get(report.beside_tensors, ", none in a state dict")
         return f"{report.beside_tensors:,}{where}{facts}"
-    where = f" in {_cut(report.wrapper)!r}" if report.wrapper else ""
-    beside = f"; {report.beside_tensors:,} more beside them" if report.beside_tensors else ""
+    where = f" in {truncate(report.wrapper)!r}" if report.wrapper else ""
+    beside = f"; {report.beside_tensors:,} more outside the state dict" if report.beside_tensors else ""
     return f"{report.state_dict_tensors:,}{where}{facts}{beside}"
 
 
-def _lora_beside(report: CheckpointReport) -> Iterator[Field]:
-    """What to say of LoRA tensors that no command but this one sees."""
+def _lora_beside(report: CheckpointReport) -> Iterator[Line]:
+    """LoRA tensors that no command but this one sees."""
     tensors = next((section.tensors for section in report.sections if section.section == "lora"), 0)
     if tensors:
-        yield Field("LoRA", f"{counted(tensors, 'tensor')} of one, but not in the state dict (see --lora)", YELLOW)
-        yield Field("exports to", "nothing: export-lora looks in the state dict only")
+        yield _field("LoRA", f"{counted(tensors, 'tensor')}, but not in the state dict (see --lora)", "yellow")
+        yield _field("exports to", "nothing: export-lora looks in the state dict only")
 
 
-def _second_copy(copy: SecondCopy, stored_bytes: int) -> Field:
+def _second_copy(copy: SecondCopy, stored_bytes: int) -> Line:
     if copy.checked == copy.tensors:
         certainty = "their CRC-32s are equal"
     elif copy.checked:
@@ -145,38 +131,38 @@ def _second_copy(copy: SecondCopy, stored_bytes: int) -> Field:
     else:
         certainty = "their keys and shapes are equal; there are no CRC-32s to compare"
     share = f"{size(copy.size_bytes)} of {size(stored_bytes)}"
-    return Field("twice", f"{share} are a second copy: {counted(copy.tensors, 'tensor')} ({certainty})", YELLOW)
+    return _field("twice", f"{share} are a second copy: {counted(copy.tensors, 'tensor')} ({certainty})", "yellow")
 
 
-def _lora(lora: LoraReport) -> Iterator[Field]:
-    state = {True: "complete", False: "not complete", None: "in a layout that is not known"}[lora.complete]
+def _lora(lora: LoraReport) -> Iterator[Line]:
+    state = {True: "complete", False: "incomplete", None: "unknown layout"}[lora.complete]
     facts = [f"{counted(len(lora.layers), 'layer')} ({fold_numbers(lora.layers)})"] if lora.layers else []
     facts += [f"rank{'s' if len(lora.ranks) > 1 else ''} {', '.join(map(str, lora.ranks))}"] if lora.ranks else []
     facts += [", ".join(lora.dtypes)] if lora.dtypes else []
     facts += [counted(lora.tensors, "tensor"), size(lora.size_bytes)]
     layout = "" if lora.complete is None else f" ({lora.names or f'{lora.layout} layout'})"
-    yield Field("LoRA", f"{state}: {', '.join(facts)}{layout}", GREEN if lora.complete else YELLOW)
+    yield _field("LoRA", f"{state}: {', '.join(facts)}{layout}", "green" if lora.complete else "yellow")
     if lora.missing:
-        yield Field("missing", _some(lora.missing, "; "), YELLOW)
+        yield _field("missing", _some(lora.missing, "; "), "yellow")
     if lora.unplaced:
-        label = "its keys" if lora.complete is None else "unexpected"
-        yield Field(label, _some(lora.unplaced), YELLOW)
+        label = "keys" if lora.complete is None else "unexpected"
+        yield _field(label, _some(lora.unplaced), "yellow")
     yield from _alpha(lora)
     yield from _export(lora.export)
 
 
-def _alpha(lora: LoraReport) -> Iterator[Field]:
+def _alpha(lora: LoraReport) -> Iterator[Line]:
     if lora.alpha is not None:
         source = ALPHA_SOURCES.get(lora.alpha_source or "", "")
-        yield Field("alpha", f"{number(lora.alpha)} ({source}){_scaling(lora, lora.alpha)}")
+        yield _field("alpha", f"{number(lora.alpha)} ({source}){_scaling(lora, lora.alpha)}")
     elif lora.misstated:
-        yield Field("alpha", f"cannot be used: {lora.misstated[0]}", YELLOW)
+        yield _field("alpha", f"cannot be used: {lora.misstated[0]}", "yellow")
     elif lora.alpha_source is not None:
-        yield Field("alpha", f"different by module ({ALPHA_SOURCES[lora.alpha_source]}){_scalings(lora)}")
+        yield _field("alpha", f"different by module ({ALPHA_SOURCES[lora.alpha_source]}){_scalings(lora)}")
     elif lora.layout is not None and lora.unstated_scaling is not None:
-        yield Field("alpha", f"not stated: {lora.reader} runs it at scaling {number(lora.unstated_scaling)}", YELLOW)
+        yield _field("alpha", f"not stated: {lora.reader} runs it at scaling {number(lora.unstated_scaling)}", "yellow")
     elif lora.layout is not None:
-        yield Field("alpha", f"not stated: {lora.reader} loads nothing without it", YELLOW)
+        yield _field("alpha", f"not stated: {lora.reader} loads nothing without it", "yellow")
 
 
 def _scaling(lora: LoraReport, alpha: float) -> str:
@@ -192,57 +178,50 @@ def _scalings(lora: LoraReport) -> str:
     return f", scaling {shown} by module" if shown else ""
 
 
-def _export(outlook: ExportOutlook) -> Iterator[Field]:
+def _export(outlook: ExportOutlook) -> Iterator[Line]:
     """What export-lora would make of the LoRA."""
     if outlook.possible:
-        yield Field("exports to", f"{outlook.tensors} tensors, {size(outlook.size_bytes)}, in diffusers' layout")
+        yield _field("exports to", f"{outlook.tensors} tensors, {size(outlook.size_bytes)}, in diffusers' layout")
         for text in outlook.notices:
-            yield Field("", text)
+            yield _field("", text)
         return
     found = f" (found: {outlook.found})" if outlook.found else ""
-    yield Field("no export", f"{outlook.reason}{found}", YELLOW)
-    for problem in outlook.problems[:SHOWN_LORA_PROBLEMS]:
-        yield Field("", str(problem))
-    more = len(outlook.problems) - SHOWN_LORA_PROBLEMS
-    if more > 0:
-        yield Field("", f"… and {counted(more, 'more problem')} (--json lists all)")
+    yield _field("no export", f"{outlook.reason}{found}", "yellow")
+    for text in first_of([str(problem) for problem in outlook.problems], SHOWN_LORA_PROBLEMS):
+        yield _field("", text)
     if outlook.hint is not None:
-        yield Field("", f"try: {outlook.hint}")
+        yield _field("", f"try: {outlook.hint}")
 
 
-def _globals(names: tuple[GlobalReport, ...]) -> Iterator[Field]:
+def _globals(names: tuple[GlobalReport, ...]) -> Iterator[Line]:
     """The names in the pickle, by how dangerous they are."""
     labels = {
-        "dangerous": ("DANGER", "can run code if this file is loaded elsewhere", RED),
-        "unknown": ("unknown", "not known here", YELLOW),
-        "harmless": ("harmless", "known", ""),
+        "dangerous": ("DANGER", ": can run code if this file is loaded elsewhere", "bold red"),
+        "unknown": ("unknown", ": not known to be harmless", "yellow"),
+        "harmless": ("harmless", "", ""),
     }
-    for danger, (label, meaning, code) in labels.items():
-        fitting = [f"{_cut(name.name)} ({name.count}x)" for name in names if name.danger == danger]
+    for danger, (label, meaning, style) in labels.items():
+        fitting = [f"{truncate(name.name)} ({name.count}x)" for name in names if name.danger == danger]
         if fitting:
-            yield Field(label, f"{_some(fitting)}: {meaning}", code)
-    yield Field("", "None of these names was imported or called.")
+            yield _field(label, f"{_some(fitting)}{meaning}", style)
+    yield _field("", "None of these names was imported or called.")
 
 
 def _some(items: Iterable[str], separator: str = ", ") -> str:
     every = list(items)
     more = len(every) - SHOWN_PROBLEMS
-    shown = separator.join(_cut(item) for item in every[:SHOWN_PROBLEMS])
+    shown = separator.join(truncate(item) for item in every[:SHOWN_PROBLEMS])
     return shown + (f" … and {more:,} more (--json lists all)" if more > 0 else "")
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "…"
-
-
-def section_lines(report: CheckpointReport, style: Style) -> Iterator[str]:
-    """The table of sections as lines of text."""
-    bar_width = 0 if style.width is None else min(MAX_BAR_WIDTH, max(style.width - SECTION_WIDTH - 1, 0))
-    yield style.paint(f"  {'section':<23} {'tensors':>8} {'parameters':>15} {'stored':>10}  share", DIM)
+def section_lines(report: CheckpointReport, output: Output) -> Iterator[Line]:
+    """The table of sections as lines of text; with a bar where a terminal has room for it."""
+    bar_width = 0 if output.width is None else min(MAX_BAR_WIDTH, max(output.width - SECTION_WIDTH - 1, 0))
+    yield Line((f"  {'section':<23} {'tensors':>8} {'parameters':>15} {'stored':>10}  share", "dim"))
     for section in report.sections:
         stored = size(section.stored_bytes) if section.stored_bytes else "shared"
         share = section.stored_bytes / report.stored_bytes if report.stored_bytes else 0
-        percent = f"{share:6.1%}" if section.stored_bytes else " " * 6
-        line = f"{section.tensors:>8,} {section.parameters:>15,} {stored:>10} {percent}".rstrip()
-        bar = "█" * round(share * bar_width)
-        yield f"  {style.paint(f'{section.section:<23}', CYAN)} {line}" + (f" {style.paint(bar, CYAN)}" if bar else "")
+        percent = f"{share:6.1%}" if section.stored_bytes else ""
+        facts = f" {section.tensors:>8,} {section.parameters:>15,} {stored:>10} {percent}".rstrip()
+        bar = f" {'█' * round(share * bar_width)}".rstrip()
+        yield Line((f"  {section.section:<23}", "cyan"), facts, (bar, "cyan"))

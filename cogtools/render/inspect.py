@@ -1,56 +1,65 @@
-"""What `inspect` says: a header, the sections, how strong a LoRA's updates are, and the tensors.
+"""What `inspect` prints: a header, the sections, how strong a LoRA's updates are, and the tensors.
 
-Into a pipe go plain lines with whole keys. A terminal gets the same facts laid out to its size. rich is not used:
-its table takes half a second for the tensors of one checkpoint.
+A pipe gets plain lines with whole keys, a terminal the same facts laid out to its size.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from cogtools.formatting import counted
 from cogtools.render.header import header_lines, section_lines
 from cogtools.render.heat_map import heat_map_lines
-from cogtools.render.style import BOLD, Style
 from cogtools.render.table import table_lines
-from cogtools.render.text import emit, notice, printable
-from cogtools.render.tree import tree_lines
+from cogtools.render.text import Line, emit, notice, output_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cogtools.inspection.report import CheckpointReport, InspectReport
+    from cogtools.render.text import Output
 
 
 def show_inspection(report: InspectReport, *, tree: bool = False) -> None:
     """Print what was found."""
-    style = Style.of_stdout()
-    parts = ["\n".join(inspection_lines(checkpoint, style, tree=tree)) for checkpoint in report.checkpoints]
-    emit("\n\n".join(parts))
+    output = output_of(sys.stdout)
+    emit("\n\n".join(_inspection(checkpoint, output, tree=tree) for checkpoint in report.checkpoints))
     if report.plot is not None:
-        notice(f"The picture is in {report.plot}.")
+        notice(f"Picture written to {report.plot}.")
 
 
-def inspection_lines(report: CheckpointReport, style: Style, *, tree: bool = False) -> list[str]:
-    """A report as lines of text."""
-    lines = list(_summary_lines(report, style))
-    if report.tensors:
-        lines += ["", *(tree_lines(report, style, len(lines)) if tree else table_lines(report.tensors, style))]
+def _inspection(report: CheckpointReport, output: Output, *, tree: bool) -> str:
+    text = output.draw(_summary(report, output))
+    if report.tensors and tree:
+        from cogtools.render.tree import tree_lines
+
+        text += "\n\n" + output.draw(tree_lines(report.tensors, output, _room(output, text)))
+    elif report.tensors:
+        text += "\n\n" + output.draw(table_lines(report.tensors, output))
     more = report.selected - len(report.tensors)
     if more:
-        lines.append(f"… and {counted(more, 'more tensor')}")
+        text += f"\n… and {counted(more, 'more tensor')}"
     elif not report.selected and report.sections:
-        lines += ["", "no tensor matches"]
-    return lines
+        text += "\n\nno tensors match"
+    return text
 
 
-def _summary_lines(report: CheckpointReport, style: Style) -> Iterator[str]:
+def _summary(report: CheckpointReport, output: Output) -> Iterator[str | Line]:
     """All but the tensors."""
-    yield style.paint(printable(str(report.checkpoint)), BOLD)
-    yield from header_lines(report, style)
+    yield Line((str(report.checkpoint), "bold"))
+    yield from header_lines(report)
     if report.sections:
         yield ""
-        yield from section_lines(report, style)
+        yield from section_lines(report, output)
     if report.lora is not None and report.lora.updates is not None:
         yield ""
-        yield from heat_map_lines(report.lora, report.lora.updates, style)
+        yield from heat_map_lines(report.lora, report.lora.updates)
+
+
+def _room(output: Output, above: str) -> int | None:
+    """How many lines of a terminal are left for a tree under this text, but at least half of them.
+
+    The last line of the text, a blank one, the one that explains what is closed, and the prompt take one each.
+    """
+    return None if output.height is None else max(output.height - above.count("\n") - 4, output.height // 2)

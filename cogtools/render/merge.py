@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cogtools.conversion.scale import ALPHA_SOURCES
-from cogtools.formatting import number
+from cogtools.formatting import number, size
 from cogtools.render.export import loading_call, lost
-from cogtools.render.text import emit, notice, printable, size
+from cogtools.render.text import notice, show
 
 if TYPE_CHECKING:
     from cogtools.export.merge import MergedLora, MergeReport
@@ -17,10 +17,10 @@ def show_merge(report: MergeReport) -> None:
     """Print what was found and written, and how to load it."""
     for text in report.notices:
         notice(text)
-    emit(summary(report))
+    show(*summary(report))
 
 
-def summary(report: MergeReport) -> str:
+def summary(report: MergeReport) -> list[str]:
     """The result in a few lines."""
     rows = [("model", report.model)]
     rows += [("LoRA", _lora(lora)) for lora in report.loras]
@@ -34,16 +34,16 @@ def summary(report: MergeReport) -> str:
         )
     )
     if report.largest_relative_error is not None:
-        rows.append(("rounding", f"largest relative error of a tensor {report.largest_relative_error:.2g}"))
+        rows.append(("rounding", f"largest relative error of any tensor {report.largest_relative_error:.2g}"))
     if report.lost is not None:
         rows.append(("cut", f"to rank {rank}: {lost(report.lost)}"))
     if report.crc32 == "checked":
         rows.append(("checked", "the CRC-32s of the weights that were read"))
-    lines = [f"{name:<9} {printable(value)}" for name, value in rows]
+    lines = [f"{name:<9} {value}" for name, value in rows]
     if report.written:
         lines += ["", "Load it at weight 1.0: all scalings and weights are multiplied in:",
                   f"    {loading_call(report.output)}"]  # fmt: skip
-    return "\n".join(lines)
+    return lines
 
 
 def _lora(lora: MergedLora) -> str:

@@ -1,4 +1,4 @@
-"""A progress bar for those who wait: on a terminal, and only once there is something to wait for."""
+"""A progress bar, on a terminal only, and only for jobs that take a while."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from cogtools.render.text import is_terminal
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
-    from rich.progress import TaskID
     from rich.status import Status
 
 PATIENCE_SECONDS = 0.5
@@ -30,7 +29,6 @@ class Progress:
         self._hidden = hidden or not is_terminal(sys.stderr)
         self._start = time.monotonic()
         self._bar: RichProgress | None = None
-        self._task: TaskID | None = None
         self._line: Status | None = None
 
     def __enter__(self) -> Self:
@@ -42,13 +40,13 @@ class Progress:
             self._bar.stop()
 
     def say(self, text: str) -> None:
-        """Tell what goes on, where that cannot be counted: until the next bytes are done."""
+        """Show what is going on where that cannot be counted, until the next bytes are done."""
         if self._hidden:
             return
-        from rich.console import Console
+        from cogtools.render.screen import Screen
 
         self._end_line()
-        self._line = Console(stderr=True).status(text)
+        self._line = Screen(sys.stderr).console.status(text)
         self._line.start()
 
     def _end_line(self) -> None:
@@ -57,22 +55,22 @@ class Progress:
             self._line = None
 
     def update(self, done_bytes: int, all_bytes: int) -> None:
-        """Tell how far the job is."""
+        """Show how far the job is."""
         self._end_line()
         if self._hidden or time.monotonic() - self._start < PATIENCE_SECONDS:
             return
         if self._bar is None:
             self._bar = self._make_bar()
-            self._task = self._bar.add_task(self._verb, total=all_bytes)
+            self._bar.add_task(self._verb, total=all_bytes)
             self._bar.start()
-        if self._task is not None:
-            self._bar.update(self._task, completed=done_bytes, total=all_bytes)
+        self._bar.update(self._bar.task_ids[0], completed=done_bytes, total=all_bytes)
 
     @staticmethod
     def _make_bar() -> RichProgress:
-        from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
+        from cogtools.render.screen import Screen
+
         columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-        return RichProgress(*columns, console=Console(stderr=True), transient=True)
+        return RichProgress(*columns, console=Screen(sys.stderr).console, transient=True)

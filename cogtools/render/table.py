@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from itertools import groupby
+from os.path import commonprefix
 from typing import TYPE_CHECKING, NamedTuple
 
-from cogtools.render.style import CYAN, DIM, MIN_KEY_WIDTH, RED, without_beginning
-from cogtools.render.text import printable, size
+from cogtools.formatting import size, truncate
+from cogtools.render.text import MAX_PADDING, MIN_KEY_WIDTH, Line, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from cogtools.inspection.report import Statistics, TensorReport
-    from cogtools.render.style import Style
-
-MAX_PADDING = 120
-"""Into a pipe, keys up to this length stand in a column."""
+    from cogtools.render.text import Output
 
 MAX_ON_SCREEN = 4096
 """Of a longer key, a screen gets only so much of its end; a hostile one has many millions of characters."""
@@ -23,100 +21,66 @@ MAX_ON_SCREEN = 4096
 MIN_STATISTICS_WIDTH = 150
 """On a narrower terminal, statistics stand under their tensor."""
 
-MIN_RUN = 3
-"""How many keys, on average, a line that spells out their beginning must serve."""
+MIN_GROUP = 3
+"""How many keys, on average, a line that spells out their prefix must serve."""
 
-_STATISTICS = ("min", "max", "mean", "std", "norm", "zeros", "nan", "inf")
+EMPTY_KEY = '""'
+
+_STATISTICS = ["min", "max", "mean", "std", "norm", "zeros", "nan", "inf"]
 
 
-def table_lines(tensors: Sequence[TensorReport], style: Style) -> Iterator[str]:
+def table_lines(tensors: Sequence[TensorReport], output: Output) -> Iterator[str | Line]:
     """A line for each tensor."""
-    return _piped(tensors) if style.width is None else _on_terminal(tensors, style, style.width)
+    return _piped(tensors) if output.width is None else _on_terminal(tensors, output, output.width)
 
 
 def _piped(tensors: Sequence[TensorReport]) -> Iterator[str]:
     """One line per tensor, every column one word: keys are whole and bytes exact, for grep and awk."""
-    offsets, statistics = _has_offsets(tensors), _has_statistics(tensors)
-    headings = _headings("bytes", offsets=offsets, statistics=statistics)
-    rows = []
-    for tensor in tensors:
-        cells = [tensor.dtype, str(tensor.shape).replace(" ", ""), str(tensor.size_bytes)]
-        rows.append(cells + _further_cells(tensor, offsets=offsets, statistics=statistics))
-    keys = [printable(tensor.key) for tensor in tensors]
-    key_width = min(max(map(len, keys)), MAX_PADDING)
-    widths = _widths([headings, *rows])
-    yield _row("key", key_width, headings, widths) + "  section"
-    for tensor, key, cells in zip(tensors, keys, rows, strict=True):
-        yield f"{_row(key, key_width, cells, widths)}  {tensor.section}"
+    keys = ["key", *(printable(tensor.key).replace(" ", r"\x20") or EMPTY_KEY for tensor in tensors)]
+    sections = ["section", *(tensor.section for tensor in tensors)]
+    width = min(max(map(len, keys)), MAX_PADDING)
+    for key, cells, section in zip(keys, _beside_keys(tensors, piped=True), sections, strict=True):
+        yield f"{key:<{width}}  {cells}  {section}"
 
 
-def _on_terminal(tensors: Sequence[TensorReport], style: Style, width: int) -> Iterator[str]:
+def _on_terminal(tensors: Sequence[TensorReport], output: Output, width: int) -> Iterator[str | Line]:
     """Each section under its name, keys shortened to what there is room for."""
-    offsets, statistics = _has_offsets(tensors), _has_statistics(tensors)
-    below = statistics and width < MIN_STATISTICS_WIDTH
-    headings = _headings("size", offsets=offsets, statistics=statistics and not below)
-    longest = max(len(_on_screen(tensor.key)) for tensor in tensors)
-    for section, members in groupby(tensors, key=lambda tensor: tensor.section):
-        block = list(members)
-        rows = []
-        for tensor in block:
-            cells = [tensor.dtype, str(tensor.shape), size(tensor.size_bytes)]
-            rows.append(cells + _further_cells(tensor, offsets=offsets, statistics=statistics and not below))
-        widths = _widths([headings, *rows])
-        key_width = min(longest, max(width - sum(widths) - 2 * len(widths), MIN_KEY_WIDTH))
-        heading = _row(section, key_width, headings, widths)
-        yield style.paint(section, CYAN) + style.paint(heading[len(section) :], DIM)
+    is_wide = width >= MIN_STATISTICS_WIDTH
+    shown = [printable(truncate(tensor.key, MAX_ON_SCREEN, keep="end")) or EMPTY_KEY for tensor in tensors]
+    longest = max(map(output.columns, shown))
+    for section, members in groupby(zip(tensors, shown, strict=True), key=lambda member: member[0].section):
+        block, block_keys = zip(*members, strict=True)
+        headings, *rows = _beside_keys(block, piped=False, statistics=is_wide)
+        key_width = min(longest, max(width - len(headings) - 2, MIN_KEY_WIDTH))
+        yield Line((section, "cyan"), (f"{' ' * (key_width - len(section))}  {headings}", "dim"))
         rest = zip(block, rows, strict=True)
-        for beginning, keys in runs([_on_screen(tensor.key) for tensor in block], key_width):
-            if beginning:
-                yield style.paint(f"(… is {without_beginning(beginning, max(width - 7, MIN_KEY_WIDTH))})", DIM)
+        for prefix, keys in group_by_prefix(block_keys, key_width):
+            if prefix:
+                yield Line((f"(… is {last_segments(prefix, max(width - 7, MIN_KEY_WIDTH))})", "dim"))
             for key, (tensor, cells) in zip(keys, rest, strict=False):
-                shown = f"…{key[len(beginning) :]}" if beginning else key
-                yield _row(without_beginning(shown, key_width), key_width, cells, widths)
-                if below and tensor.statistics is not None:
-                    yield from _statistics_below(tensor.statistics, style)
+                short = last_segments(f"…{key[len(prefix) :]}" if prefix else key, key_width)
+                yield f"{output.pad(short, key_width)}  {cells}"
+                if tensor.statistics is not None and not is_wide:
+                    yield from _statistics_below(tensor.statistics)
 
 
-def _on_screen(key: str) -> str:
-    """A key as a screen shows it: of one longer than any screen is wide, the end."""
-    return printable(key if len(key) <= MAX_ON_SCREEN else f"…{key[-MAX_ON_SCREEN:]}")
-
-
-def _has_offsets(tensors: Sequence[TensorReport]) -> bool:
-    return any(tensor.offset_bytes is not None for tensor in tensors)
-
-
-def _has_statistics(tensors: Sequence[TensorReport]) -> bool:
-    return any(tensor.statistics is not None for tensor in tensors)
-
-
-def _headings(size_heading: str, *, offsets: bool, statistics: bool) -> list[str]:
-    headings = ["dtype", "shape", size_heading]
-    if offsets:
-        headings.append("offset")
-    if statistics:
-        headings += _STATISTICS
-    return headings
-
-
-def _widths(rows: list[list[str]]) -> list[int]:
-    return [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-
-def _row(key: str, key_width: int, cells: list[str], widths: list[int]) -> str:
-    """Key, dtype and shape to the left, numbers to the right."""
-    parts = [key.ljust(key_width), cells[0].ljust(widths[0]), cells[1].ljust(widths[1])]
-    parts += [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
-    return "  ".join(parts)
-
-
-def _further_cells(tensor: TensorReport, *, offsets: bool, statistics: bool) -> list[str]:
-    cells = []
-    if offsets:
-        cells.append("-" if tensor.offset_bytes is None else str(tensor.offset_bytes))
-    if statistics:
-        cells += _statistics_cells(tensor.statistics)
-    return cells
+def _beside_keys(tensors: Sequence[TensorReport], *, piped: bool, statistics: bool = True) -> list[str]:
+    """The columns beside the keys, as a line of headings and one for each tensor; for a pipe, with exact bytes."""
+    columns: list[Sequence[str]] = [["dtype", *(tensor.dtype for tensor in tensors)]]
+    if piped:
+        columns.append(["shape", *(str(tensor.shape).replace(" ", "") for tensor in tensors)])
+        columns.append(["bytes", *(str(tensor.size_bytes) for tensor in tensors)])
+    else:
+        columns.append(["shape", *(str(tensor.shape) for tensor in tensors)])
+        columns.append(["size", *(size(tensor.size_bytes) for tensor in tensors)])
+    offsets = [tensor.offset_bytes for tensor in tensors]
+    if any(offset is not None for offset in offsets):
+        columns.append(["offset", *("-" if offset is None else str(offset) for offset in offsets)])
+    if statistics and any(tensor.statistics is not None for tensor in tensors):
+        columns += zip(_STATISTICS, *(_statistics_cells(tensor.statistics) for tensor in tensors), strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    form = "  ".join(f"{{:{'<' if place < 2 else '>'}{width}}}" for place, width in enumerate(widths))
+    return [form.format(*cells) for cells in zip(*columns, strict=True)]
 
 
 def _statistics_cells(statistics: Statistics | None) -> list[str]:
@@ -129,64 +93,70 @@ def _statistics_cells(statistics: Statistics | None) -> list[str]:
     return cells
 
 
-def _statistics_below(statistics: Statistics, style: Style) -> Iterator[str]:
+def _statistics_below(statistics: Statistics) -> Iterator[Line]:
     if statistics.not_computed is not None:
-        yield style.paint(f"  not computed: {statistics.not_computed}", DIM)
+        yield Line((f"  not computed: {statistics.not_computed}", "dim"))
         return
     cells = list(zip(_STATISTICS, _statistics_cells(statistics), strict=True))
-    wrong = bool(statistics.nans or statistics.infs)
+    style = "bold red" if statistics.nans or statistics.infs else "dim"
     for line in (cells[:4], cells[4:]):
-        text = "  " + "  ".join(f"{name:<5} {cell:<11}" for name, cell in line).rstrip()
-        yield style.paint(text, RED if wrong else DIM)
+        yield Line(("  " + "  ".join(f"{name:<5} {cell:<11}" for name, cell in line).rstrip(), style))
 
 
-class Run(NamedTuple):
-    """Keys that follow each other, and what is left out at the beginning of all of them; it ends with a dot."""
+def last_segments(text: str, width: int) -> str:
+    """A key or a label of which at most so many columns are shown: the end, from the start of a segment on."""
+    if len(text) <= width:
+        return text
+    longer = truncate(text, width + 1, keep="end")  # has the dot that a segment begins after
+    _, dot, segments = longer.partition(".")
+    return f"…{segments}" if dot else truncate(text, width, keep="end")
 
-    beginning: str
+
+class Group(NamedTuple):
+    """Keys that follow each other, and the prefix that is left out of all of them; it ends with a dot."""
+
+    prefix: str
     keys: Sequence[str]
 
     def fits(self, width: int) -> bool:
-        """Whether its keys, without their beginning, have at most this many columns."""
-        return max(map(len, self.keys)) - len(self.beginning) + bool(self.beginning) <= width
+        """Whether its keys, without their prefix, have at most this many columns."""
+        return max(map(len, self.keys)) - len(self.prefix) + bool(self.prefix) <= width
 
 
-def runs(keys: Sequence[str], width: int) -> Sequence[Run]:
-    """Keys in runs with a common beginning, without which they fit.
+def group_by_prefix(keys: Sequence[str], width: int) -> Sequence[Group]:
+    """Keys in groups with a common prefix, without which they fit.
 
-    A key that is too long without it stands alone. Where runs would be short, in an order that is not that of the
+    A key that is too long without it stands alone. Where groups would be small, in an order that is not that of the
     keys, all are one.
     """
-    whole = Run(_shortest_beginning(keys, width), keys)
+    whole = Group(_shortest_prefix(keys, width), keys)
     if whole.fits(width):
         return [whole]
     found = []
     waiting = _split(keys)
     while waiting:
-        run = waiting.pop()
-        if len(run.keys) == 1 or run.fits(width):
-            found.append(run)
+        group = waiting.pop()
+        if len(group.keys) == 1 or group.fits(width):
+            found.append(group)
         else:
-            waiting += _split(run.keys)
-    return found if len(keys) >= MIN_RUN * len(found) else [whole]
+            waiting += _split(group.keys)
+    return found if len(keys) >= MIN_GROUP * len(found) else [whole]
 
 
-def _split(keys: Sequence[str]) -> list[Run]:
-    """Runs of keys that have one more segment in common than all of them have, the first run last."""
+def _split(keys: Sequence[str]) -> list[Group]:
+    """Groups of keys that have one more segment in common than all of them have, the first group last."""
     start = len(_common_segments(keys))
     parts = [list(part) for _, part in groupby(keys, key=lambda key: key[start:].partition(".")[0])]
-    return [Run(_common_segments(part), part) for part in reversed(parts)]
+    return [Group(_common_segments(part), part) for part in reversed(parts)]
 
 
 def _common_segments(keys: Sequence[str]) -> str:
     """The segments that all of some keys begin with, except their last ones."""
-    first, last = min(keys), max(keys)
-    equal = next((place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), None)
-    common = min(first, last, key=len) if equal is None else first[:equal]
+    common = commonprefix([min(keys), max(keys)])  # noqa: RUF071 - not paths: characters are to be compared
     return common[: common.rfind(".") + 1]
 
 
-def _shortest_beginning(keys: Sequence[str], width: int) -> str:
+def _shortest_prefix(keys: Sequence[str], width: int) -> str:
     """As little of what keys have in common as must be left out for the longest to fit, but whole segments."""
     too_much = max(map(len, keys)) - width
     common = _common_segments(keys)

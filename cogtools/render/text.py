@@ -1,4 +1,4 @@
-"""What all commands share: numbers with units, text that is safe to print, and where it is printed."""
+"""Lines of text for people, and where they are printed: drawn by rich on a terminal, plain into a pipe or a file."""
 
 from __future__ import annotations
 
@@ -6,32 +6,50 @@ import contextlib
 import errno
 import os
 import sys
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, TypeGuard
 
 from cogtools.errors import InterruptedByUserError, PrintError
+from cogtools.formatting import truncate
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from cogtools.errors import CogtoolsError
 
 MAX_ERROR_CHARS = 1000
-"""The longest text that an error shows of a file."""
-
-_UNITS = ("bytes", "kB", "MB", "GB", "TB")
-_BOLD_RED, _BOLD, _YELLOW, _RESET = "\x1b[1;31m", "\x1b[1m", "\x1b[33m", "\x1b[0m"
+"""The longest text from a file that an error shows."""
 
 
-def size(size_bytes: int) -> str:
-    """A number of bytes as people read it: "118.0 MB", in powers of 1000 as disks and `ls -h --si` count."""
-    value, unit = float(size_bytes), 0
-    while value >= 999.95 and unit < len(_UNITS) - 1:
-        value, unit = value / 1000, unit + 1
-    return f"{size_bytes} bytes" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
+MAX_PADDING = 120
+"""Into a pipe, keys and what else is as long stand in a column up to this width."""
+
+MIN_KEY_WIDTH = 20
+"""Keys get so many columns, however narrow the terminal is."""
+
+
+class Line:
+    """A line with styles, or one to be wrapped; every other line is a `str`.
+
+    Attributes:
+        parts: its texts, each with a style of rich such as "bold red"; "" for none.
+        wrap: whether a terminal shows the last part in as many lines as it needs, under each other. Other lines are
+            never broken, so that commands and paths can be copied.
+    """
+
+    __slots__ = ("parts", "wrap")
+
+    def __init__(self, *parts: str | tuple[str, str], wrap: bool = False) -> None:
+        self.parts = [(part, "") if isinstance(part, str) else part for part in parts]
+        self.wrap = wrap
+
+    def __str__(self) -> str:
+        return "".join(text for text, _ in self.parts)
 
 
 def printable(text: str) -> str:
-    """Text from a file or a file name, in which nothing acts on the terminal.
+    """Text from a file or a file name, with nothing in it that acts on the terminal.
 
-    Control characters, escapes, bidirectional overrides and bytes that are no text are shown as their codes.
+    Control characters, escapes, bidirectional overrides and bytes that are not text are shown as their codes.
     """
     return text if text.isprintable() else text.translate(_ESCAPES)
 
@@ -41,15 +59,63 @@ class _Escapes(dict[int, str]):
 
     def __missing__(self, code: int) -> str:
         char = chr(code)
-        self[code] = shown = char if char.isprintable() else char.encode("unicode_escape").decode()
-        return shown
+        self[code] = escaped = char if char.isprintable() else char.encode("unicode_escape").decode()
+        return escaped
 
 
 _ESCAPES = _Escapes()
 
 
+def is_terminal(stream: TextIO | None) -> TypeGuard[TextIO]:
+    """Whether a person may be looking at it."""
+    return stream is not None and stream.isatty()
+
+
+class Output:
+    """Where text is printed: a pipe or a file, which gets lines of any length without styles.
+
+    Attributes:
+        width: columns of a terminal; None here.
+        height: its rows; None here.
+    """
+
+    width: int | None = None
+    height: int | None = None
+
+    def draw(self, lines: Iterable[str | Line]) -> str:
+        """Lines as they are printed. Whatever is in them, only their styles act on a terminal."""
+        return "\n".join(printable(str(line)) for line in lines)
+
+    def columns(self, text: str) -> int:
+        """How many columns a text takes."""
+        return len(text)
+
+    def pad(self, text: str, width: int) -> str:
+        """A text with spaces up to this width."""
+        return text + " " * (width - self.columns(text))
+
+
+def output_of(stream: TextIO | None) -> Output:
+    """What a stream leads to: a `Screen` where that is a terminal; only then is rich imported."""
+    if is_terminal(stream):
+        with contextlib.suppress(ImportError, MemoryError):  # an error that says so must still be printed
+            from cogtools.render.screen import Screen
+
+            return Screen(stream)
+    return Output()
+
+
+def show(*lines: str | Line) -> None:
+    """Print a result, with styles on a terminal.
+
+    Raises:
+        PrintError: if it cannot be printed.
+    """
+    emit(_drawn_on(sys.stdout, lines))
+
+
 def emit(text: str) -> None:
-    """Print a result. A reader that has seen enough and closed the pipe is no error.
+    """Print a result as it is. A reader that has closed the pipe has seen enough, and is not an error.
 
     Raises:
         PrintError: if it cannot be printed.
@@ -62,10 +128,16 @@ def emit(text: str) -> None:
         raise PrintError(error) from error
 
 
-def talk(text: str) -> None:
-    """Print what is not the result: notices, errors. If nobody can hear it, nothing is said."""
+def talk(*lines: str | Line) -> None:
+    """Print what is not the result: notices and errors. Where that fails, nobody is listening."""
     with contextlib.suppress(OSError):
-        _print(text, sys.stderr)
+        _print(_drawn_on(sys.stderr, lines), sys.stderr)
+
+
+def _drawn_on(stream: TextIO | None, lines: tuple[str | Line, ...]) -> str:
+    """Lines drawn for a stream; without styles in them, a terminal does not need rich either."""
+    has_styles = any(isinstance(line, Line) for line in lines)
+    return (output_of(stream) if has_styles else Output()).draw(lines)
 
 
 def _print(text: str, stream: TextIO | None) -> None:
@@ -83,34 +155,22 @@ def _print(text: str, stream: TextIO | None) -> None:
         raise
 
 
-def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a person may be looking at it."""
-    return stream is not None and stream.isatty()
-
-
-def has_colour(stream: TextIO | None) -> bool:
-    """Whether to colour: a terminal that can, and no NO_COLOR (no-color.org)."""
-    return is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
 def notice(text: str) -> None:
-    """Say something that the user should know."""
-    label = f"{_YELLOW}note:{_RESET}" if has_colour(sys.stderr) else "note:"
-    talk(f"{label} {printable(text)}")
-
-
-def shortened(text: str) -> str:
-    """At most `MAX_ERROR_CHARS` of a text; a hostile file has keys of a million. `--json` has all of it."""
-    return text if len(text) <= MAX_ERROR_CHARS else f"{text[:MAX_ERROR_CHARS]} … ({len(text):,} characters)"
+    """Print something that the user should know."""
+    talk(Line(("note:", "yellow"), f" {text}"))
 
 
 def error(problem: CogtoolsError) -> None:
-    """Say what failed, in fields."""
+    """Print what failed, field by field."""
     if isinstance(problem, InterruptedByUserError):
         talk(problem.what)
         return
-    colour = has_colour(sys.stderr)
-    label, bold, reset = (f"{_BOLD_RED}error:{_RESET}", _BOLD, _RESET) if colour else ("error:", "", "")
-    lines = [f"{label} {bold}{printable(problem.what)}{reset}"]
-    lines += [f"  {name + ':':<10} {shortened(printable(value))}" for name, value in problem.fields()]
-    talk("\n".join(lines))
+    fields = (f"  {name + ':':<10} {shortened(value)}" for name, value in problem.fields())
+    talk(Line(("error:", "bold red"), " ", (problem.what, "bold")), *fields)
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text, with its length; a hostile file has keys of a million characters."""
+    text = printable(text)
+    mark = f" … ({len(text):,} characters)"
+    return truncate(text, MAX_ERROR_CHARS + len(mark), mark=mark)

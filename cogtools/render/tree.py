@@ -4,75 +4,58 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cogtools.formatting import size, truncate
 from cogtools.render.folding import fold, open_lines
-from cogtools.render.style import CYAN, MIN_KEY_WIDTH
-from cogtools.render.text import printable, size
+from cogtools.render.text import MAX_PADDING, MIN_KEY_WIDTH, Line, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from cogtools.inspection.report import CheckpointReport
+    from cogtools.inspection.report import TensorReport
     from cogtools.render.folding import TreeLine
-    from cogtools.render.style import Style
-
-MAX_PADDING = 120
-"""Into a pipe, labels and details up to this length stand in a column."""
+    from cogtools.render.text import Output
 
 CLOSED = " +"
-"""Stands after what has more below it that there is no room for."""
+"""Stands after a label with more below it than there is room for."""
 
 _SIZE_WIDTH = 9
 
 
-def tree_lines(report: CheckpointReport, style: Style, lines_above: int) -> Iterator[str]:
+def tree_lines(tensors: Sequence[TensorReport], output: Output, room: int | None) -> Iterator[str | Line]:
     """The tensors of a report as a tree.
 
     Args:
-        report: what was found.
-        style: how to lay out; on a terminal, as many parts are opened as there is room for.
-        lines_above: how many lines stand above the tree.
+        tensors: of the report.
+        output: a terminal, or a pipe, which gets whole labels.
+        room: how many lines may be used to open parts of the tree; None opens all.
     """
-    opened = list(open_lines(fold(report.tensors), _room(style, lines_above)))
-    details = [printable(line.detail) for line, _ in opened]
+    opened = list(open_lines(fold(tensors), room))
     marks = [_marks(line, is_open=is_open) for line, is_open in opened]
+    labels = [printable(line.label) for line, _ in opened]
+    details = [printable(line.detail) for line, _ in opened]
     label_width = max(
-        2 * line.depth + len(printable(line.label)) + len(mark) for (line, _), mark in zip(opened, marks, strict=True)
+        2 * line.depth + output.columns(label + mark)
+        for (line, _), label, mark in zip(opened, labels, marks, strict=True)
     )
-    detail_width = max(map(len, details))
-    if style.width is None:
+    detail_width = max(map(output.columns, details))
+    if output.width is None:
         label_width, detail_width = min(label_width, MAX_PADDING), min(detail_width, MAX_PADDING)
     else:
-        room = style.width - _SIZE_WIDTH - 4
-        label_width = min(label_width, max(room - detail_width, room // 2, MIN_KEY_WIDTH))
-        detail_width = min(detail_width, max(room - label_width, 1))
-    for (line, _), mark, detail in zip(opened, marks, details, strict=True):
-        label = "  " * line.depth + printable(line.label)
-        if style.width is not None:
-            label = _shortened(label, 2 * line.depth, label_width - len(mark))
-            detail = detail if len(detail) <= detail_width else detail[: detail_width - 1] + "…"
-        padded = f"{label}{mark}".ljust(label_width)
-        painted = style.paint(padded, CYAN) if line.depth == 0 else padded
-        yield f"{painted}  {detail:<{detail_width}}  {size(line.size_bytes):>{_SIZE_WIDTH}}"
+        free = output.width - _SIZE_WIDTH - 4
+        label_width = min(label_width, max(free - detail_width, free // 2, MIN_KEY_WIDTH))
+        detail_width = min(detail_width, max(free - label_width, 1))
+    for (line, _), label, mark, detail in zip(opened, labels, marks, details, strict=True):
+        indent = "  " * line.depth
+        if output.width is not None:
+            label = truncate(label, max(label_width - len(indent + mark), 2), keep="both")
+            detail = truncate(detail, detail_width)
+        labelled = output.pad(f"{indent}{label}{mark}", label_width)
+        yield Line(
+            (labelled, "" if line.depth else "cyan"),
+            f"  {output.pad(detail, detail_width)}  {size(line.size_bytes):>{_SIZE_WIDTH}}",
+        )
     if not all(is_open for _, is_open in opened):
-        yield f"{CLOSED.strip()} has more below it, which --keys GLOB shows"
-
-
-def _shortened(label: str, indent: int, width: int) -> str:
-    """A label of at most this many columns, as far in as it was; what is cut out is in the middle."""
-    room = max(width - indent, 2)
-    text = label[indent:]
-    if len(text) > room:
-        end = 2 * room // 3
-        text = f"{text[: room - end - 1]}…{text[-end:]}"
-    return label[:indent] + text
-
-
-def _room(style: Style, lines_above: int) -> int | None:
-    """How many lines of the terminal are left, but at least half of them; None without a terminal.
-
-    The blank line above the tree, the line that explains `CLOSED`, and the prompt take one each.
-    """
-    return None if style.height is None else max(style.height - lines_above - 3, style.height // 2)
+        yield f"{CLOSED.strip()} means more below: list it with --keys GLOB"
 
 
 def _marks(line: TreeLine, *, is_open: bool) -> str:

@@ -1,4 +1,4 @@
-"""What `verify` says: a line or a table row per check, what is wrong under it, and the verdict last."""
+"""What `verify` prints: a line for each check, what is wrong with the file, and the verdict last."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from cogtools.errors import SHOWN_PROBLEMS
-from cogtools.formatting import number
-from cogtools.render.text import emit, is_terminal, notice, printable, size
+from cogtools.formatting import first_of, number, size
+from cogtools.render.text import Line, emit, notice, output_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,10 +25,10 @@ def show_verification(report: VerifyReport, *, quiet: bool = False) -> None:
     checks = [check for check in report.checks if not quiet or check.status == "fail"]
     if quiet and not checks:
         return
-    if is_terminal(sys.stdout):
-        _show_table(report, checks)
-    else:
-        emit("\n".join(printable(line) for line in [*_about(report), "", *_lines(checks), "", verdict_line(report)]))
+    output = output_of(sys.stdout)
+    lines = _piped(checks) if output.width is None else _on_terminal(checks)
+    verdict = Line((verdict_line(report), _STYLES[report.verdict]))
+    emit(output.draw([*_about(report), "", *lines, "", verdict]))
 
 
 def _about(report: VerifyReport) -> list[str]:
@@ -43,23 +43,32 @@ def _about(report: VerifyReport) -> list[str]:
     return [f"{name:<8} {value}" for name, value in rows]
 
 
-def _lines(checks: list[Check]) -> list[str]:
+def _piped(checks: list[Check]) -> Iterator[str]:
+    """A line for each check, and what is wrong under it."""
     width = max(len(check.name) for check in checks)
-    lines = []
     for check, under in _with_details(checks):
-        lines.append(f"{check.status:<8} {check.name:<{width}}  {check.seen}")
-        lines += [" " * 9 + text for text in under]
-    return lines
+        yield f"{check.status:<8} {check.name:<{width}}  {check.seen}"
+        yield from (" " * 9 + text for text in under)
+
+
+def _on_terminal(checks: list[Check]) -> Iterator[str | Line]:
+    """A table of the checks, and what is wrong under it: lines that are not wrapped, since commands are copied."""
+    width = max(len(check.name) for check in checks)
+    yield Line((f"{'check':<{width}}  status   seen", "bold"))
+    for check in checks:
+        yield Line(f"{check.name:<{width}}  ", (f"{check.status:<9}", _STYLES[check.status]), check.seen, wrap=True)
+    for check, under in _with_details(checks):
+        if under:
+            yield ""
+            yield Line((check.name, _STYLES[check.status]))
+            yield from (f"  {text}" for text in under)
 
 
 def _with_details(checks: list[Check]) -> Iterator[tuple[Check, list[str]]]:
-    """Every check, and the lines under it: what is wrong, the first ones of many, and what to do, each hint once."""
+    """Every check with the first of its problems, and what to do about them; each hint comes once."""
     hints: set[Hint] = set()
     for check in checks:
-        lines = [str(problem) for problem in check.problems[:SHOWN_PROBLEMS]]
-        more = len(check.problems) - SHOWN_PROBLEMS
-        if more > 0:
-            lines.append(f"… and {more:,} more (--json lists all)")
+        lines = first_of([str(problem) for problem in check.problems], SHOWN_PROBLEMS)
         if check.hint is not None and check.hint not in hints:
             hints.add(check.hint)
             lines.append(f"try: {check.hint}")
@@ -76,33 +85,3 @@ def verdict_line(report: VerifyReport) -> str:
         warnings = f"{len(of['warn'])} warning{'s' if len(of['warn']) > 1 else ''} ({', '.join(of['warn'])})"
         return f"verified, with {warnings}: {len(of['pass'])} of {done} checks passed"
     return f"verified: all {done} checks passed"
-
-
-def _show_table(report: VerifyReport, checks: list[Check]) -> None:
-    """The same on a terminal: a table, and under it what is wrong. In `Text`, rich reads no markup of the file's."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("check", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    table.add_column("seen", overflow="fold")
-    for check in checks:
-        status = Text(check.status, style=_STYLES[check.status])
-        table.add_row(Text(check.name), status, Text(printable(check.seen)))
-    console = Console(highlight=False, soft_wrap=True)
-    for line in _about(report):
-        console.print(Text(printable(line)))
-    console.print()
-    console.print(table, soft_wrap=False)
-    console.print()
-    for check, under in _with_details(checks):
-        if under:
-            console.print(Text(check.name, style=_STYLES[check.status]))
-        # Not wrapped: a command that is broken into lines cannot be pasted.
-        for line in under:
-            console.print(Text(f"  {printable(line)}"))
-        if under:
-            console.print()
-    console.print(Text(printable(verdict_line(report)), style=_STYLES[report.verdict]))

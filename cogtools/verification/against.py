@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cogtools.checkpoint.decoding import doubles
+from cogtools.checkpoint.decoding import doubles, tensor_doubles
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.conversion.plan import plan_lora
@@ -202,10 +202,7 @@ class _Comparison:
         return _differs(tensor, index, *values, different) if different else None
 
     def _compare_rounded(self, name: LoraKey, tensor: LoraTensor, source: TensorEntry) -> Problem | None:
-        found, exact = (
-            _values(tensor),
-            doubles(b"".join(tensor_chunks(source)), source.dtype),
-        )
+        found, exact = (tensor_doubles(entry).ravel() for entry in (tensor.entry, source))
         self._advance(tensor.entry.size_bytes)
         exact = exact * self._factor(name, found, exact)
         form = FLOAT_FORMATS[tensor.entry.dtype.name]
@@ -245,10 +242,6 @@ class _Comparison:
 def _norm(values: NDArray[np.float64]) -> float:
     """The Euclidean norm. Not NumPy's: its threads take longer to start than such a tensor to add up."""
     return math.sqrt(np.square(values).sum())
-
-
-def _values(tensor: LoraTensor) -> NDArray[np.float64]:
-    return doubles(b"".join(tensor_chunks(tensor.entry)), tensor.entry.dtype)
 
 
 def _differs(tensor: LoraTensor, index: int, found: float, expected: float, different: int) -> Problem:

@@ -1,7 +1,8 @@
 """Trainers' folders, sharded weights, models and pipelines: which files are meant, and what is said if none is."""
 
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ CHOOSE = "\n  try:       choose one with --iteration, and --ema for those named 
             "1500",
             None,
             False,
-            "the file `latest` names iteration 1500, which is not in this folder"
+            "the file `latest` names '1500', which is not a folder here"
             "\n  file:      GIVEN\n  found:     500, 1000" + CHOOSE,
             id="stale-latest",
         ),
@@ -92,7 +93,7 @@ CHOOSE = "\n  try:       choose one with --iteration, and --ema for those named 
             "../../etc",
             None,
             False,
-            "the file `latest` says '../../etc', which is no iteration"
+            "the file `latest` names '../../etc', which is not a folder here"
             "\n  file:      GIVEN\n  found:     500, 1000" + CHOOSE,
             id="hostile-latest",
         ),
@@ -101,8 +102,8 @@ CHOOSE = "\n  try:       choose one with --iteration, and --ema for those named 
             b"\xff\xfe" + b"1" * 10_000_000,
             None,
             False,
-            "the file `latest` says '\\\\xff\\\\xfe" + "1" * 62 + "', which is no iteration"
-            "\n  file:      GIVEN\n  found:     500, 1000" + CHOOSE,
+            "the file `latest` is too long to name a folder"
+            "\n  file:      GIVEN/latest\n  found:     10,000,002 bytes\n  expected:  at most 1,024",
             id="endless-latest",
         ),
         pytest.param(
@@ -222,17 +223,17 @@ def test_several_trainings_in_a_folder_are_listed(tmp_path: Path) -> None:
     )
 
 
-def test_a_folder_that_may_not_be_read_is_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_may_not_be_read_is_not_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_of(tmp_path / "disney", "1000", latest="1000")
     (tmp_path / "lost+found").mkdir()
-    whole = Path.iterdir
+    whole = os.scandir
 
-    def iterdir(self: Path) -> Iterator[Path]:
-        if self.name == "lost+found":
+    def scandir(path: Path) -> object:
+        if path.name == "lost+found":
             raise PermissionError(13, "Permission denied")
-        return whole(self)
+        return whole(path)
 
-    monkeypatch.setattr(Path, "iterdir", iterdir)
+    monkeypatch.setattr(os, "scandir", scandir)
     assert taken(tmp_path) == "1000"
 
 
@@ -260,9 +261,11 @@ def test_links_to_a_run_an_iteration_and_a_file_are_followed(tmp_path: Path) -> 
 
 # Folders with something else in them
 
+FOLDERS = "a checkpoint file, or folders of iterations as the trainer makes them (1000/, latest)"
+
 
 def test_a_folder_without_a_checkpoint_says_what_it_holds(tmp_path: Path) -> None:
-    expected = "\n  expected:  a checkpoint file, or folders of iterations as the trainer makes them (1000/, latest)"
+    expected = f"\n  expected:  {FOLDERS}"
 
     what = "there is no checkpoint in this folder\n  file:      GIVEN\n  found:     "
     assert error_of(tmp_path) == what + "nothing: the folder is empty" + expected
@@ -303,22 +306,25 @@ def test_optimizer_shards_beside_the_weights_are_left_out(names: list[str], tmp_
     assert taken(tmp_path) == "a"
 
 
-def test_an_iteration_with_optimizer_shards_only_is_none(tmp_path: Path) -> None:
+def test_an_iteration_with_optimizer_shards_only_has_no_weights(tmp_path: Path) -> None:
     run_of(tmp_path / "run", "500", latest="1000")
     (tmp_path / "run" / "1000").mkdir()
     for name in SHARDS:
         torch.save({"optimizer_state_dict": {}}, tmp_path / "run" / "1000" / name)
 
-    assert error_of(tmp_path / "run").splitlines()[0] == (
-        "the file `latest` names iteration 1000, which is not in this folder"
+    only = f"only what a training saves beside its weights: {', '.join(SHARDS)}"
+    what = f"the file `latest` names 1000, which has no weights in it\n  file:      GIVEN/1000\n  found:     {only}"
+    assert (
+        error_of(tmp_path / "run") == what + "\n  try:       take the nearest one that has some, with --iteration 500"
     )
     assert error_of(tmp_path / "run" / "1000") == (
-        "this folder holds an optimizer's state only\n  file:      GIVEN\n"
-        f"  found:     {', '.join(SHARDS)}\n"
-        "  expected:  the weights, which the trainer saves beside it as mp_rank_00_model_states.pt"
+        f"there is no checkpoint in this folder\n  file:      GIVEN\n  found:     {only}\n  expected:  {FOLDERS}\n"
+        f"  try:       the nearest iteration that has weights is {tmp_path / 'run' / '500'}"
     )
     (tmp_path / "run" / "500" / NAME).unlink()
-    assert "\n  found:     1000 (an optimizer's state only), 500, latest\n" in error_of(tmp_path / "run")
+    assert error_of(tmp_path / "run") == what
+    (tmp_path / "run" / "latest").unlink()
+    assert f"\n  found:     1000 ({only}), 500 (nothing: the folder is empty)\n" in error_of(tmp_path / "run")
 
 
 @pytest.mark.parametrize("save", ["zip", "legacy", "safetensors"])
@@ -351,10 +357,11 @@ def test_of_a_large_folder_only_the_largest_files_are_looked_into(
     for number in range(100):
         (tmp_path / f"{number}.png").write_bytes(bytes(number))
     opened = []
-    monkeypatch.setattr("cogtools.checkpoint.folder.looks_like_checkpoint", lambda path: opened.append(path.name))
+    monkeypatch.setattr("cogtools.checkpoint.weights.looks_like_checkpoint", lambda path: opened.append(path.name))
 
     error_of(tmp_path)
-    assert opened == [f"{number}.png" for number in range(99, 83, -1)]
+    assert opened[-16:] == [f"{number}.png" for number in range(99, 83, -1)]
+    assert set(opened[:-16]) <= set(opened[-16:])
 
 
 @pytest.mark.parametrize("target", ["gone.pt", "b" * 300, "x.pt"], ids=["gone", "too-long", "itself"])
@@ -477,10 +484,10 @@ def test_shards_of_a_hugging_face_cache_are_links_to_blobs(index: Path, tmp_path
 def test_a_shard_that_is_not_there_is_named(index: Path) -> None:
     (index.parent / "model-00002-of-00003.safetensors").unlink()
 
-    with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(index)
-    assert str(caught.value) == (
-        f"there is no such file\n  file:      {index.parent / 'model-00002-of-00003.safetensors'}"
+    assert error_of(index) == (
+        "the index names files that are not here\n  file:      GIVEN\n"
+        "  found:     no model-00002-of-00003.safetensors\n"
+        "  try:       copy or download the missing files into the folder of the index"
     )
 
 
@@ -500,8 +507,8 @@ def test_a_tensor_that_is_not_in_its_shard_is_named(index: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        pytest.param("", "no JSON: Expecting value: line 1 column 1 (char 0)", id="empty"),
-        pytest.param("[]", "no JSON object", id="list"),
+        pytest.param("", "not JSON: Expecting value: line 1 column 1 (char 0)", id="empty"),
+        pytest.param("[]", "JSON, but not an object", id="list"),
         pytest.param("{}", "no weight_map of names and files", id="no-map"),
         pytest.param('{"weight_map": {"a": 1}}', "no weight_map of names and files", id="numbers"),
         pytest.param('{"weight_map": {"a": ""}}', "the file '', which is not beside it", id="no-name"),
@@ -510,7 +517,11 @@ def test_a_tensor_that_is_not_in_its_shard_is_named(index: Path) -> None:
             for name in ("../secret.safetensors", "/etc/passwd", "a/b", "a\\b", ".", "a\0b")
         ),
         pytest.param('{"weight_map": {"a": ".."}}', "the file '..', a link to another folder", id=".."),
-        pytest.param('{"weight_map": {"a": "\\ud800"}}', "the file '\\ud800', which no file can be called", id="half"),
+        pytest.param(
+            '{"weight_map": {"a": "\\ud800"}}',
+            "the file '\\ud800', which is not a name that a file can have",
+            id="half",
+        ),
         pytest.param('{"weight_map": {"a": "link"}}', "the file 'link', a link to another folder", id="link"),
     ],
 )
@@ -522,7 +533,7 @@ def test_an_index_that_names_what_is_not_beside_it_is_refused(content: str, foun
     index.write_text(content)
 
     assert error_of(index) == (
-        "this is no index of a checkpoint's files\n"
+        "this is not an index of a checkpoint's files\n"
         f"  file:      GIVEN\n  found:     {found}\n"
         "  expected:  a JSON object that names the files beside it"
     )
@@ -530,10 +541,13 @@ def test_an_index_that_names_what_is_not_beside_it_is_refused(content: str, foun
 
 def test_an_index_that_is_too_deep_or_too_long_is_refused(index: Path) -> None:
     index.write_text("[" * 100_000)
-    assert error_of(index).startswith("this is no index of a checkpoint's files\n")
+    assert error_of(index).startswith("this is not an index of a checkpoint's files\n")
     with index.open("wb") as file:
         file.truncate((8 << 20) + 1)
-    assert "8,388,609 bytes, more than 8,388,608" in error_of(index)
+    assert error_of(index) == (
+        "this is too long for an index of a checkpoint's files\n"
+        "  file:      GIVEN\n  found:     8,388,609 bytes\n  expected:  at most 8,388,608"
+    )
 
 
 @pytest.mark.parametrize("name", ["model.safetensors.index.json", "model_index.json"])
@@ -544,7 +558,7 @@ def test_an_index_is_no_shard_of_an_index(name: str, tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(index)
-    assert (caught.value.what, caught.value.file) == ("this is no checkpoint", str(tmp_path / name))
+    assert (caught.value.what, caught.value.file) == ("this is not a checkpoint", str(tmp_path / name))
 
 
 # Diffusers and PEFT

@@ -17,8 +17,9 @@ import tempfile
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
@@ -32,11 +33,10 @@ from tests.support import hostile
 from tests.support.audit import no_side_effects
 from tests.support.command_line import surroundings
 from tests.support.fuzz_readers import open_path, read
+from tests.support.hostile import HostileFile, HostilePickle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-
-    from tests.support.hostile import HostileFile, HostilePickle
 
 linux_only = pytest.mark.skipif(
     sys.platform != "linux", reason="limits of memory, and its peak in kilobytes, are of Linux"
@@ -172,28 +172,36 @@ def yardstick() -> float:
     return (time.process_time() - start) * MEGABYTE / len(pickled)
 
 
+Row = HostilePickle | HostileFile
+
+
+def bomb_rows() -> list[Row]:
+    """Every bomb, not yet built."""
+    packed = [HostilePickle(name, code, expect="either") for name, code in packed_floods()]
+    return [*hostile.bombs(), *packed, *(row for row in hostile.files() if is_bomb(row))]
+
+
 class Bomb(NamedTuple):
     """What is meant to exhaust its reader; `size_bytes` is that of the file or of the pickle unpacked."""
 
-    row: HostilePickle | HostileFile
-    path: Path
+    id: str
+    path: str
     size_bytes: int
 
 
-def bombs(folder: Path, share: int) -> Iterator[Bomb]:
-    """Every other bomb, written when it is its turn."""
-    path = folder / "checkpoint.pt"
-    for pickled in list(hostile.bombs())[share::2]:
-        path.write_bytes(hostile.torch_zip(pickled.pickle))
-        yield Bomb(pickled, path, path.stat().st_size)
-    for name, code in list(packed_floods())[share::2]:
-        path.write_bytes(deflated(code))
-        yield Bomb(hostile.HostilePickle(name, code, expect="either"), path, len(code))
-    for number, file in enumerate([file for file in hostile.files() if is_bomb(file)][share::2]):
+def built(number: int, folder: Path) -> Bomb:
+    """The bomb of that number, written."""
+    row = bomb_rows()[number]
+    if isinstance(row, HostileFile):
         place = folder / str(number)
         place.mkdir()
-        written = file.write(place)
-        yield Bomb(file, written, sum(part.lstat().st_size for part in place.rglob("*")))
+        path = row.write(place)
+        return Bomb(row.id, str(path), sum(part.lstat().st_size for part in place.rglob("*")))
+    path = folder / "checkpoint.pt"
+    pickled = row.pickle
+    packed = row.id.startswith("packed-")
+    path.write_bytes(deflated(pickled) if packed else hostile.torch_zip(pickled))
+    return Bomb(row.id, str(path), len(pickled) if packed else path.stat().st_size)
 
 
 class Defused(NamedTuple):
@@ -205,38 +213,52 @@ class Defused(NamedTuple):
     wrong: object
 
 
-def defused(bomb: Bomb, yardstick_seconds: float) -> Defused:
+def defused(number: int, bomb: Bomb, yardstick_seconds: float) -> Defused:
     """Open a bomb within limits; one that takes more than twice the time allowed is ended."""
     import resource
 
     limit = math.ceil(2 * TIMES_THE_YARDSTICK * yardstick_seconds * max(bomb.size_bytes / MEGABYTE, 1))
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.process_time()
     with no_side_effects() as events:
-        found = wrong(bomb.row, meet(bomb.path))
+        met = meet(Path(bomb.path))
     seconds = time.process_time() - start
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))  # building the row again is not what is measured
+    found = wrong(bomb_rows()[number], met)
     return Defused(seconds / yardstick_seconds, peak, bomb.size_bytes, found or events)
 
 
+def in_a_fork(deed: Callable[[], object]) -> Any:
+    """What a deed gives, through JSON; None if it dies of it."""
+    ready, answer = os.pipe()
+    if os.fork() == 0:
+        try:
+            with os.fdopen(answer, "w") as pipe:
+                json.dump(deed(), pipe)
+        finally:
+            os._exit(0)
+    os.close(answer)
+    with os.fdopen(ready) as pipe:
+        given = pipe.read()
+    os.wait()
+    return json.loads(given) if given else None
+
+
 def defuse(folder: str, share: int) -> None:
-    """Open every other bomb in a fork of its own, within limits, and print what came of it, as JSON."""
+    """Open every other bomb in a fork of its own, within limits, and print what came of it, as JSON.
+
+    The bombs are built in forks too: what their making left free in this process would be memory that is not counted.
+    """
     import_all(Path(folder))
     taken = {}
-    for bomb in bombs(Path(folder), share):
-        seconds = yardstick()
-        ready, answer = os.pipe()
-        if os.fork() == 0:
-            try:
-                os.write(answer, json.dumps(defused(bomb, seconds)).encode())
-            finally:
-                os._exit(0)
-        os.close(answer)
-        with os.fdopen(ready) as pipe:
-            taken[bomb.row.id] = json.loads(pipe.read() or "null")
-        os.wait()
+    for number in range(share, in_a_fork(lambda: len(bomb_rows())), 2):
+        bomb = Bomb(*in_a_fork(partial(built, number, Path(folder))))
+        seconds = in_a_fork(yardstick)
+        taken[bomb.id] = in_a_fork(partial(defused, number, bomb, seconds))
     sys.stdout.write(json.dumps(taken))
 
 

@@ -37,7 +37,7 @@ def test_the_format_is_told_from_the_content_not_from_the_name(name: str, tmp_pa
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
             "a Git LFS pointer, not the file itself",
-            "fetch the file with: git lfs pull",
+            "fetch the file: git lfs pull",
         ),
         (b"<!DOCTYPE html><html></html>", "a web page", WEB_PAGE),
         (b"GGUF\3\0\0\0", "a GGUF file", "give the checkpoint that it was made from"),
@@ -61,7 +61,7 @@ def test_a_file_that_is_no_checkpoint_is_told_what_it_is(
         open_checkpoint(path)
     tail = f"\n  try:       {hint}" if hint else ""
     assert str(caught.value) == (
-        f"this is no checkpoint\n  file:      {path}\n  found:     {found}\n  expected:  {NO_CHECKPOINT}{tail}"
+        f"this is not a checkpoint\n  file:      {path}\n  found:     {found}\n  expected:  {NO_CHECKPOINT}{tail}"
     )
 
 

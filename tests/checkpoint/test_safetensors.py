@@ -141,7 +141,7 @@ def test_a_header_longer_than_the_library_reads_is_no_safetensors_file(tmp_path:
 
     with pytest.raises(SafetensorError), safe_open(path, "pt"):
         pass
-    with pytest.raises(CheckpointError, match="this is no checkpoint"):
+    with pytest.raises(CheckpointError, match="this is not a checkpoint"):
         open_checkpoint(path)
 
 

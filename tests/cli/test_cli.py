@@ -34,7 +34,7 @@ def test_export_says_what_it_found_and_wrote_and_how_to_load_it(
         f"written   {out / FILE_NAME}: 24 tensors, float16, 28.5 kB\n"
         "checked   the CRC-32s of the weights that were read\n"
         "\n"
-        "Load it at weight 1.0, for the scale is in the file (no set_adapters or fuse_lora with 1/rank):\n"
+        "Load it at weight 1.0: the scale is already in the file (no set_adapters or fuse_lora with 1/rank):\n"
         f'    pipe.load_lora_weights("{out}", weight_name="{FILE_NAME}", adapter_name="lora")\n',
     )
     assert result.err == (
@@ -49,7 +49,7 @@ def test_an_export_without_its_scale_says_at_what_weight_to_load_it(
 ) -> None:
     result = cogtools_cli("export-lora", run_folder, tmp_path / "a.safetensors", "--scale", "none", "--alpha", "2")
     assert result.out.splitlines()[-3:] == [
-        "Load it, and bring the scale yourself:",
+        "Load it and apply the scale:",
         f'    pipe.load_lora_weights("{tmp_path}", weight_name="a.safetensors", adapter_name="lora")',
         '    pipe.set_adapters("lora", 0.5)',
     ]
@@ -191,7 +191,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda folder: folder / "a.pt", "error: there is no such file\n  file:      {path}\n"),
     "text": (
         a_text,
-        "error: this is no checkpoint\n"
+        "error: this is not a checkpoint\n"
         "  file:      {path}\n"
         "  found:     a text file that begins with 'epoch 1: loss 0.3'\n"
         "  expected:  a file of torch.save (.pt, .pth, .bin, .ckpt) or safetensors\n",

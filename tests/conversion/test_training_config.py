@@ -5,11 +5,25 @@ from pathlib import Path
 import pytest
 
 from cogtools.checkpoint import limits
+from cogtools.checkpoint.files import SourceFile
+from cogtools.checkpoint.index import Checkpoint, SmallFile
 from cogtools.conversion.training_config import TrainingConfig, find_training_config, read_training_config
 from cogtools.errors import CheckpointError
 from tests.support.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
 
 HINT = "fix it; export-lora does without it if --alpha states the LoRA's alpha"
+
+
+def read(path: Path, *, with_alpha: bool = True) -> TrainingConfig:
+    return read_training_config(SmallFile(path, path.read_bytes()), with_alpha=with_alpha)
+
+
+def found(checkpoint: Path) -> Path | None:
+    """Where the configuration of a checkpoint is found; the file is made if it is not there."""
+    checkpoint.touch()
+    with SourceFile.open(checkpoint) as file:
+        config = find_training_config(Checkpoint(path=checkpoint, format="", files=[file], tensors={}))
+    return None if config is None else config.path
 
 
 def lora_params(text: str) -> str:
@@ -44,11 +58,11 @@ def test_rank_alpha_and_layers_are_read_where_they_are_said(
 ) -> None:
     path = written(tmp_path, lora_params(text))
 
-    assert read_training_config(path) == TrainingConfig(path, rank, alpha, layers)
+    assert read(path) == TrainingConfig(path, rank, alpha, layers)
 
 
 def test_negative_layers_count_from_the_last_one_back(tmp_path: Path) -> None:
-    config = read_training_config(written(tmp_path, lora_params("layer_range: [0, -1, 29, -3]")))
+    config = read(written(tmp_path, lora_params("layer_range: [0, -1, 29, -3]")))
 
     assert config.layers_of(30) == (0, 27, 29)
 
@@ -56,7 +70,7 @@ def test_negative_layers_count_from_the_last_one_back(tmp_path: Path) -> None:
 def test_an_alpha_that_is_not_needed_may_be_anything(tmp_path: Path) -> None:
     path = written(tmp_path, lora_params("r: 4, lora_alpha: many, layer_range: [0]"))
 
-    assert read_training_config(path, with_alpha=False) == TrainingConfig(path, 4, None, (0,))
+    assert read(path, with_alpha=False) == TrainingConfig(path, 4, None, (0,))
 
 
 @pytest.mark.parametrize(
@@ -66,28 +80,28 @@ def test_an_alpha_that_is_not_needed_may_be_anything(tmp_path: Path) -> None:
 def test_a_configuration_without_a_lora_says_nothing(content: str, tmp_path: Path) -> None:
     path = written(tmp_path, content)
 
-    assert read_training_config(path) == TrainingConfig(path, None, None, None)
+    assert read(path) == TrainingConfig(path, None, None, None)
 
 
 def test_what_the_trainer_writes_is_read(tmp_path: Path) -> None:
     checkpoint = sat_checkpoint(sat_state_dict(TOY_2B, 4, base="none"))
     file = save_run(tmp_path, checkpoint, rank=4, alpha=2.0, layer_range=[0, 2])
-    path = find_training_config(file)
+    path = tmp_path / "training_config.yaml"
 
-    assert path == tmp_path / "training_config.yaml"
-    assert read_training_config(path) == TrainingConfig(path, 4, 2.0, (0, 2))
+    assert found(file) == path
+    assert read(path) == TrainingConfig(path, 4, 2.0, (0, 2))
 
 
 def test_what_the_real_trainer_wrote_is_read(real: Path) -> None:
     path = real / "2b-fp16" / "training_config.yaml"
 
-    assert read_training_config(path) == TrainingConfig(path, 4, None, None)
+    assert read(path) == TrainingConfig(path, 4, None, None)
 
 
 def test_a_list_of_layers_may_be_mentioned_by_an_alias(tmp_path: Path) -> None:
     path = written(tmp_path, "layers: &trained [0, 1]\n" + lora_params("layer_range: *trained"))
 
-    assert read_training_config(path).layers == (0, 1)
+    assert read(path).layers == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +140,7 @@ def test_a_value_that_is_not_valid_is_an_error(text: str, name: str, found: str,
     path = written(tmp_path, lora_params(text))
 
     with pytest.raises(CheckpointError) as caught:
-        read_training_config(path)
+        read(path)
     assert str(caught.value) == (
         f"`{name}` in the training configuration is not valid\n"
         f"  file:      {path}\n  found:     {found}\n  expected:  {expected}\n  try:       {HINT}"
@@ -160,7 +174,7 @@ def test_a_file_that_is_no_plain_yaml_is_an_error(content: str | bytes, tmp_path
     path = written(tmp_path, content)
 
     with pytest.raises(CheckpointError) as caught:
-        read_training_config(path)
+        read(path)
     error = caught.value
     assert (error.what, error.file, error.expected, str(error.hint)) == (
         "the training configuration cannot be read",
@@ -174,14 +188,14 @@ def test_a_number_to_the_base_60_that_is_larger_than_any_is_an_error(tmp_path: P
     path = written(tmp_path, lora_params("lora_alpha: " + ":".join(["59"] * 30) + ".5"))
 
     with pytest.raises(CheckpointError, match="`lora_alpha` in the training configuration is not valid"):
-        read_training_config(path)
+        read(path)
 
 
 def test_the_message_says_what_yaml_cannot_read(tmp_path: Path) -> None:
     path = written(tmp_path, "a: &a {b: 1}\nc: {<<: *a}")
 
     with pytest.raises(CheckpointError) as caught:
-        read_training_config(path)
+        read(path)
     assert str(caught.value) == (
         "the training configuration cannot be read\n"
         f"  file:      {path}\n"
@@ -195,14 +209,14 @@ def test_aliases_of_aliases_take_no_room(tmp_path: Path) -> None:
     levels = [f"l{number}: &l{number} [{', '.join([f'*l{number - 1}'] * 9)}]" for number in range(1, 30)]
     path = written(tmp_path, "\n".join(["l0: &l0 [x]", *levels, lora_params("r: 4, layer_range: [0]")]))
 
-    assert read_training_config(path) == TrainingConfig(path, 4, None, (0,))
+    assert read(path) == TrainingConfig(path, 4, None, (0,))
 
 
 def test_a_file_that_is_too_long_is_not_read(tmp_path: Path) -> None:
     path = written(tmp_path, " " * (limits.MAX_TRAINING_CONFIG_BYTES + 1))
 
     with pytest.raises(CheckpointError) as caught:
-        read_training_config(path)
+        found(path.with_name("x.pt"))
     assert (caught.value.found, caught.value.expected) == ("131,073 bytes", "at most 131,072")
 
 
@@ -214,7 +228,7 @@ def test_it_is_found_beside_the_checkpoint_and_in_the_save_folder(place: str, tm
     (tmp_path / "run" / "1000").mkdir(parents=True)
     path = written(tmp_path / place, "")
 
-    assert find_training_config(tmp_path / "run" / "1000" / "x.pt") == path
+    assert found(tmp_path / "run" / "1000" / "x.pt") == path
 
 
 def test_the_one_beside_the_checkpoint_comes_first(tmp_path: Path) -> None:
@@ -222,14 +236,14 @@ def test_the_one_beside_the_checkpoint_comes_first(tmp_path: Path) -> None:
     written(tmp_path, "")
     path = written(tmp_path / "1000", "")
 
-    assert find_training_config(tmp_path / "1000" / "x.pt") == path
+    assert found(tmp_path / "1000" / "x.pt") == path
 
 
 def test_it_is_not_looked_for_any_further_up(tmp_path: Path) -> None:
     (tmp_path / "run" / "1000").mkdir(parents=True)
     written(tmp_path, "")
 
-    assert find_training_config(tmp_path / "run" / "1000" / "x.pt") is None
+    assert found(tmp_path / "run" / "1000" / "x.pt") is None
 
 
 @pytest.mark.parametrize("link", ["best.pt", "best"])
@@ -242,4 +256,4 @@ def test_a_link_to_a_checkpoint_or_its_folder_leads_to_its_configuration(link: s
     path = written(tmp_path / "run", "")
     given = tmp_path / "links" / link
 
-    assert find_training_config(given if link.endswith(".pt") else given / "x.pt") == path
+    assert found(given if link.endswith(".pt") else given / "x.pt") == path

@@ -378,7 +378,7 @@ def test_a_lora_that_is_not_in_the_state_dict_is_said_to_be_out_of_export_loras_
     torch.save({"params": sat_state_dict(TOY_2B, 4)}, tmp_path / "a.pt")
     out = inspect(tmp_path / "a.pt").out
     assert "\n  tensors    212, none in a state dict, 1,255,491 parameters, float16\n" in out
-    assert "\n  LoRA       24 tensors of one, but not in the state dict (see --lora)\n" in out
+    assert "\n  LoRA       24 tensors, but not in the state dict (see --lora)\n" in out
 
 
 def test_one_part_of_a_tensor_parallel_training_is_refused_under_two_wrappers_too(tmp_path: Path) -> None:
@@ -411,7 +411,7 @@ def test_bytes_that_no_tensor_views_are_counted(inspect: CommandLine, tmp_path: 
     torch.save({"module": views}, tmp_path / "a.pt")
     report = inspect_checkpoint(tmp_path / "a.pt")
     assert (report.stored_bytes, report.unviewed_bytes) == (4_000_000 + 40 + 48, 4_000_000 - 80)
-    assert "unused     4.0 MB of 4.0 MB are in no tensor" in inspect(tmp_path / "a.pt").out
+    assert "unused     4.0 MB of 4.0 MB belong to no tensor" in inspect(tmp_path / "a.pt").out
 
 
 def test_a_file_that_is_one_tensor_is_shown(inspect: CommandLine, tmp_path: Path) -> None:
@@ -594,7 +594,7 @@ def test_a_lora_with_other_names_is_recognised(
     assert (lora.complete, lora.missing, lora.unplaced) == (False, ("layer 29: all tensors",), ())
     assert (lora.tensors, lora.scalings) == (29 * 8 + 29 * 4, ())
     out = inspect(path, "--stats", "--limit", "0").out
-    assert f"\n  LoRA       not complete: 29 layers (0-28), rank 4, float32, 348 tensors, 7.1 MB ({names})\n" in out
+    assert f"\n  LoRA       incomplete: 29 layers (0-28), rank 4, float32, 348 tensors, 7.1 MB ({names})\n" in out
     assert "\n  exports to nothing: export-lora reads LoRAs of the SAT trainer\n" in out
     assert "\nThe updates of a LoRA in this layout are not computed.\n" in out
 
@@ -603,7 +603,7 @@ def test_a_lora_that_is_in_diffusers_layout_already_exports_to_nothing(inspect: 
     path = tmp_path / "a.safetensors"
     save_file(diffusers_lora(range(30)), path)
     assert (
-        "\n  exports to nothing: it is in diffusers' layout already\n"
+        "\n  exports to nothing: it is already in diffusers' layout\n"
         f"             try: cogtools verify {path}\n" in inspect(path).out
     )
 
@@ -658,9 +658,9 @@ def test_a_pickle_that_would_run_code_is_looked_at_and_named(inspect: CommandLin
 GOLDEN = """\
 {path}
   format     torch.save (zip), {size}
-  tensors    3 in 'module', 15 parameters, float32 48 bytes, int64 24 bytes; 1 more beside them
+  tensors    3 in 'module', 15 parameters, float32 48 bytes, int64 24 bytes; 1 more outside the state dict
   trainer    iteration 7
-  beside it  note
+  also holds note
 
   section                  tensors      parameters     stored  share
   transformer                    2              12   48 bytes  60.0%
@@ -732,8 +732,8 @@ def test_text_ends_well_with_every_option(inspect: CommandLine, toy: Path, optio
 @pytest.mark.parametrize(
     ("content", "options", "what"),
     [
-        (b"epoch 1: loss 0.3\n", [], "this is no checkpoint"),
-        (b"", [], "this is no checkpoint"),
+        (b"epoch 1: loss 0.3\n", [], "this is not a checkpoint"),
+        (b"", [], "this is not a checkpoint"),
         (b"PK\x03\x04 and no more", [], "the file is cut short: this zip archive has no directory at its end"),
         (None, [], "there is no such file"),
         (b"", ["--sort", "colour"], "Invalid value for '--sort': 'colour' is not one of 'key', 'size', 'offset'"),
@@ -860,7 +860,7 @@ def test_a_selection_lists_what_fits_and_says_how_many_there_are(tmp_path: Path)
 
 
 def test_nothing_that_matches_is_said_in_plain_words(inspect: CommandLine, toy: Path) -> None:
-    assert inspect(toy, "--keys", "nothing like this").out.endswith("\n\nno tensor matches\n")
+    assert inspect(toy, "--keys", "nothing like this").out.endswith("\n\nno tensors match\n")
 
 
 def test_into_a_pipe_every_column_is_one_word_and_bytes_are_exact(inspect: CommandLine, toy: Path) -> None:

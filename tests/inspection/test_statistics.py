@@ -3,13 +3,10 @@
 import json
 import math
 import os
-import pty
 import re
-import select
 import struct
 import subprocess
 import sys
-import termios
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +24,8 @@ from cogtools.inspection.report import CheckpointReport, Statistics, UpdateRepor
 from cogtools.inspection.selection import Selection
 from cogtools.inspection.updates import update_strength
 from cogtools.render.folding import fold, open_lines
-from cogtools.render.style import without_beginning
-from cogtools.render.table import Run, runs
-from tests.support.command_line import CommandLine, program, surroundings
+from cogtools.render.table import Group, group_by_prefix, last_segments
+from tests.support.command_line import CommandLine, on_terminal
 from tests.support.factories import COGVIDEOX_2B, SAVERS, TOY_2B, fill_lora, sat_checkpoint, sat_state_dict, zoo
 
 
@@ -420,30 +416,9 @@ def test_without_matplotlib_it_says_how_to_get_it(tmp_path: Path, monkeypatch: p
 # On a terminal
 
 
-def on_terminal(columns: int, *words: str | Path, rows: int = 50, **environment: str) -> str:
-    """What the program prints on a terminal of this size."""
-    master, slave = pty.openpty()
-    termios.tcsetwinsize(slave, (rows, columns))
-    unset = {name: value for name, value in surroundings().items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
-    child = subprocess.Popen(
-        program(*words), stdout=slave, stderr=slave, env={**unset, "TERM": "xterm-256color", **environment}
-    )
-    os.close(slave)
-    parts = []
-    while select.select([master], [], [], 60)[0]:
-        try:
-            part = os.read(master, 65536)
-        except OSError:  # Linux: nobody has the other end any more
-            break
-        if not part:
-            break
-        parts.append(part)
-    os.close(master)
-    assert child.wait() == 0
-    return b"".join(parts).decode().replace("\r\n", "\n")
-
-
 SGR = re.compile("\x1b\\[[0-9;]*m")
+BOLD_OR_DIM = {"\x1b[1m", "\x1b[2m", "\x1b[0m"}
+"""What rich still uses where NO_COLOR is set."""
 
 
 @pytest.mark.parametrize("columns", [80, 160])
@@ -454,7 +429,9 @@ def test_on_a_terminal_every_line_fits(tmp_path: Path, columns: int, options: li
     torch.save(sat_checkpoint(sat_state_dict(TOY_2B, 4)), tmp_path / "a.pt")
     coloured = on_terminal(columns, "inspect", tmp_path / "a.pt", *options)
     plain = on_terminal(columns, "inspect", tmp_path / "a.pt", *options, NO_COLOR="1")
-    assert "\x1b[" in coloured
+    assert "\x1b[36m" in coloured
+    assert set(SGR.findall(plain)) <= BOLD_OR_DIM
+    plain = SGR.sub("", plain)
     assert SGR.sub("", coloured) == plain
     assert "\x1b" not in plain
     assert max(map(len, plain.splitlines()[1:])) <= columns  # the first line is the path
@@ -465,36 +442,36 @@ def test_on_a_terminal_every_line_fits(tmp_path: Path, columns: int, options: li
 
 def test_a_long_key_is_shown_from_the_start_of_a_segment_on() -> None:
     key = "model.diffusion_model.transformer.layers.0.attention.dense.matrix_A.0"
-    assert [without_beginning(key, width) for width in (80, 40, 20, 4)] == [
+    assert [last_segments(key, width) for width in (80, 40, 20, 4)] == [
         key,
         "…layers.0.attention.dense.matrix_A.0",
         "…dense.matrix_A.0",
         "…0",
     ]
-    assert without_beginning("a." * 10**6 + "b", 20) == "…" + "a." * 9 + "b"  # at once, however many segments
+    assert last_segments("a." * 10**6 + "b", 20) == "…" + "a." * 9 + "b"  # at once, however many segments
 
 
 def test_keys_that_follow_each_other_are_cut_at_one_place_that_is_spelled_out() -> None:
     keys = ["m.mix.a.weight", "m.mix.b.weight", "m.mix.ccc.bias", "m.mix.ccc.weight"]
     names = ("attention.dense.original", "attention.qkv", "mlp")
     keys += [f"m.layers.{layer}.{name}.weight" for layer in (0, 1) for name in names]
-    assert runs(keys, 42) == [Run("", keys)]
-    assert runs(keys, 41) == [Run("m.", keys)]
-    assert runs(keys, 32) == [
-        Run("m.mix.", keys[:4]),
-        Run("m.layers.0.", keys[4:7]),
-        Run("m.layers.1.", keys[7:]),
+    assert group_by_prefix(keys, 42) == [Group("", keys)]
+    assert group_by_prefix(keys, 41) == [Group("m.", keys)]
+    assert group_by_prefix(keys, 32) == [
+        Group("m.mix.", keys[:4]),
+        Group("m.layers.0.", keys[4:7]),
+        Group("m.layers.1.", keys[7:]),
     ]
     # As they stand in another order, the lines that spell the beginnings out would be as many as the keys.
     shuffled = [key for pair in zip(keys[:4], keys[4:], strict=False) for key in pair]
-    assert runs(shuffled, 32) == [Run("m.", shuffled)]
-    assert runs(["x" * 50], 20) == [Run("", ["x" * 50])]
+    assert group_by_prefix(shuffled, 32) == [Group("m.", shuffled)]
+    assert group_by_prefix(["x" * 50], 20) == [Group("", ["x" * 50])]
 
 
 def test_keys_that_branch_at_every_segment_are_no_matter() -> None:
     deep = ".".join(["a"] * 3000).split(".")
     keys = [".".join([*deep[:depth], "b"]) for depth in range(3000)]
-    assert sum(len(run.keys) for run in runs(keys, 20)) == 3000
+    assert sum(len(group.keys) for group in group_by_prefix(keys, 20)) == 3000
 
 
 # The tree
@@ -547,7 +524,7 @@ def test_on_a_terminal_header_and_tree_fit_the_screen(tmp_path: Path, columns: i
     lines = on_terminal(columns, "inspect", tmp_path / "a.pt", "--tree", NO_COLOR="1", rows=rows).splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("model.diffusion_model"))
     assert rows - 8 <= len(lines) < rows or rows // 2 - 8 <= len(lines) - first <= rows // 2 + 1
-    assert lines[-1] == "+ has more below it, which --keys GLOB shows"
+    assert lines[-1] == "+ means more below: list it with --keys GLOB"
 
 
 def test_a_label_is_cut_in_the_middle_and_keeps_its_count(tmp_path: Path) -> None:

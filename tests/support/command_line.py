@@ -2,8 +2,11 @@
 
 import json
 import os
+import pty
+import select
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +60,38 @@ def surroundings(**environment: str) -> dict[str, str]:
 def run_program(*words: str | Path, cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> Result:
     """Run the program in a process of its own."""
     return _run(program(*words), cwd, environment)
+
+
+def on_terminal(columns: int, *words: str | Path, rows: int = 50, code: int = 0, **environment: str) -> str:
+    """What the program prints as its result on a terminal of this size.
+
+    Its errors go to a pipe, so that no progress bar is on the same screen, and there have to be none.
+    """
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (rows, columns))
+    unset = {name: value for name, value in surroundings().items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+    child = subprocess.Popen(
+        program(*words),
+        stdin=slave,
+        stdout=slave,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**unset, "TERM": "xterm-256color", **environment},
+    )
+    os.close(slave)
+    parts = []
+    while select.select([master], [], [], 60)[0]:
+        try:
+            part = os.read(master, 65536)
+        except OSError:  # Linux: nobody has the other end any more
+            break
+        if not part:
+            break
+        parts.append(part)
+    os.close(master)
+    _, errors = child.communicate()
+    assert (child.returncode, errors) == (code, "")
+    return b"".join(parts).decode().replace("\r\n", "\n")
 
 
 def run_python(code: str, *words: str | Path) -> Result:

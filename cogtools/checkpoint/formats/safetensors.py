@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 FORMAT = "safetensors"
 METADATA_KEY = "__metadata__"
 
-_LIBRARY_HEADER_BYTES = 100_000_000
-"""The longest header that the safetensors library reads. A file with a longer one is no safetensors file."""
-
 
 def open_safetensors(file: SourceFile) -> Checkpoint:
     """Index a safetensors file.
@@ -53,11 +50,6 @@ def open_safetensors(file: SourceFile) -> Checkpoint:
         ranges.append((begin, end, key))
     _refuse_holes(file, sorted(ranges), file.size_bytes - data_offset)
     return Checkpoint(path=file.path, format=FORMAT, files=[file], tensors=tensors, metadata=metadata)
-
-
-def looks_like_safetensors(start: bytes) -> bool:
-    """Whether the first bytes of a file are those of a safetensors file, be it cut short or not."""
-    return len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LIBRARY_HEADER_BYTES
 
 
 def read_header(file: SourceFile) -> tuple[dict[str, object], int]:

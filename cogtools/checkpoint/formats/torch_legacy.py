@@ -31,19 +31,10 @@ if TYPE_CHECKING:
     from cogtools.checkpoint.dtypes import DType
 
 FORMAT = "torch.save (legacy)"
-MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 PROTOCOL_VERSION = 1001
 
 _FIRST_WINDOW_BYTES = 1 << 20
 _COUNT_BYTES = 8
-
-
-def looks_legacy(start: bytes) -> bool:
-    """Whether a file begins with the magic number, in whatever pickle protocol."""
-    try:
-        return read_pickle(start, PLAIN_ONLY).value == MAGIC_NUMBER
-    except MalformedPickleError:
-        return False
 
 
 def open_torch_legacy(file: SourceFile) -> Checkpoint:

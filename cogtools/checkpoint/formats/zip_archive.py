@@ -17,14 +17,13 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.checkpoint.files import FileRange, SourceFile
+from cogtools.checkpoint.formats.signatures import ZIP_MAGIC
 from cogtools.checkpoint.limits import MAX_DIRECTORY_BYTES
 from cogtools.errors import CheckpointError
 from cogtools.formatting import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-
-MAGIC = b"PK\x03\x04"
 
 _CHUNK_BYTES = 1 << 20
 
@@ -81,7 +80,7 @@ def packed_range(archive: ZipArchive, entry: ZipEntry) -> FileRange:
     header = archive.file.read(entry.header_offset, _LOCAL_HEADER.size)
     magic, *_, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
     name_offset = entry.header_offset + _LOCAL_HEADER.size
-    if magic != MAGIC or _decoded(archive.file.read(name_offset, name_bytes)) != entry.name:
+    if magic != ZIP_MAGIC or _decoded(archive.file.read(name_offset, name_bytes)) != entry.name:
         raise damaged(
             archive.file, found=f"no entry {shown(entry.name)} at {entry.header_offset:,}, where the directory has it"
         )

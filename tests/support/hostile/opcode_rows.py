@@ -87,7 +87,6 @@ def _newobj_ex(cls: Code, *arguments: object) -> Code:
 OPCODES: tuple[tuple[str, tuple[str, ...], bytes], ...] = (
     ("reduce", ("os.system",), SHELL),
     ("reduce-stack-global", ("os.system",), call(stack_global("os", "system"), COMMAND)),
-    ("reduce-string-operands", ("os.system",), b"S'os'\nS'system'\n\x93" + data((COMMAND,)) + b"R"),
     ("reduce-short-binstring-operands", ("os.system",), b"U\x02osU\x06system\x93" + data((COMMAND,)) + b"R"),
     (
         "reduce-binstring-operands",
@@ -113,7 +112,6 @@ OPCODES: tuple[tuple[str, tuple[str, ...], bytes], ...] = (
         + b"R",
     ),
     ("reduce-through-memo", ("os.system",), then(_put(SYSTEM, 7), Code(_get(7) + data((COMMAND,)) + b"R"))),
-    ("reduce-through-text-memo", ("os.system",), SYSTEM + b"p65537\n0g65537\n" + data((COMMAND,)) + b"R"),
     ("reduce-through-memoize", ("os.system",), SYSTEM + pickle.MEMOIZE + b"0h\0" + data((COMMAND,)) + b"R"),
     ("reduce-through-dup", ("os.system",), SYSTEM + b"2" + data((COMMAND,)) + b"R\x86"),
     ("reduce-twice", ("builtins.getattr", "os.system"), call(call(GETATTR, SYSTEM, "__call__"), COMMAND)),
@@ -123,7 +121,6 @@ OPCODES: tuple[tuple[str, tuple[str, ...], bytes], ...] = (
         ("os.system",),
         then(_put(ENCODE, 7), _put(SYSTEM, 7), Code(_get(7) + data((COMMAND,)) + b"R")),
     ),
-    ("inst", ("os.system",), _inst("os", "system", COMMAND)),
     ("obj", ("os.system",), _obj(SYSTEM, COMMAND)),
     ("obj-stack-global", ("os.system",), _obj(stack_global("os", "system"), COMMAND)),
     (
@@ -257,7 +254,6 @@ OPCODES: tuple[tuple[str, tuple[str, ...], bytes], ...] = (
     ),
     ("in-a-list", ("os.system",), data([[[SHELL]]])),
     ("in-a-dict", ("os.system",), data({"a": {"b": {1: SHELL}}})),
-    ("in-a-text-dict-and-list", ("os.system",), b"(" + data("a") + b"(" + SHELL + b"ld"),
     ("in-a-set", ("os.system",), data({SHELL})),
     ("in-a-frozenset", ("os.system",), b"(" + SHELL + pickle.FROZENSET),
     ("as-a-key", ("os.system",), data({SHELL: 1})),
@@ -296,7 +292,9 @@ OPCODES: tuple[tuple[str, tuple[str, ...], bytes], ...] = (
     (
         "memo-decoy-strings",
         ("os.system",),
-        b"Vos\np2\n0Vsystem\np3\n0Vtorch\np0\n0VLongStorage\np1\n0g2\ng3\n\x93" + data((COMMAND,)) + b"R",
+        b"\x8c\x02osq\x020\x8c\x06systemq\x030\x8c\x05torchq\x000\x8c\x0bLongStorageq\x010h\x02h\x03\x93"
+        + data((COMMAND,))
+        + b"R",
     ),
     ("two-protocol-headers", ("os.system",), b"\x80\x02\x80\x04" + SHELL),
     ("many-frames", ("os.system",), b"\x95" + u64(0) + b"\x95" + u64(len(SHELL)) + SHELL),
@@ -330,13 +328,13 @@ OPCODES: tuple[tuple[str, tuple[str, ...], bytes], ...] = (
     (
         "after-every-kind-of-data",
         ("os.system",),
-        b"(I1\nI01\nL2L\nF0.5\nK\3M\4\4J\5\0\0\0\x8a\1\6\x8b\1\0\0\0\7G"
+        b"(K\3M\4\4J\5\0\0\0\x8a\1\6\x8b\1\0\0\0\7G"
         + bytes(8)
         + b"C\1aB\1\0\0\0b\x8e"
         + u64(1)
         + b"c\x96"
         + u64(1)
-        + b"dS'e'\nT\1\0\0\0fU\1gVh\n"
+        + b"dT\1\0\0\0fU\1g"
         + b"X\1\0\0\0i\x8c\1j\x8d"
         + u64(1)
         + b"kN\x88\x89"
@@ -345,6 +343,18 @@ OPCODES: tuple[tuple[str, tuple[str, ...], bytes], ...] = (
     ),
     ("after-ten-thousand-honest-opcodes", ("os.system",), b"N0" * 10_000 + SHELL),
 )
+
+# Instructions of protocols 0 and 1 only, which PyTorch does not write: refused, before any name is learned.
+OLD_OPCODES: dict[str, bytes] = {
+    "inst": _inst("os", "system", COMMAND),
+    "string-operands": b"S'os'\nS'system'\n\x93" + data((COMMAND,)) + b"R",
+    "unicode-operands": b"Vos\nVsystem\n\x93" + data((COMMAND,)) + b"R",
+    "memo": b"N0Np65537\n0" + SYSTEM + b"p1\n0g1\n" + data((COMMAND,)) + b"R",
+    "memo-decoy": b"Vos\np2\n0Vsystem\np3\n0Vtorch\np0\n0VLongStorage\np1\n0g2\ng3\n\x93" + data((COMMAND,)) + b"R",
+    "list": b"(" + SHELL + b"l",
+    "dict": b"(" + data("a") + SHELL + b"d",
+    "after-every-kind-of-data": b"(I1\nI01\nL2L\nF0.5\nS'e'\nVh\n" + SHELL + b"t",
+}
 
 
 def opcodes() -> Iterator[HostilePickle]:
@@ -361,7 +371,13 @@ def opcodes() -> Iterator[HostilePickle]:
     for identifier, names, code in OPCODES:
         expect: Expectation = "either" if identifier in unknowable | abused else "open"
         yield HostilePickle(f"opcode-{identifier}", checkpoint(Code(code)), names, expect=expect, fires=True)
-    yield HostilePickle("opcode-protocol-0", _in_text(), ("os.system",), fires=True)
+    yield HostilePickle("opcode-protocol-0", _in_text(), expect="refuse", fires=True)
+    for identifier, code in OLD_OPCODES.items():
+        yield HostilePickle(f"opcode-old-{identifier}", checkpoint(Code(code)), expect="refuse", fires=True)
+    by_name = checkpoint(_inst("__builtin__", "exec", PYTHON), 2)
+    yield HostilePickle("opcode-python-2-inst", by_name, expect="refuse", fires=True)
+    honest = checkpoint(_inst("collections", "OrderedDict"))
+    yield HostilePickle("honest-class-by-inst", honest, expect="refuse")
     for protocol in range(6):
         yield HostilePickle(f"opcode-header-{protocol}", checkpoint(SHELL, protocol), ("os.system",), fires=True)
     for name, module in (
@@ -390,7 +406,6 @@ def opcodes() -> Iterator[HostilePickle]:
     for identifier, names, code in (
         ("commands", ("commands.getoutput",), call(text_global("commands", "getoutput"), COMMAND)),
         ("builtin", ("__builtin__.eval",), call(text_global("__builtin__", "eval"), PYTHON)),
-        ("inst", ("__builtin__.exec",), _inst("__builtin__", "exec", PYTHON)),
         ("set", ("os.system",), call(text_global("__builtin__", "set"), [SHELL])),
         ("reduce", ("__builtin__.reduce", "os.system"), then(text_global("__builtin__", "reduce"), SHELL)),
         (
@@ -416,7 +431,7 @@ def odd_opcodes() -> Iterator[HostilePickle]:
     yield from _odd("ext", {"1": b"\x82\x2a", "2": b"\x83\x2a\x2a", "4": b"\x84\x2a\x2a\x2a\x2a"}, "either")
     yield from _odd("ext", {"1-zero": b"\x82\0", "4-negative": b"\x84\xff\xff\xff\xff"}, "either")
     storage_in_text = b"P('storage', torch.FloatStorage, '0', 'cpu', 16)\n"
-    yield from _odd("persid", {"text": b"Ppwned\n", "text-like-a-storage": storage_in_text}, "either")
+    yield from _odd("persid", {"text": b"Ppwned\n", "text-like-a-storage": storage_in_text}, "refuse")
     good = ("storage", FLOAT_STORAGE, "0", "cpu", 16)
     ids: dict[str, object] = {
         "none": None,
@@ -552,7 +567,6 @@ def odd_opcodes() -> Iterator[HostilePickle]:
             "function-as-a-class": newobj(REBUILD_V2, storage()),
             "class-as-an-object": _obj(FLOAT_STORAGE, 2**40),
             "class-called": call(FLOAT_STORAGE, 2**40),
-            "class-by-inst": _inst("collections", "OrderedDict"),
             "class-by-newobj": newobj(ORDERED_DICT),
             "class-by-newobj-ex": _newobj_ex(ORDERED_DICT),
             "class-by-obj": _obj(ORDERED_DICT),
