@@ -36,13 +36,18 @@ def refuse_unexportable(checkpoint: Checkpoint) -> None:
 
 
 def _refuse_tensor_parallel(checkpoint: Checkpoint) -> None:
+    found = other_rank_of(checkpoint)
+    if found is not None:
+        raise tensor_parallel(checkpoint, found)
+
+
+def other_rank_of(checkpoint: Checkpoint) -> str | None:
+    """What tells that a checkpoint is one rank of a tensor-parallel training; None if nothing does."""
     ranks = checkpoint.values.get("mp_world_size")
     if isinstance(ranks, int) and ranks > 1:
-        raise tensor_parallel(checkpoint, f"mp_world_size {ranks} in the checkpoint")
-    for path in dict.fromkeys((checkpoint.path, checkpoint.path.resolve())):
-        found = _other_rank(path)
-        if found is not None:
-            raise tensor_parallel(checkpoint, found)
+        return f"mp_world_size {ranks} in the checkpoint"
+    paths = dict.fromkeys((checkpoint.path, checkpoint.path.resolve()))
+    return next((found for path in paths if (found := _other_rank(path)) is not None), None)
 
 
 def _other_rank(path: Path) -> str | None:

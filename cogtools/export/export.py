@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from cogtools.checkpoint.formats.safetensors import safetensors_header
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.conversion.carry_out import Written, write
+from cogtools.conversion.carry_out import PlannedFile, Written, write
 from cogtools.conversion.notices import export_notices
 from cogtools.conversion.options import Cast, ExportOptions, Scale
 from cogtools.conversion.output import AtomicFile, refuse_unwritable
@@ -166,8 +166,8 @@ def export_checkpoint(
         refuse_unwritable(target, prepared.size_bytes)
         written = Written()
         if not options.dry_run:
-            tensors = prepared.tensors
-            written = write(output, prepared.header, tensors, opened.files, progress, sha256=options.sha256)
+            file = PlannedFile(target.name, prepared.header, prepared.tensors)
+            written = write(output, [file], opened.files, progress, sha256=options.sha256)
     plan = prepared.plan
     return ExportReport(
         checkpoint=opened.path,

@@ -12,7 +12,7 @@ from cogtools.checkpoint.files import is_folder
 from cogtools.checkpoint.folder import find_save_folder
 from cogtools.checkpoint.formats.safetensors import safetensors_header
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.conversion.carry_out import Written, storages_of, write
+from cogtools.conversion.carry_out import PlannedFile, Written, storages_of, write
 from cogtools.conversion.lora import find_lora
 from cogtools.conversion.merge_plan import Stack, Weighted, common_transformer, sum_of
 from cogtools.conversion.notices import source_notices
@@ -314,7 +314,8 @@ def _merge_loras(
     refuse_unwritable(target, size_bytes)
     written = Written()
     if not options.dry_run:
-        written = write(output, header, tensors, files, progress, sha256=False)
+        file = PlannedFile(target.name, header, tuple(tensors))
+        written = write(output, [file], files, progress, sha256=False)
     return MergeReport(
         result="lora",
         base=None,

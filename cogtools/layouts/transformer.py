@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.layouts import sat
 from cogtools.layouts.family import LAYER_NUMBER
+from cogtools.layouts.key_map import Mapped, Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -99,39 +100,6 @@ UNUSED_POSITIONS = "transformer.position_embeddings.weight"
 
 UNUSED_POSITIONS_ROWS = 64
 """Its rows: `max_sequence_length` in the `transformer_args` of all of CogVideo's configurations."""
-
-
-class Run(NamedTuple):
-    """Rows of a source: run `number`, from 0 on, of `of` runs of the same length."""
-
-    key: str
-    number: int = 0
-    of: int = 1
-
-
-class Mapped(NamedTuple):
-    """What keys become in the other layout.
-
-    Attributes:
-        targets: for each key of the other layout, in its order, the runs of rows that make it up.
-        dropped: the keys that are left out, and why.
-        unknown: the keys that the map does not have.
-        incomplete: the keys that would be made, were all that they are made of there: the names that are missing.
-        twice: keys of which another one is there already, for the same tensor.
-    """
-
-    targets: dict[str, tuple[Run, ...]]
-    dropped: dict[str, str]
-    unknown: tuple[str, ...] = ()
-    incomplete: dict[str, tuple[str, ...]] = {}  # noqa: RUF012 - a default of a NamedTuple, never changed
-    twice: tuple[str, ...] = ()
-
-    def without(self, target: str, reason: str) -> Mapped:
-        """The same, with what would become this target left out."""
-        targets = {key: runs for key, runs in self.targets.items() if key != target}
-        return self._replace(
-            targets=targets, dropped=self.dropped | {run.key: reason for run in self.targets.get(target, ())}
-        )
 
 
 def to_diffusers(keys: Iterable[str]) -> Mapped:
@@ -328,3 +296,9 @@ def _order(key: str, layout: str) -> tuple[int, int, int, int]:
         raise ValueError(f"a key that the map does not have: {key}")
     row, layer, parameter = place
     return _GROUP[row.diffusers], layer or 0, _NUMBER[row.diffusers], row.parameters.index(parameter)
+
+
+def layer_of(key: str) -> int | None:
+    """The layer that a key of diffusers belongs to; None if it belongs to none."""
+    place = _find(key, "diffusers")
+    return None if place is None else place[1]

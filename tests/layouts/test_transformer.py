@@ -10,7 +10,8 @@ from diffusers import CogVideoXTransformer3DModel
 from cogtools.layouts import diffusers as diffusers_layout
 from cogtools.layouts import transformer
 from cogtools.layouts.family import LINEARS, MODELS, Model, Module
-from cogtools.layouts.transformer import ROWS, Mapped, Row, Run
+from cogtools.layouts.key_map import Mapped, Run
+from cogtools.layouts.transformer import ROWS, Row
 from tests.support.factories import MODELS as SAT_MODELS
 from tests.support.factories import TRANSFORMER, SatModel, Shape, module_shapes
 
