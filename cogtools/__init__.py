@@ -1,4 +1,4 @@
-"""Export, inspect and verify CogVideoX LoRA checkpoints.
+"""Export, inspect and verify CogVideoX checkpoints, LoRAs and whole models.
 
     >>> import cogtools
     >>> report = cogtools.export_lora("ckpts/lora-disney/1000/mp_rank_00_model_states.pt", "out")
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from cogtools.checkpoint.opening import open_checkpoint
     from cogtools.errors import CogtoolsError
     from cogtools.export.export import ExportReport, export_lora
+    from cogtools.export.export_model import export_model
     from cogtools.export.merge import MergeReport, merge
+    from cogtools.export.model_report import ModelExportReport
     from cogtools.inspection.inspect import inspect_checkpoint
     from cogtools.inspection.report import CheckpointReport
     from cogtools.inspection.selection import Selection
@@ -29,9 +31,11 @@ _HOME = {
     "ExportReport": "cogtools.export.export",
     "MergeReport": "cogtools.export.merge",
     "VerifyReport": "cogtools.verification.report",
+    "ModelExportReport": "cogtools.export.model_report",
     "Selection": "cogtools.inspection.selection",
     "export_lora": "cogtools.export.export",
     "merge": "cogtools.export.merge",
+    "export_model": "cogtools.export.export_model",
     "inspect_checkpoint": "cogtools.inspection.inspect",
     "open_checkpoint": "cogtools.checkpoint.opening",
     "verify_lora": "cogtools.verification.verify",
@@ -42,10 +46,12 @@ __all__ = [
     "CogtoolsError",
     "ExportReport",
     "MergeReport",
+    "ModelExportReport",
     "Selection",
     "VerifyReport",
     "__version__",
     "export_lora",
+    "export_model",
     "inspect_checkpoint",
     "merge",
     "open_checkpoint",

@@ -1,7 +1,7 @@
 """The plan of a model: what each part's tensors become, and the files that they are written to.
 
 diffusers loads a part from `config.json` and one file of weights, or shards and their index; SAT loads a transformer
-from a folder with `latest` and a file of `torch.save`. All content is byte ranges of the source: a plan reads no weights.
+from a folder with `latest` and a file of `torch.save`. All of it is byte ranges of the source: a plan reads no weights.
 """
 
 from __future__ import annotations

@@ -6,15 +6,14 @@ training_config.yaml or diffusers' config.json. Where nothing does, the user has
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from cogtools.checkpoint.limits import MAX_ADAPTER_CONFIG_BYTES
 from cogtools.conversion.model_training import ModelTraining, read_model_training
+from cogtools.conversion.part_config import MAX_CONFIG_BYTES, parse_config
 from cogtools.conversion.plan import FLOATS
-from cogtools.errors import CheckpointError, ExportError, OptionError, Problem, command
+from cogtools.errors import ExportError, OptionError, Problem, command
 from cogtools.formatting import counted
 from cogtools.layouts import sat, text_encoder, transformer, vae
 from cogtools.layouts.family import BY_SLUG, LATENT_CHANNELS, MODELS, SLUGS, Model
@@ -448,13 +447,7 @@ def _read_config(part: ModelPart) -> dict[str, object] | None:
             found=f"{part.checkpoint.path.name} and {shards}",
             hint="move away the one that is not meant",
         )
-    file = part.checkpoint.read_beside(CONFIG, MAX_ADAPTER_CONFIG_BYTES)
+    file = part.checkpoint.read_beside(CONFIG, MAX_CONFIG_BYTES)
     if file is None:
         return None
-    try:
-        content = json.loads(file.content)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError("the configuration is not JSON", file=file.path, found=str(error)) from error
-    if not isinstance(content, dict):
-        raise CheckpointError("the configuration is not a JSON object", file=file.path)
-    return content
+    return parse_config(file.path, file.content)

@@ -20,10 +20,10 @@ def export_notices(checkpoint: Checkpoint, plan: LoraPlan, scale: str) -> tuple[
 
 def source_notices(checkpoint: Checkpoint, plan: LoraPlan) -> tuple[str, ...]:
     """What to say of a checkpoint whose LoRA is taken, and of the choices that were made for the user."""
-    return (*_of_dangers(checkpoint), *choice_notices(checkpoint), *plan.notices)
+    return (*danger_notices(checkpoint), *choice_notices(checkpoint), *plan.notices)
 
 
-def _of_dangers(checkpoint: Checkpoint) -> list[str]:
+def danger_notices(checkpoint: Checkpoint) -> list[str]:
     """Warn of a checkpoint that would run code if it were loaded: whoever exports from it may try that next."""
     names = sorted(str(name) for name in checkpoint.foreign if danger_of(*name) == "dangerous")
     shown = ", ".join(name[:MAX_SHOWN_CHARS] for name in names[:SHOWN_PROBLEMS])

@@ -58,6 +58,8 @@ class MergeOptions:
         alpha: the training's alpha of the only LoRA; None takes what is stated.
         dtype: what is written; None is the dtype of the base weights, and fp32 for a LoRA.
         rank: cut modules of a LoRA of several down to this rank, to the best approximation there is; None keeps all.
+        format: the layout of the output: of a LoRA, or of a model (`ModelFormat`); None is diffusers'.
+        model: the short name of the model, where nothing else tells.
         iteration: which iteration of a save folder; None takes the latest.
         ema: take its EMA weights.
         allow_partial: accept a LoRA that adapts some of the layers only.
@@ -69,8 +71,41 @@ class MergeOptions:
     alpha: float | None = None
     dtype: Dtype | None = None
     rank: int | None = None
+    format: str | None = None
+    model: str | None = None
     iteration: int | None = None
     ema: bool = False
     allow_partial: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+ModelFormat = Literal["diffusers", "sat"]
+"""What a whole model is written for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """The options of an export of a whole model.
+
+    Attributes:
+        format: "diffusers" writes a folder for each part; "sat" a folder that SAT loads the transformer from.
+        model: the short name of the model, where nothing else tells.
+        iteration: which iteration of a save folder; None takes the latest.
+        ema: take its EMA weights.
+        max_shard_size: how large a file of weights may be; None takes the default.
+        vae: a file of SAT's VAE, in place of the checkpoint's.
+        base: a pipeline on this machine that gives the parts that are missing.
+        overwrite: replace the folders of parts that cogtools wrote.
+        dry_run: find out everything, write nothing.
+    """
+
+    format: ModelFormat = "diffusers"
+    model: str | None = None
+    iteration: int | None = None
+    ema: bool = False
+    max_shard_size: str | None = None
+    vae: str | None = None
+    base: str | None = None
     overwrite: bool = False
     dry_run: bool = False
