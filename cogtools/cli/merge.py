@@ -9,6 +9,7 @@ import typer
 from cogtools.cli.options import Ema, Iteration, Json, Quiet, Rank
 from cogtools.conversion.options import Dtype, MergeOptions
 from cogtools.errors import OptionError
+from cogtools.layouts.family import SLUGS
 from cogtools.render import text
 
 
@@ -34,11 +35,20 @@ def merge_command(
         typer.Option(metavar="fp32|fp16|bf16", help="What to write [that of the base weights; fp32 for a LoRA]."),
     ] = None,
     rank: Rank = None,
+    format_: Annotated[
+        str | None,
+        typer.Option("--format", metavar="diffusers|sat", help="What to write: for diffusers [default], or for SAT."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="|".join(SLUGS), help="Which model the base is, where nothing else tells.")
+    ] = None,
     iteration: Iteration = None,
     ema: Ema = False,
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Accept a LoRA of some layers.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what each tensor would be made of, and write nothing.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -68,6 +78,8 @@ def merge_command(
         alpha=alpha,
         dtype=dtype,
         rank=rank,
+        format=format_,
+        model=model,
         iteration=iteration,
         ema=ema,
         allow_partial=allow_partial,

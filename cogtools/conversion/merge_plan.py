@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
-from cogtools.conversion.plan import kept_rank, planned_alpha, planned_factor, refuse_more_than_factors
+from cogtools.conversion.plan import (
+    Added,
+    Cast,
+    Merge,
+    kept_rank,
+    planned_alpha,
+    planned_factor,
+    refuse_more_than_factors,
+)
 from cogtools.conversion.scale import BY_DEFAULT, BY_NOTHING, carry
 from cogtools.errors import ExportError, Problem
+from cogtools.layouts import transformer
 from cogtools.layouts.family import LoraKey
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from cogtools.checkpoint.dtypes import DType
+    from cogtools.checkpoint.tensors import TensorEntry
+    from cogtools.conversion.model import ModelLayout
+    from cogtools.conversion.model_plan import PartPlan
     from cogtools.conversion.plan import LoraPlan, Planned, Update
     from cogtools.conversion.scale import Carried
     from cogtools.layouts.family import Module, Transformer
     from cogtools.layouts.lora import LoraLayout
+    from cogtools.layouts.transformer import ModuleRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +63,6 @@ class Weighted:
             )
         updates = {module: self.plan.update(module) for module in self.plan.modules}
         return {module: update._replace(scaling=update.scaling * self.weight) for module, update in updates.items()}
-
-
-Updates = "Mapping[Module, tuple[Update, ...]]"
-"""What is added to each module's weight."""
 
 
 def sum_of(loras: Sequence[Weighted]) -> dict[Module, tuple[Update, ...]]:
@@ -113,15 +122,99 @@ def _refuse_without_scale(plan: LoraPlan) -> None:
 def _refuse_other_sizes(loras: Sequence[Weighted], updates: Mapping[Module, Sequence[Update]]) -> None:
     """Refuse updates of one module that have different sizes, where nothing tells the model's."""
     for module, found in updates.items():
-        sizes = {(update.b.shape[0], prod(update.a.shape[1:])) for update in found}
+        sizes = {update.size for update in found}
         if len(sizes) > 1:
-            shapes = ", ".join(f"{rows} x {columns}" for rows, columns in sorted(sizes))
+            shapes = ", ".join(map(_shown, sorted(sizes)))
             raise ExportError(
                 "these LoRAs do not fit each other",
                 file=loras[-1].plan.lora.checkpoint.path,
                 problems=[Problem("shape", str(module), shapes, "updates of one size")],
                 hint="merge LoRAs of one model only",
             )
+
+
+# Into base weights
+
+
+def merged_into(
+    plan: PartPlan, layout: ModelLayout, updates: Mapping[Module, tuple[Update, ...]], dtype: DType | None
+) -> tuple[Planned, ...]:
+    """The tensors of a transformer with updates added to its weights.
+
+    Args:
+        plan: what becomes of the transformer without them.
+        layout: the layout that it is planned in.
+        updates: what is added to each module's weight.
+        dtype: what all tensors are cast to; None keeps that of each.
+
+    Raises:
+        ExportError: if there is an update of a module that the transformer does not have, or has in another size.
+    """
+    runs = {tensor.key: transformer.modules_of(tensor.key, layout) for tensor in plan.tensors}
+    sizes = {run.module: _size_of(tensor, runs[tensor.key], run) for tensor in plan.tensors for run in runs[tensor.key]}
+    problems = []
+    for module, found in updates.items():
+        size = found[0].size
+        if module not in sizes:
+            problems.append(Problem("unexpected", str(module), _shown(size), "a module of the base"))
+        elif size != sizes[module]:
+            problems.append(Problem("shape", str(module), _shown(size), f"{_shown(sizes[module])}, as the base has it"))
+    if problems:
+        raise ExportError(
+            "the LoRA does not fit the base weights",
+            file=plan.reading.part.checkpoint.path,
+            problems=problems,
+            hint="give the base weights of the model that the LoRA was trained on",
+        )
+    return tuple(_with_updates(tensor, runs[tensor.key], updates, dtype) for tensor in plan.tensors)
+
+
+def _size_of(tensor: Planned, runs: Sequence[ModuleRows], run: ModuleRows) -> tuple[int, int]:
+    """The rows and columns of a module's weight, parts of which are in a tensor."""
+    return tensor.shape[0] // len(runs) * run.of, prod(tensor.shape[1:])
+
+
+def _with_updates(
+    tensor: Planned, runs: Sequence[ModuleRows], updates: Mapping[Module, tuple[Update, ...]], dtype: DType | None
+) -> Planned:
+    """A planned tensor with what is added to its rows."""
+    if all(run.module not in updates for run in runs):
+        is_cast = dtype is not None and dtype != tensor.dtype
+        return replace(tensor, dtype=dtype, compute=Cast()) if is_cast and dtype is not None else tensor
+    pieces, added = [], []
+    for piece, run, first in _cut(tensor, runs):
+        rows = slice(first, first + piece.shape[0])
+        pieces.append(piece)
+        added.append(
+            Added(run.module, tuple(update.of_rows(rows.start, rows.stop) for update in updates.get(run.module, ())))
+        )
+    return replace(tensor, dtype=dtype or tensor.dtype, pieces=tuple(pieces), compute=Merge(tuple(added)))
+
+
+def _cut(tensor: Planned, runs: Sequence[ModuleRows]) -> Iterator[tuple[TensorEntry, ModuleRows, int]]:
+    """The pieces of a tensor, cut where another run of a module's rows begins.
+
+    Yields:
+        A piece, the run that it belongs to, and the row of the module's weight with which the piece begins.
+    """
+    length = tensor.shape[0] // len(runs)
+    position = 0
+    for piece in tensor.pieces:
+        if isinstance(piece, bytes):
+            raise TypeError("nothing is added to constants")
+        first, rows = 0, piece.shape[0]
+        while first < rows:
+            run = runs[position // length]
+            count = min(rows - first, length - position % length)
+            yield piece.rows(first, first + count), run, run.number * length + position % length
+            first, position = first + count, position + count
+
+
+def _shown(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+# Into one LoRA
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,15 @@ class Update(NamedTuple):
         """Its rank."""
         return self.a.shape[0]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """The rows and columns of the weight that it is added to; a convolution's kernel counts as columns."""
+        return self.b.shape[0], prod(self.a.shape[1:])
+
+    def of_rows(self, first: int, last: int) -> Update:
+        """What it adds to the rows from `first` up to `last`, which is not one of them."""
+        return self._replace(b=self.b.rows(first, last))
+
 
 class Fold(NamedTuple):
     """Arithmetic on a factor of a module: lora_B @ lora_A comes out as the sum of updates, at a scaling of 1.
@@ -330,8 +339,7 @@ def planned_factor(
 def kept_rank(updates: Sequence[Update], rank: int | None) -> int:
     """The rank of a sum of updates that are stacked, or cut down to `rank` where that is less."""
     stacked = sum(update.rank for update in updates)
-    first = updates[0]
-    return stacked if rank is None else min(stacked, rank, first.b.shape[0], prod(first.a.shape[1:]))
+    return stacked if rank is None else min(stacked, rank, *updates[0].size)
 
 
 def planned_alpha(layout: LoraLayout, module: Module, alpha: float) -> Planned:

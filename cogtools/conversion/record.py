@@ -66,7 +66,6 @@ class ExportRecord:
         scale: how the file carries the scale: "metadata", "fold" or "none".
         source_dtype: of the checkpoint's tensors.
         dtype: of the file's.
-        base: the name of the file of the base weights that LoRAs were merged into.
         merged: the LoRAs that were merged.
     """
 
@@ -84,7 +83,6 @@ class ExportRecord:
     scale: str | None = None
     source_dtype: str | None = None
     dtype: str | None = None
-    base: str | None = None
     merged: tuple[MergedRecord, ...] | None = None
 
     @property
@@ -118,7 +116,6 @@ def read_record(metadata: Mapping[str, str]) -> ExportRecord:
         scale=content.text("scale"),
         source_dtype=content.dtype("source_dtype"),
         dtype=content.dtype("dtype"),
-        base=content.text("base"),
         merged=tuple(map(_read_merged, merged[:MAX_MERGED])) if isinstance(merged, list) else None,
     )
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from cogtools.checkpoint.files import is_folder
 from cogtools.checkpoint.folder import find_save_folder
@@ -14,28 +14,35 @@ from cogtools.checkpoint.formats.safetensors import safetensors_header
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.conversion.carry_out import PlannedFile, Written, storages_of, write
 from cogtools.conversion.lora import find_lora
-from cogtools.conversion.merge_plan import Stack, Weighted, common_transformer, sum_of
+from cogtools.conversion.loss import NOTABLE
+from cogtools.conversion.merge_plan import Stack, Weighted, common_transformer, merged_into, sum_of
 from cogtools.conversion.notices import source_notices
-from cogtools.conversion.options import MergeOptions
+from cogtools.conversion.options import MergeOptions, ModelOptions
 from cogtools.conversion.output import AtomicFile, refuse_unwritable
 from cogtools.conversion.plan import named_dtype, one_rank, plan_lora, refuse_rank
 from cogtools.conversion.record import RECORD_KEY, ExportRecord, MergedRecord
 from cogtools.conversion.refusals import what_it_holds
 from cogtools.errors import ExportError, OptionError, command
 from cogtools.export.export import output_path
-from cogtools.formatting import counted
+from cogtools.export.export_model import model_report, prepare_model
+from cogtools.formatting import counted, percent
 from cogtools.layouts import diffusers
+from cogtools.layouts.pipeline import TRANSFORMER
 from cogtools.layouts.recognition import recognise_transformer
+from cogtools.layouts.transformer import LORA_DROPPED
 from cogtools.version import __version__
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
+    from cogtools.checkpoint.files import SourceFile
     from cogtools.checkpoint.index import Checkpoint
     from cogtools.conversion.loss import LossReport
-    from cogtools.conversion.options import Dtype
+    from cogtools.conversion.model_plan import PartPlan
+    from cogtools.conversion.options import Dtype, ModelFormat
     from cogtools.conversion.plan import Planned
+    from cogtools.export.model_report import ModelExportReport
     from cogtools.layouts.family import Transformer
 
 
@@ -84,6 +91,7 @@ class MergeReport:
         crc32: "checked", "not checked" in a dry run, or "not recorded" if the files have no CRC-32s to check.
         largest_relative_error: of any tensor that was cast, or made of factors; else None.
         lost: how much of the LoRAs was lost where it was rounded or cut; None where nothing could be.
+        exported: of a model, its parts and how to load it, and for a dry run what each tensor is made of.
         notices: what the user should know.
     """
 
@@ -102,6 +110,7 @@ class MergeReport:
     crc32: Literal["checked", "not checked", "not recorded"]
     largest_relative_error: float | None
     lost: LossReport | None
+    exported: ModelExportReport | None
     notices: tuple[str, ...]
 
 
@@ -112,6 +121,8 @@ def merge(
     alpha: float | None = None,
     dtype: Dtype | None = None,
     rank: int | None = None,
+    format: str | None = None,  # noqa: A002 - as on the command line
+    model: str | None = None,
     iteration: int | None = None,
     ema: bool = False,
     allow_partial: bool = False,
@@ -131,6 +142,8 @@ def merge(
         alpha: the training's alpha of the only LoRA; None takes what is stated.
         dtype: what is written; None is the dtype of the base weights, and fp32 for a LoRA.
         rank: cut modules of a LoRA of several down to this rank, to the best approximation there is; None keeps all.
+        format: the layout of the output, "diffusers" or "sat"; None is diffusers'.
+        model: the short name of the model ("2b", "5b", …), where nothing else tells.
         iteration: which iteration of a save folder; None takes the latest.
         ema: take its EMA weights.
         allow_partial: accept a LoRA that adapts some of the layers only.
@@ -142,7 +155,17 @@ def merge(
         CogtoolsError: if it cannot be done. The target is then as it was before.
     """
     options = MergeOptions(
-        tuple(map(float, weights)), alpha, dtype, rank, iteration, ema, allow_partial, overwrite, dry_run
+        weights=tuple(map(float, weights)),
+        alpha=alpha,
+        dtype=dtype,
+        rank=rank,
+        format=format,
+        model=model,
+        iteration=iteration,
+        ema=ema,
+        allow_partial=allow_partial,
+        overwrite=overwrite,
+        dry_run=dry_run,
     )
     return merge_checkpoints(paths, out, options, progress=progress)
 
@@ -185,7 +208,9 @@ def merge_checkpoints(
         opened = [stack.enter_context(checkpoint) for checkpoint in _open(paths, options)]
         roles = roles_of([_source(checkpoint) for checkpoint in opened])
         loras = _weighted(roles, options)
-        return _merge_loras(loras, Path(out), options, progress)
+        if roles.base is None:
+            return _merge_loras(loras, Path(out), options, progress)
+        return _merge_into_model(roles.base, loras, Path(out), options, progress, stack)
 
 
 def _open(paths: Sequence[str | os.PathLike[str]], options: MergeOptions) -> list[Checkpoint]:
@@ -295,10 +320,92 @@ def _weighted(roles: Roles, options: MergeOptions) -> list[Weighted]:
     ]
 
 
+def _merge_into_model(
+    base: Source,
+    loras: Sequence[Weighted],
+    out: Path,
+    options: MergeOptions,
+    progress: Callable[[int, int], None] | None,
+    opened: ExitStack,
+) -> MergeReport:
+    if options.rank is not None:
+        raise OptionError("--rank is that of a LoRA, and base weights have none", hint="leave it out")
+    source, updates = base.checkpoint, sum_of(loras)
+    is_own = any(lora.plan.lora.checkpoint is source for lora in loras)
+    dtype = None if options.dtype is None else named_dtype(options.dtype)
+    model_options = ModelOptions(
+        format=cast("ModelFormat", options.format or "diffusers"),
+        model=options.model,
+        overwrite=options.overwrite,
+        dry_run=options.dry_run,
+    )
+
+    def change(plan: PartPlan) -> PartPlan:
+        tensors = merged_into(plan, model_options.format, updates, dtype)
+        merged = [key for key, reason in plan.dropped.items() if is_own and reason == LORA_DROPPED]
+        dropped = {key: reason for key, reason in plan.dropped.items() if key not in set(merged)}
+        return replace(plan, tensors=tensors, dropped=dropped, merged=tuple(map(_merged_record, loras)))
+
+    prepared = prepare_model(source, out, model_options, opened, change)
+    sources = list(dict.fromkeys([*prepared.sources, *_files(loras)]))
+    output = prepared.output(model_options)
+    output.refuse(sources)
+    written = Written() if options.dry_run else output.write(sources, progress)
+    plan = next(plan for plan in prepared.plans if plan.name == TRANSFORMER)
+    report = model_report(source, out, prepared, model_options)
+    return MergeReport(
+        result="model",
+        base=source.path,
+        loras=tuple(map(_merged_lora, loras)),
+        output=out,
+        written=not options.dry_run,
+        model=report.model or "",
+        format=model_options.format,
+        modules=len(updates),
+        rank=None,
+        dtype=" and ".join(plan.dtypes),
+        tensors=len(plan.tensors),
+        size_bytes=report.size_bytes,
+        crc32=_crc32([tensor for plan in prepared.plans for tensor in plan.tensors], options),
+        largest_relative_error=written.largest_relative_error,
+        lost=written.lost,
+        exported=report,
+        notices=(
+            *prepared.notices,
+            *_notices([lora for lora in loras if not is_own]),
+            *([] if not is_own else loras[0].plan.notices),
+            *_left_out(base, is_own=is_own),
+            *_lost_notice(written, plan.dtypes),
+        ),
+    )
+
+
+def _left_out(base: Source, *, is_own: bool) -> list[str]:
+    """What to say of the base's own LoRA where it is not the one that is merged."""
+    if not base.has_lora or is_own:
+        return []
+    own = command("merge", base.checkpoint.path, "OUT").command
+    return [f"{base.checkpoint.path} holds a LoRA of its own, which is left out. To merge that one: {own}"]
+
+
+def _lost_notice(written: Written, dtypes: Sequence[str]) -> list[str]:
+    """Warn if much of the LoRA was lost in the rounding, and say what helps."""
+    lost = written.lost
+    if lost is None or lost.lost <= NOTABLE:
+        return []
+    return [
+        f"{percent(lost.lost)} of the LoRA is lost where the weights are rounded to {' and '.join(dtypes)}: its update "
+        "is small beside them. Write them with --dtype fp32, or load the LoRA beside the base weights; a larger "
+        "--weight loses less of a stronger LoRA."
+    ]
+
+
 def _merge_loras(
     loras: Sequence[Weighted], out: Path, options: MergeOptions, progress: Callable[[int, int], None] | None
 ) -> MergeReport:
     layout = diffusers.LAYOUT
+    if options.format not in (None, layout.name):
+        raise OptionError("there is no such format for a LoRA", found=options.format, expected=layout.name)
     transformer = common_transformer(loras)
     stack = Stack(sum_of(loras), layout, named_dtype(options.dtype or "fp32"), options.rank)
     if options.rank is not None:
@@ -306,7 +413,7 @@ def _merge_loras(
     tensors = stack.tensors
     header = safetensors_header(tensors, _lora_metadata(stack, loras, transformer))
     size_bytes = len(header) + sum(tensor.size_bytes for tensor in tensors)
-    files = [file for lora in loras for file in lora.plan.lora.checkpoint.files]
+    files = _files(loras)
     target = output_path(out)
     output = AtomicFile(target, overwrite=options.overwrite)
     output.refuse_existing()
@@ -332,8 +439,13 @@ def _merge_loras(
         crc32=_crc32(tensors, options),
         largest_relative_error=written.largest_relative_error,
         lost=written.lost,
+        exported=None,
         notices=_notices(loras),
     )
+
+
+def _files(loras: Sequence[Weighted]) -> list[SourceFile]:
+    return [file for lora in loras for file in lora.plan.lora.checkpoint.files]
 
 
 def _lora_metadata(stack: Stack, loras: Sequence[Weighted], transformer: Transformer) -> dict[str, str]:

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from cogtools.conversion.scale import ALPHA_SOURCES
-from cogtools.formatting import number, size
+from cogtools.formatting import number, percent, size
 from cogtools.render.text import notice, shortened, show, talk
 
 if TYPE_CHECKING:
@@ -55,11 +55,6 @@ def lost(report: LossReport) -> str:
     """How much of a LoRA is lost, and where most."""
     worst = report.worst
     return f"{percent(report.lost)} of the LoRA is lost; most, {percent(worst.lost)}, in {worst.module}"
-
-
-def percent(share: float) -> str:
-    """A share in percent, with two digits that count."""
-    return f"{100 * share:.2g} %"
 
 
 def _scale(report: ExportReport) -> str:

@@ -93,6 +93,7 @@ def test_the_stacked_lora_adds_what_all_of_them_add(two: tuple[ToyLora, ToyLora,
         crc32="not recorded",
         largest_relative_error=report.largest_relative_error,
         lost=None,
+        exported=None,
         notices=report.notices,
     )
     assert report.largest_relative_error is not None
