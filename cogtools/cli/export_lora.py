@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from cogtools.cli.options import COULD_NOT, Ema, Iteration, Json, Quiet, Rank
-from cogtools.conversion.options import Cast, ExportOptions, Scale
+from cogtools.conversion.options import Cast, ExportOptions, Format, Scale
 from cogtools.errors import OptionError, PrintError
 from cogtools.render import text
 
@@ -25,24 +25,35 @@ def export_lora_command(
         typer.Argument(
             metavar="CHECKPOINT... OUT_DIR",
             show_default=False,
-            help="A checkpoint (a file, an iteration's folder or the trainer's save folder), and where to write: a "
-            "folder, or a file named .safetensors. With several checkpoints, or a folder and an OUT_DIR that ends "
+            help="A checkpoint or a LoRA (a file, an iteration's folder, a save folder), and where to write: a folder, "
+            "or a file named .safetensors. With several checkpoints, or a folder and an OUT_DIR that ends "
             "in a slash, each gets a folder of its own in OUT_DIR.",
         ),
     ] = None,
+    format: Annotated[  # noqa: A002
+        Format,
+        typer.Option(metavar="|".join(get_args(Format)), help="The program that is to load it."),
+    ] = "diffusers",
     alpha: Annotated[
-        float | None, typer.Option(metavar="A", help="The training's lora_alpha, if training_config.yaml does not say.")
+        float | None, typer.Option(metavar="A", help="The training's lora_alpha, if nothing states it.")
+    ] = None,
+    scaling: Annotated[
+        float | None, typer.Option(metavar="S", help="What the updates are multiplied by, instead of alpha/rank.")
     ] = None,
     scale: Annotated[
-        Scale,
+        Scale | None,
         typer.Option(
             metavar="metadata|fold|none",
-            help="How alpha/rank travels: stated in the header (for diffusers >= 0.34), multiplied into the weights "
-            "(for everything else), or not at all.",
+            show_default=False,
+            help="How alpha/rank travels: stated where the format's program looks for it (the default), multiplied "
+            "into the weights (the default for diffsynth), or not at all.",
         ),
-    ] = "metadata",
+    ] = None,
     dtype: Annotated[Cast, typer.Option(metavar="keep|fp32|fp16|bf16", help="Cast the tensors.")] = "keep",
     rank: Rank = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="BASE", help="For sat: write the base weights of this checkpoint beside it.")
+    ] = None,
     iteration: Iteration = None,
     ema: Ema = False,
     every: Annotated[bool, typer.Option("--all", help="Export every iteration of a save folder.")] = False,
@@ -55,12 +66,13 @@ def export_lora_command(
     sat_pt_path: Annotated[str | None, typer.Option("--sat_pt_path", hidden=True)] = None,
     lora_save_directory: Annotated[str | None, typer.Option("--lora_save_directory", hidden=True)] = None,
 ) -> None:
-    """Export the LoRA of a SAT checkpoint as a file that diffusers loads at the right strength.
+    """Write the LoRA of a checkpoint, or of a LoRA file, so that a program loads it at the right strength.
 
     \b
     Examples:
       cogtools export-lora ckpts/lora-disney out
-      cogtools export-lora mp_rank_00_model_states.pt a.safetensors --scale fold
+      cogtools export-lora out ComfyUI/models/loras --format comfyui
+      cogtools export-lora old.safetensors fixed --alpha 1
       cogtools export-lora ckpts/*/ loras/
     """
     from cogtools.checkpoint.files import is_folder
@@ -71,9 +83,12 @@ def export_lora_command(
 
     *sources, out = _sources_and_output(paths or [], sat_pt_path, lora_save_directory)
     options = ExportOptions(
+        format=format,
         alpha=alpha,
+        scaling=scaling,
         scale=scale,
         dtype=dtype,
+        base=base,
         iteration=iteration,
         ema=ema,
         allow_partial=allow_partial,

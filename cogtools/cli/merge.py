@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from cogtools.cli.options import Ema, Iteration, Json, Quiet, Rank
-from cogtools.conversion.options import Dtype, MergeOptions
+from cogtools.conversion.options import Dtype, Format, MergeOptions
 from cogtools.errors import OptionError
 from cogtools.layouts.family import SLUGS
 from cogtools.render import text
@@ -36,8 +36,12 @@ def merge_command(
     ] = None,
     rank: Rank = None,
     format_: Annotated[
-        str | None,
-        typer.Option("--format", metavar="diffusers|sat", help="What to write: for diffusers [default], or for SAT."),
+        Format | None,
+        typer.Option(
+            "--format",
+            metavar="|".join(get_args(Format)),
+            help="The program that is to load it [diffusers]; of a model diffusers or sat.",
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(metavar="|".join(SLUGS), help="Which model the base is, where nothing else tells.")

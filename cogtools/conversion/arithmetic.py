@@ -98,8 +98,8 @@ class Computed:
         if fold.rank is not None:
             return self._cut(fold, tensor).reshape(tensor.shape)
         factors = [
-            load(update.a if fold.part == "A" else update.b) * _factor(update, fold.part, tensor.dtype)
-            for update in fold.updates
+            load(_entry(piece)) * _factor(update, fold.part, tensor.dtype)
+            for piece, update in zip(tensor.pieces, fold.updates, strict=True)
         ]
         return factors[0] if len(factors) == 1 else torch.cat(factors, dim=0 if fold.part == "A" else 1)
 
@@ -282,6 +282,8 @@ def _factor(update: Update, part: str, dtype: DType) -> float:
     A power of two is exact as long as the results stay in the dtype's normal range. float16 has a narrow one: there
     the power of two is divided between lora_A and lora_B so that both keep the same distance from its lower end.
     """
+    if part == "bias":  # PEFT's `lora_bias`: the product's scaling multiplies it too
+        return update.scaling
     for_a, for_b = _divide(update) if dtype.name == "float16" else (1.0, update.scaling)
     return for_a if part == "A" else for_b
 

@@ -10,18 +10,20 @@ from cogtools.conversion.plan import (
     Added,
     Cast,
     Merge,
+    carry_one,
     kept_rank,
     planned_alpha,
     planned_factor,
     refuse_more_than_factors,
 )
-from cogtools.conversion.scale import BY_DEFAULT, BY_NOTHING, carry
+from cogtools.conversion.scale import BY_DEFAULT, BY_NOTHING
 from cogtools.errors import ExportError, Problem
 from cogtools.layouts import transformer
 from cogtools.layouts.family import LoraKey
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from cogtools.checkpoint.dtypes import DType
     from cogtools.checkpoint.tensors import TensorEntry
@@ -228,31 +230,46 @@ class Stack:
         updates: what is added up, by module.
         layout: the layout that it is written in.
         dtype: the dtype that it is written in.
+        file: of one of the LoRAs, for messages.
         rank: the rank that modules of a higher one are cut down to; None keeps all.
+        layers: the layers that it adapts, where that is not all; () if it is.
     """
 
     updates: Mapping[Module, tuple[Update, ...]]
     layout: LoraLayout
     dtype: DType
+    file: Path
     rank: int | None = None
+    layers: tuple[int, ...] = ()
 
     @property
     def ranks(self) -> dict[Module, int]:
         """The rank of every module."""
         return {module: kept_rank(updates, self.rank) for module, updates in self.updates.items()}
 
-    @property
-    def carried(self) -> Carried:
-        """How the output states that its scaling is 1."""
-        return carry(self.layout, self.ranks, self.ranks)
+    def carried(self, record: str | None = None) -> Carried:
+        """How the output states that its scaling is 1.
+
+        Args:
+            record: how it is made, for a layout whose file has no header.
+
+        Raises:
+            ExportError: if the layout's modules have one rank, and these have different ones.
+        """
+        return carry_one(self.layout, self.ranks, file=self.file, layers=self.layers, record=record)
 
     @property
-    def tensors(self) -> list[Planned]:
-        """The tensors of the output, in the order of their keys."""
-        planned = [planned_alpha(self.layout, module, alpha) for module, alpha in self.carried.alphas.items()]
+    def tensors(self) -> tuple[Planned, ...]:
+        """The tensors of the output, in the order of their keys.
+
+        Raises:
+            ExportError: as `carried` does.
+        """
+        alphas = self.carried().alphas
+        planned = [planned_alpha(self.layout, module, alpha, self.file) for module, alpha in alphas.items()]
         for module, updates in self.updates.items():
             for part in "AB":
                 name = LoraKey(*module, part)
                 key = self.layout.key(name) or ""
                 planned.append(planned_factor(key, name, updates, self.dtype, self.rank, str(name)))
-        return sorted(planned, key=lambda tensor: tensor.key)
+        return tuple(sorted(planned, key=lambda tensor: tensor.key))

@@ -128,7 +128,7 @@ def _part_alone(checkpoint: Checkpoint) -> ModelPart | None:
 
 
 def _kind_of(keys: Iterable[str]) -> _Kind | None:
-    bare = [sat.bare_key(key) for key in keys]
+    bare = [sat.bare_key(key) for key in keys if not is_lora_key(key)]
     for kind in _KINDS:
         if any(key.startswith(kind.starts) for key in bare):
             return kind

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.dtypes import DTYPES
 from cogtools.checkpoint.plausible import is_positive
-from cogtools.conversion.scale import BY_HAND
+from cogtools.conversion.scale import BY_HAND, BY_SCALING
 from cogtools.layouts.family import MAX_LAYERS
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ class ExportRecord:
         rank: of every module of the file; None if they differ.
         cut_to: the rank that modules of a higher one were cut down to.
         alpha: the training's, of every module; None if they differ.
-        alpha_source: where that comes from, as `Alpha.source`.
+        scaling: what the training multiplied every update by; None if modules have different ones.
+        alpha_source: where these come from, a key of `ALPHA_SOURCES`.
+        format: the layout of the file.
         scale: how the file carries the scale: "metadata", "fold" or "none".
         source_dtype: of the checkpoint's tensors.
         dtype: of the file's.
@@ -79,7 +81,9 @@ class ExportRecord:
     rank: int | None = None
     cut_to: int | None = None
     alpha: float | None = None
+    scaling: float | None = None
     alpha_source: str | None = None
+    format: str | None = None
     scale: str | None = None
     source_dtype: str | None = None
     dtype: str | None = None
@@ -89,6 +93,17 @@ class ExportRecord:
     def alpha_by_hand(self) -> float | None:
         """Alpha, if it was given by --alpha."""
         return self.alpha if self.alpha_source == BY_HAND else None
+
+    @property
+    def scaling_by_hand(self) -> float | None:
+        """The scaling, if it was given by --scaling."""
+        return self.scaling if self.alpha_source == BY_SCALING else None
+
+    def scaling_of(self, rank: int) -> float | None:
+        """What the training multiplied the update of a module of this rank by; None if it is not recorded."""
+        if self.alpha is not None and self.alpha_source != BY_SCALING and rank:
+            return self.alpha / rank
+        return self.scaling
 
     def text(self) -> str:
         """The record as it stands in the header: what is not known is left out."""
@@ -112,7 +127,9 @@ def read_record(metadata: Mapping[str, str]) -> ExportRecord:
         rank=content.count("rank"),
         cut_to=content.count("cut_to"),
         alpha=content.positive("alpha"),
+        scaling=content.positive("scaling"),
         alpha_source=content.text("alpha_source"),
+        format=content.text("format"),
         scale=content.text("scale"),
         source_dtype=content.dtype("source_dtype"),
         dtype=content.dtype("dtype"),

@@ -16,21 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from cogtools.checkpoint.files import is_file, is_folder
-from cogtools.checkpoint.folder import (
-    TRAINER_FILES,
-    WEIGHTS_FILES,
-    find_file,
-    find_save_folder,
-    iterations_in,
-)
+from cogtools.checkpoint.folder import TRAINER_FILES, find_file, find_save_folder, iterations_in
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.checkpoint.run import iteration_of
-from cogtools.checkpoint.shards import PIPELINE_INDEX, SHARD_INDEX_SUFFIXES
+from cogtools.conversion.lora import read_lora
 from cogtools.conversion.options import CASTS
-from cogtools.conversion.record import ExportRecord, read_record
 from cogtools.errors import CheckpointError, CogtoolsError, KilledError, OptionError, OutputError, command
 from cogtools.export.export import ExportReport, export_checkpoint
-from cogtools.layouts import diffusers
+from cogtools.export.names import Target, run_name, target_in
 from cogtools.system import as_cogtools_error
 
 if TYPE_CHECKING:
@@ -39,6 +31,7 @@ if TYPE_CHECKING:
 
     from cogtools.checkpoint.run import Iteration
     from cogtools.conversion.options import ExportOptions
+    from cogtools.conversion.record import ExportRecord
     from cogtools.verification.report import VerifyReport
 
 
@@ -48,16 +41,21 @@ class Job(NamedTuple):
     Attributes:
         given: the path that the user gave.
         file: the checkpoint file that it stands for; None if there is none.
-        output: the file to write.
+        target: where its LoRA is written.
         error: why there is no checkpoint.
         reason: why it is skipped.
     """
 
     given: str
     file: Path | None = None
-    output: Path | None = None
+    target: Target | None = None
     error: CogtoolsError | None = None
     reason: str | None = None
+
+    @property
+    def output(self) -> Path | None:
+        """The file of tensors to write."""
+        return None if self.target is None else self.target.file
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +129,9 @@ def _place(job: Job) -> tuple[str, object]:
 
     Where there is no such folder yet, the second is the path; without an output, both are what was given.
     """
-    if job.output is None:
+    if job.target is None:
         return job.given, job.given
-    folder = job.output.parent
+    folder = job.target.folder
     name = unicodedata.normalize("NFC", unicodedata.normalize("NFC", str(folder)).casefold())
     try:
         status = folder.stat()
@@ -182,7 +180,7 @@ def _refuse_as_output(out: Path) -> None:
 def _jobs(source: str, out: Path, options: ExportOptions, *, every: bool) -> list[Job]:
     path = Path(source)
     if not is_folder(path):
-        return [_job(source, out, lambda: path)]
+        return [_job(source, out, options, lambda: path)]
     if _is_same(path, out):  # `*/ out/` names it, from the second time on
         return [Job(source, reason="this is the output folder")]
     try:
@@ -190,8 +188,8 @@ def _jobs(source: str, out: Path, options: ExportOptions, *, every: bool) -> lis
     except CheckpointError as error:
         return [Job(source, error=error)]
     if chosen:
-        return [_job(str(folder), out, partial(find_file, folder)) for folder in chosen]
-    return [_job(source, out, lambda: find_file(path, iteration=options.iteration, ema=options.ema))]
+        return [_job(str(folder), out, options, partial(find_file, folder)) for folder in chosen]
+    return [_job(source, out, options, lambda: find_file(path, iteration=options.iteration, ema=options.ema))]
 
 
 def _all_iterations(folder: Path) -> list[Iteration]:
@@ -203,10 +201,10 @@ def _all_iterations(folder: Path) -> list[Iteration]:
     return [] if save_folder is None else iterations_in(save_folder)
 
 
-def _job(given: str, out: Path, find: Callable[[], Path]) -> Job:
+def _job(given: str, out: Path, options: ExportOptions, find: Callable[[], Path]) -> Job:
     try:
         file = find()
-        return Job(str(file), file, out / _name(file) / diffusers.FILE_NAME)
+        return Job(str(file), file, target_in(out / run_name(file), options.layout, file))
     except CheckpointError as error:
         return Job(given, error=error)
 
@@ -217,27 +215,6 @@ def _is_same(one: Path, other: Path) -> bool:
         return one == other or one.samefile(other)
     except OSError:
         return False
-
-
-_NAMED_AFTER_THEIR_FOLDER = ("mp_rank_", "z3_rank_", *WEIGHTS_FILES, PIPELINE_INDEX)
-
-
-def _name(file: Path) -> str:
-    """The folder for a checkpoint's LoRA: run and iteration, or what the file or its folder is called.
-
-    By names alone: to look which iterations there are would take the longer, the more there are.
-    """
-    iteration = iteration_of(file.absolute().parent)
-    if iteration is not None:
-        return f"{_folder_name(iteration.folder.parent)}-{iteration}"
-    if file.name.startswith(_NAMED_AFTER_THEIR_FOLDER) or file.name.endswith(SHARD_INDEX_SUFFIXES):
-        return _folder_name(file.parent)
-    return file.stem
-
-
-def _folder_name(folder: Path) -> str:
-    name = folder.absolute().name
-    return folder.resolve().name if name == ".." else name
 
 
 def export_many(
@@ -337,13 +314,13 @@ def _failed(job: Job, error: CogtoolsError) -> BatchItem:
 
 def export_one(job: Job, options: ExportOptions) -> BatchItem:
     """Export one checkpoint of a batch. An error is in the result, not raised."""
-    if job.file is None or job.output is None:
+    if job.file is None or job.target is None:
         raise ValueError("this job has no checkpoint")
     try:
-        if not options.overwrite and _is_done(job.file, job.output, options):
+        if not options.overwrite and _is_done(job.file, job.target.file, options):
             return BatchItem(job.given, job.output, "skipped", reason="exists already and verifies")
         # The file says which iteration it is.
-        report = export_checkpoint(job.file, job.output, replace(options, iteration=None, ema=False))
+        report = export_checkpoint(job.file, job.target, replace(options, iteration=None, ema=False))
     except Exception as error:  # noqa: BLE001 - a bug, or no memory: that ends this job, and not the others
         known = as_cogtools_error(error) or _bug(error)
         known.file = known.file or str(job.file)
@@ -359,12 +336,16 @@ def _bug(error: Exception) -> CogtoolsError:
 class _Made(NamedTuple):
     """The options that an output was made with."""
 
+    format: str | None
     scale: str | None
     dtype: str | None
     alpha: float | None
+    scaling: float | None
 
     def __str__(self) -> str:
-        return f"scale {self.scale}, dtype {self.dtype}, " + (f"--alpha {self.alpha}" if self.alpha else "no --alpha")
+        by_hand = [f"--{name} {value}" for name, value in (("alpha", self.alpha), ("scaling", self.scaling)) if value]
+        made = f"format {self.format}, scale {self.scale}, dtype {self.dtype}"
+        return ", ".join([made, *(by_hand or ["no --alpha"])])
 
 
 def _is_done(file: Path, output: Path, options: ExportOptions) -> bool:
@@ -379,7 +360,7 @@ def _is_done(file: Path, output: Path, options: ExportOptions) -> bool:
 
     try:
         with open_checkpoint(output) as written:
-            record = read_record(written.metadata)
+            record = read_lora(written).record
         found, wanted = _made(record), _wanted(record, options)
         if found != wanted:
             raise OutputError(
@@ -400,12 +381,12 @@ def _is_done(file: Path, output: Path, options: ExportOptions) -> bool:
 
 
 def _made(record: ExportRecord) -> _Made:
-    return _Made(record.scale, record.dtype, record.alpha_by_hand)
+    return _Made(record.format, record.scale, record.dtype, record.alpha_by_hand, record.scaling_by_hand)
 
 
 def _wanted(record: ExportRecord, options: ExportOptions) -> _Made:
     dtype = record.source_dtype if options.dtype == "keep" else CASTS.get(options.dtype)
-    return _Made(options.scale, dtype, options.alpha)
+    return _Made(options.format, options.way, dtype, options.alpha, options.scaling)
 
 
 def _first_failure(report: VerifyReport) -> str:

@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from cogtools.checkpoint.files import is_folder
 from cogtools.checkpoint.folder import find_save_folder
-from cogtools.checkpoint.formats.safetensors import safetensors_header
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.conversion.carry_out import PlannedFile, Written, storages_of, write
+from cogtools.conversion.carry_out import Written, storages_of, write
 from cogtools.conversion.lora import find_lora
 from cogtools.conversion.loss import NOTABLE
 from cogtools.conversion.merge_plan import Stack, Weighted, common_transformer, merged_into, sum_of
 from cogtools.conversion.notices import source_notices
-from cogtools.conversion.options import MergeOptions, ModelOptions
-from cogtools.conversion.output import AtomicFile, refuse_unwritable
+from cogtools.conversion.options import MergeOptions, ModelOptions, checked_format
+from cogtools.conversion.output import refuse_unwritable
 from cogtools.conversion.plan import named_dtype, one_rank, plan_lora, refuse_rank
-from cogtools.conversion.record import RECORD_KEY, ExportRecord, MergedRecord
+from cogtools.conversion.record import ExportRecord, MergedRecord
 from cogtools.conversion.refusals import what_it_holds
 from cogtools.errors import ExportError, OptionError, command
-from cogtools.export.export import output_path
+from cogtools.export.export import lora_files, output_at
 from cogtools.export.export_model import model_report, prepare_model
+from cogtools.export.names import target_of
 from cogtools.formatting import counted, percent
 from cogtools.layouts import diffusers
 from cogtools.layouts.pipeline import TRANSFORMER
-from cogtools.layouts.recognition import recognise_transformer
+from cogtools.layouts.recognition import BY_NAME, recognise_transformer
 from cogtools.layouts.transformer import LORA_DROPPED
 from cogtools.version import __version__
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from cogtools.checkpoint.index import Checkpoint
     from cogtools.conversion.loss import LossReport
     from cogtools.conversion.model_plan import PartPlan
-    from cogtools.conversion.options import Dtype, ModelFormat
+    from cogtools.conversion.options import Dtype, Format, ModelFormat
     from cogtools.conversion.plan import Planned
     from cogtools.export.model_report import ModelExportReport
     from cogtools.layouts.family import Transformer
@@ -79,9 +79,12 @@ class MergeReport:
         result: what was made: "lora" or "model".
         base: the file of the base weights; None where there are none.
         loras: the LoRAs, in the order of their weights.
-        output: the file or folder that was written, or would be.
+        output: the file of tensors, or the folder of a model, that was written, or would be.
+        folder: the folder that the program is given, where it is given one.
+        files: the files that were written, or would be.
         written: false for a dry run.
         model: name of the model, or of what can be said of it.
+        pipeline: the class of its pipeline in diffusers; None if that is not known.
         format: the layout of the output.
         modules: how many modules were changed, or the merged LoRA adapts.
         rank: the rank of every module of the merged LoRA; None if they differ, and for a model.
@@ -99,9 +102,12 @@ class MergeReport:
     base: Path | None
     loras: tuple[MergedLora, ...]
     output: Path
+    folder: Path
+    files: tuple[Path, ...]
     written: bool
     model: str
-    format: str
+    pipeline: str | None
+    format: Format
     modules: int
     rank: int | None
     dtype: str
@@ -121,7 +127,7 @@ def merge(
     alpha: float | None = None,
     dtype: Dtype | None = None,
     rank: int | None = None,
-    format: str | None = None,  # noqa: A002 - as on the command line
+    format: Format | None = None,  # noqa: A002 - as on the command line
     model: str | None = None,
     iteration: int | None = None,
     ema: bool = False,
@@ -142,7 +148,7 @@ def merge(
         alpha: the training's alpha of the only LoRA; None takes what is stated.
         dtype: what is written; None is the dtype of the base weights, and fp32 for a LoRA.
         rank: cut modules of a LoRA of several down to this rank, to the best approximation there is; None keeps all.
-        format: the layout of the output, "diffusers" or "sat"; None is diffusers'.
+        format: the layout of the output, of a model "diffusers" or "sat"; None is diffusers'.
         model: the short name of the model ("2b", "5b", …), where nothing else tells.
         iteration: which iteration of a save folder; None takes the latest.
         ema: take its EMA weights.
@@ -334,7 +340,7 @@ def _merge_into_model(
     is_own = any(lora.plan.lora.checkpoint is source for lora in loras)
     dtype = None if options.dtype is None else named_dtype(options.dtype)
     model_options = ModelOptions(
-        format=cast("ModelFormat", options.format or "diffusers"),
+        format=cast("ModelFormat", checked_format(options.format or "diffusers")),
         model=options.model,
         overwrite=options.overwrite,
         dry_run=options.dry_run,
@@ -358,8 +364,11 @@ def _merge_into_model(
         base=source.path,
         loras=tuple(map(_merged_lora, loras)),
         output=out,
+        folder=out,
+        files=tuple(folder / file.path for folder, files in prepared.folders.items() for file in files),
         written=not options.dry_run,
         model=report.model or "",
+        pipeline=None if plan.reading.model is None else plan.reading.model.pipeline,
         format=model_options.format,
         modules=len(updates),
         rank=None,
@@ -403,44 +412,50 @@ def _lost_notice(written: Written, dtypes: Sequence[str]) -> list[str]:
 def _merge_loras(
     loras: Sequence[Weighted], out: Path, options: MergeOptions, progress: Callable[[int, int], None] | None
 ) -> MergeReport:
-    layout = diffusers.LAYOUT
-    if options.format not in (None, layout.name):
-        raise OptionError("there is no such format for a LoRA", found=options.format, expected=layout.name)
-    transformer = common_transformer(loras)
-    stack = Stack(sum_of(loras), layout, named_dtype(options.dtype or "fp32"), options.rank)
+    layout = BY_NAME[checked_format(options.format or diffusers.LAYOUT.name)]
+    transformer, file = common_transformer(loras), loras[0].plan.lora.checkpoint.path
+    updates = sum_of(loras)
+    layers = tuple(sorted({layer for layer, _ in updates if layer is not None}))
+    stack = Stack(
+        updates=updates,
+        layout=layout,
+        dtype=named_dtype(options.dtype or "fp32"),
+        file=file,
+        layers=layers if len(layers) < transformer.layers else (),
+    )
     if options.rank is not None:
-        refuse_rank(options.rank, Stack(stack.updates, layout, stack.dtype).ranks.values())
-    tensors = stack.tensors
-    header = safetensors_header(tensors, _lora_metadata(stack, loras, transformer))
-    size_bytes = len(header) + sum(tensor.size_bytes for tensor in tensors)
-    files = _files(loras)
-    target = output_path(out)
-    output = AtomicFile(target, overwrite=options.overwrite)
+        refuse_rank(options.rank, stack.ranks.values())
+        stack = replace(stack, rank=options.rank)
+    record = _record(stack, loras, transformer)
+    planned = lora_files(layout, stack.tensors, stack.carried(record), record)
+    size_bytes = sum(file.size_bytes for file in planned)
+    target = target_of(out, layout, file)
+    output = output_at(target, layout, overwrite=options.overwrite)
     output.refuse_existing()
-    output.refuse_source(files)
-    refuse_unwritable(target, size_bytes)
-    written = Written()
-    if not options.dry_run:
-        file = PlannedFile(target.name, header, tuple(tensors))
-        written = write(output, [file], files, progress, sha256=False)
+    output.refuse_source(_files(loras))
+    refuse_unwritable(output.target, size_bytes)
+    written = Written() if options.dry_run else write(output, planned, _files(loras), progress, sha256=False)
     return MergeReport(
         result="lora",
         base=None,
         loras=tuple(map(_merged_lora, loras)),
-        output=target,
+        output=target.file,
+        folder=target.folder,
+        files=tuple(target.folder / file.path if target.is_folder else target.file for file in planned),
         written=not options.dry_run,
         model=transformer.name,
-        format=layout.name,
+        pipeline=transformer.pipeline,
+        format=checked_format(layout.name),
         modules=len(stack.updates),
         rank=one_rank(stack.ranks),
         dtype=stack.dtype.name,
-        tensors=len(tensors),
+        tensors=len(stack.tensors),
         size_bytes=size_bytes,
-        crc32=_crc32(tensors, options),
+        crc32=_crc32(stack.tensors, options),
         largest_relative_error=written.largest_relative_error,
         lost=written.lost,
         exported=None,
-        notices=_notices(loras),
+        notices=(*_notices(loras), *layout.notes),
     )
 
 
@@ -448,19 +463,20 @@ def _files(loras: Sequence[Weighted]) -> list[SourceFile]:
     return [file for lora in loras for file in lora.plan.lora.checkpoint.files]
 
 
-def _lora_metadata(stack: Stack, loras: Sequence[Weighted], transformer: Transformer) -> dict[str, str]:
-    record = ExportRecord(
+def _record(stack: Stack, loras: Sequence[Weighted], transformer: Transformer) -> str:
+    """How a LoRA of several was made."""
+    return ExportRecord(
         version=__version__,
         models=tuple(model.slug for model in transformer.models),
         transformer_layers=transformer.layers,
         hidden_size=transformer.hidden,
         rank=one_rank(stack.ranks),
         cut_to=stack.rank,
+        format=stack.layout.name,
         scale="fold",
         dtype=stack.dtype.name,
         merged=tuple(map(_merged_record, loras)),
-    )
-    return {"format": "pt", RECORD_KEY: record.text(), **stack.carried.header}
+    ).text()
 
 
 def _merged_record(lora: Weighted) -> MergedRecord:

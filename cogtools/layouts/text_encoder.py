@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from cogtools.layouts import sat
 from cogtools.layouts.key_map import Mapped, NamedTensor, renamed
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ class Structure(NamedTuple):
 
 
 def bare_key(key: str) -> str:
-    """A key without the trainer's prefix."""
-    return key.removeprefix(PREFIX)
+    """A key without what the trainer and wrappers put before it."""
+    return sat.unwrapped_key(key).removeprefix(PREFIX)
 
 
 def to_transformers(keys: Iterable[str], structure: Structure) -> Mapped:

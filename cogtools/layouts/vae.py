@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
+from cogtools.layouts import sat
 from cogtools.layouts.family import LATENT_CHANNELS
 from cogtools.layouts.key_map import Mapped, NamedTensor, renamed
 
@@ -90,8 +91,8 @@ class Structure(NamedTuple):
 
 
 def bare_key(key: str) -> str:
-    """A key without the trainer's prefix."""
-    return key.removeprefix(PREFIX)
+    """A key without what the trainer and wrappers put before it."""
+    return sat.unwrapped_key(key).removeprefix(PREFIX)
 
 
 def to_diffusers(keys: Iterable[str], structure: Structure) -> Mapped:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from cogtools.conversion.scale import ALPHA_SOURCES
 from cogtools.formatting import number, percent, size
-from cogtools.render.export import loading_call, lost
+from cogtools.render.export import how_to_load, lost
 from cogtools.render.export_model import loading_lines, missing_rows, part_lines, plan_lines
 from cogtools.render.text import notice, show
 
@@ -36,7 +36,9 @@ def summary(report: MergeReport) -> list[str]:
         rows.append(("merged", f"into {report.modules} modules of the base"))
         about = size(report.size_bytes)
     rows.append(("written" if report.written else "to write", f"{report.output}: {about}"))
-    if exported is not None:
+    if exported is None:
+        rows += [("", str(file)) for file in report.files if file != report.output]
+    else:
         rows += [("", text) for text in part_lines(exported)]
         rows += missing_rows(exported)
     if report.largest_relative_error is not None:
@@ -51,8 +53,9 @@ def summary(report: MergeReport) -> list[str]:
         return lines
     if exported is not None:
         return [*lines, "", *loading_lines(exported)]
-    return [*lines, "", "Load it at weight 1.0: all scalings and weights are multiplied in:",
-            f"    {loading_call(report.output)}"]  # fmt: skip
+    return [*lines, "", *how_to_load(
+        report.format, report.output, report.folder, rank=report.rank, alpha=str(rank), pipeline=report.pipeline
+    )]  # fmt: skip
 
 
 def _lost_in_rounding(report: LossReport) -> list[tuple[str, str]]:
