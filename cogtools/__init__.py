@@ -14,6 +14,7 @@ from cogtools.version import __version__
 
 if TYPE_CHECKING:
     from cogtools.checkpoint.opening import open_checkpoint
+    from cogtools.conversion.summary import LoraModule, LoraSummary, read_lora
     from cogtools.errors import CogtoolsError
     from cogtools.export.export import ExportReport, export_lora
     from cogtools.export.export_model import export_model
@@ -30,6 +31,8 @@ _HOME = {
     "CogtoolsError": "cogtools.errors",
     "ExportReport": "cogtools.export.export",
     "MergeReport": "cogtools.export.merge",
+    "LoraModule": "cogtools.conversion.summary",
+    "LoraSummary": "cogtools.conversion.summary",
     "VerifyReport": "cogtools.verification.report",
     "ModelExportReport": "cogtools.export.model_report",
     "Selection": "cogtools.inspection.selection",
@@ -38,6 +41,7 @@ _HOME = {
     "export_model": "cogtools.export.export_model",
     "inspect_checkpoint": "cogtools.inspection.inspect",
     "open_checkpoint": "cogtools.checkpoint.opening",
+    "read_lora": "cogtools.conversion.summary",
     "verify_lora": "cogtools.verification.verify",
 }
 
@@ -45,6 +49,8 @@ __all__ = [
     "CheckpointReport",
     "CogtoolsError",
     "ExportReport",
+    "LoraModule",
+    "LoraSummary",
     "MergeReport",
     "ModelExportReport",
     "Selection",
@@ -55,6 +61,7 @@ __all__ = [
     "inspect_checkpoint",
     "merge",
     "open_checkpoint",
+    "read_lora",
     "verify_lora",
 ]
 

@@ -21,7 +21,7 @@ from cogtools.layouts.family import Module
 from cogtools.verification.verify import verify_lora
 from tests.support.command_line import CommandLine, imported_by
 from tests.support.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
-from tests.support.loras import ToyLora, attention, relative_error, updates_in
+from tests.support.toy_loras import ToyLora, attention, relative_error, updates_in
 
 COMFYUI = {"out": "attn_out"}
 """What ComfyUI calls modules of the attention, where that is another name than cogtools'."""
