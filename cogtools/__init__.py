@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cogtools.errors import CogtoolsError
     from cogtools.export.export import ExportReport, export_lora
     from cogtools.export.export_model import export_model
+    from cogtools.export.merge import MergeReport, merge
     from cogtools.export.model_report import ModelExportReport
     from cogtools.inspection.inspect import inspect_checkpoint
     from cogtools.inspection.report import CheckpointReport
@@ -29,12 +30,14 @@ _HOME = {
     "CheckpointReport": "cogtools.inspection.report",
     "CogtoolsError": "cogtools.errors",
     "ExportReport": "cogtools.export.export",
+    "MergeReport": "cogtools.export.merge",
     "LoraModule": "cogtools.conversion.summary",
     "LoraSummary": "cogtools.conversion.summary",
     "VerifyReport": "cogtools.verification.report",
     "ModelExportReport": "cogtools.export.model_report",
     "Selection": "cogtools.inspection.selection",
     "export_lora": "cogtools.export.export",
+    "merge": "cogtools.export.merge",
     "export_model": "cogtools.export.export_model",
     "inspect_checkpoint": "cogtools.inspection.inspect",
     "open_checkpoint": "cogtools.checkpoint.opening",
@@ -48,6 +51,7 @@ __all__ = [
     "ExportReport",
     "LoraModule",
     "LoraSummary",
+    "MergeReport",
     "ModelExportReport",
     "Selection",
     "VerifyReport",
@@ -55,6 +59,7 @@ __all__ = [
     "export_lora",
     "export_model",
     "inspect_checkpoint",
+    "merge",
     "open_checkpoint",
     "read_lora",
     "verify_lora",
