@@ -212,6 +212,7 @@ def test_the_report_tells_all_of_it(run: Path, tmp_path: Path) -> None:
         size_bytes=target.stat().st_size,
         crc32="checked",
         largest_relative_error=None,
+        lost=None,
         sha256=hashlib.sha256(target.read_bytes()).hexdigest(),
         notices=(
             "training_config.yaml sets no lora_alpha, so alpha is 1, SAT's default.",

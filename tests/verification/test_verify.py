@@ -16,7 +16,7 @@ from cogtools.layouts.diffusers import FILE_NAME
 from cogtools.layouts.family import MODELS, LoraKey, Transformer, lora_keys
 from cogtools.layouts.folded import fold_names
 from cogtools.render.json_object import report_json
-from cogtools.verification.load import _which
+from cogtools.verification.load_child import _which
 from cogtools.verification.report import Check
 from tests.support import factories
 from tests.support.damage import (
