@@ -21,13 +21,16 @@ if TYPE_CHECKING:
     from cogtools.inspection.inspect import inspect_checkpoint
     from cogtools.inspection.report import CheckpointReport
     from cogtools.inspection.selection import Selection
+    from cogtools.verification.model_report import ModelVerifyReport
     from cogtools.verification.report import VerifyReport
     from cogtools.verification.verify import verify_lora
+    from cogtools.verification.verify_model import verify_model
 
 _HOME = {
     "CheckpointReport": "cogtools.inspection.report",
     "CogtoolsError": "cogtools.errors",
     "ExportReport": "cogtools.export.export",
+    "ModelVerifyReport": "cogtools.verification.model_report",
     "VerifyReport": "cogtools.verification.report",
     "ModelExportReport": "cogtools.export.model_report",
     "Selection": "cogtools.inspection.selection",
@@ -36,6 +39,7 @@ _HOME = {
     "inspect_checkpoint": "cogtools.inspection.inspect",
     "open_checkpoint": "cogtools.checkpoint.opening",
     "verify_lora": "cogtools.verification.verify",
+    "verify_model": "cogtools.verification.verify_model",
 }
 
 __all__ = [
@@ -43,6 +47,7 @@ __all__ = [
     "CogtoolsError",
     "ExportReport",
     "ModelExportReport",
+    "ModelVerifyReport",
     "Selection",
     "VerifyReport",
     "__version__",
@@ -51,6 +56,7 @@ __all__ = [
     "inspect_checkpoint",
     "open_checkpoint",
     "verify_lora",
+    "verify_model",
 ]
 
 
