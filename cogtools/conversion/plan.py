@@ -295,21 +295,9 @@ def planned_tensors(plan: LoraPlan, options: ExportOptions) -> list[Planned]:
     return sorted(planned, key=lambda tensor: tensor.key)
 
 
-MIN_FLOAT32, MAX_FLOAT32 = 2.0**-126, 3.4e38
-"""Between these an alpha keeps its precision as a float32."""
-
-
 def _planned_alpha(plan: LoraPlan, module: Module, alpha: float) -> Planned:
-    key = plan.key(LoraKey(*module, "alpha"))
-    if not MIN_FLOAT32 <= alpha <= MAX_FLOAT32:
-        raise ExportError(
-            "an alpha does not fit into the float32 that states it",
-            file=plan.lora.checkpoint.path,
-            found=f"{number(alpha)} for {key}",
-            expected=f"{MIN_FLOAT32:.3g} to {MAX_FLOAT32:.3g}",
-            hint="export with --scale fold",
-        )
-    return Planned(key, DTYPES["float32"], (), (struct.pack("<f", alpha),))
+    # Numbers that are accepted as a scale are far from the ends of float32's range.
+    return Planned(plan.key(LoraKey(*module, "alpha")), DTYPES["float32"], (), (struct.pack("<f", alpha),))
 
 
 def carried(plan: LoraPlan, options: ExportOptions, record: str | None = None) -> Carried:

@@ -1,8 +1,8 @@
 """What a LoRA is, as plain data for scripts: its modules with their ranks and scalings.
 
-    >>> lora = cogtools.read_lora("loras/disney.safetensors")
-    >>> lora.scalings["transformer_blocks.0.attn1.to_q"]
-    0.25
+>>> lora = cogtools.read_lora("loras/disney.safetensors")
+>>> lora.scalings["transformer_blocks.0.attn1.to_q"]
+0.25
 """
 
 from __future__ import annotations
