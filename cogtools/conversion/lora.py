@@ -51,6 +51,7 @@ class Lora:
 
     Attributes:
         checkpoint: the checkpoint, open.
+        entries: where its keys were found: the state dict, or what lies beside it.
         names: how its keys are spelled; None if they are no known program's.
         layout: the layout whose names they are; None if unknown.
         tensors: its factors, biases and magnitude vectors.
@@ -64,6 +65,7 @@ class Lora:
     """
 
     checkpoint: Checkpoint
+    entries: Mapping[str, TensorEntry]
     names: LoraNames | None
     layout: LoraLayout | None
     tensors: dict[LoraKey, LoraTensor]
@@ -80,6 +82,12 @@ class Lora:
         """The keys of the state dict that are none of its tensors."""
         own = {tensor.key for tensor in [*self.tensors.values(), *self.alphas.values()]}
         return [key for key in self.checkpoint.tensors if key not in own]
+
+    @property
+    def everything(self) -> list[TensorEntry]:
+        """Every tensor under a key of it, whatever the key means."""
+        own = [tensor.entry for tensor in [*self.tensors.values(), *self.alphas.values()]]
+        return own + [self.entries[key] for key in [*self.unplaced, *self.collisions] if key in self.entries]
 
     @cached_property
     def modules(self) -> list[Module]:
@@ -243,7 +251,7 @@ def read_lora(checkpoint: Checkpoint) -> Lora:
     stated = _stated(checkpoint)
     if layout is diffusers.LAYOUT and names is not None and names.spelling.prefix == "" and "adapter_config" in stated:
         layout = peft.LAYOUT
-    lora = Lora(checkpoint, names, layout, {}, {}, (), {}, {}, _record(checkpoint, layout), stated)
+    lora = Lora(checkpoint, tensors, names, layout, {}, {}, (), {}, {}, _record(checkpoint, layout), stated)
     unplaced = []
     for key in keys:
         reading = lora.reading(key)
@@ -427,7 +435,11 @@ def has_base_weights(checkpoint: Checkpoint) -> bool:
 
 def find_transformer(checkpoint: Checkpoint, lora: Lora | None) -> Transformer | None:
     """The transformer that the base weights are, else the one that the LoRA fits; None if nothing tells its layers."""
-    shapes = {key: whole_tensor(entry).shape for key, entry in checkpoint.tensors.items()}
+    entries = checkpoint.tensors if lora is None else lora.entries
+    shapes = {key: whole_tensor(entry).shape for key, entry in entries.items()}
+    prefix = None if lora is None else lora.unknown_prefix
+    if prefix:  # the base weights have it too
+        shapes = {sat.unwrapped_key(key).removeprefix(prefix): shape for key, shape in shapes.items()}
     known = recognise_transformer(shapes)
     if known is not None or lora is None:
         return known

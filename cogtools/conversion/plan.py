@@ -30,7 +30,7 @@ from cogtools.conversion.scale import (
     carry,
 )
 from cogtools.errors import ExportError, OptionError, Problem, command
-from cogtools.formatting import counted, fold_numbers, number
+from cogtools.formatting import counted, fold_numbers, number, shown
 from cogtools.layouts import sat
 from cogtools.layouts.family import LoraKey, Module, Transformer, rank_of
 from cogtools.layouts.folded import fold_modules, fold_names
@@ -96,7 +96,7 @@ class Planned:
     @property
     def size_bytes(self) -> int:
         """How many bytes it takes."""
-        return prod(self.shape) * self.dtype.itemsize
+        return self.dtype.size_bytes(prod(self.shape))
 
     @property
     def storages(self) -> list[Storage]:
@@ -233,12 +233,10 @@ def plan_lora(
     """
     refuse_unexportable(checkpoint)
     lora = find_lora(checkpoint)
-    if lora is None or (not lora.tensors and not lora.unreadable and lora.layout is not sat.LAYOUT):
+    if lora is None or not (lora.tensors or lora.unreadable or any(map(sat.is_lora_key, lora.unplaced))):
         raise no_lora(checkpoint)
     common = _common(lora)
     if common is None:
-        if not lora.tensors and not any(sat.is_lora_key(key) for key in lora.unplaced):
-            raise no_lora(checkpoint)
         raise _wrong(checkpoint, [*_unusable_keys(lora), *_not_two_dimensions(lora)])
     _refuse_tensor_parallel(lora)
     transformer, notices = _transformer(lora, common)
@@ -367,15 +365,19 @@ def _common(lora: Lora) -> _Common | None:
 
 def _unusable_keys(lora: Lora) -> list[Problem]:
     """Keys of the LoRA that cannot be exported: unknown, not tensors, or a second one for a tensor."""
+    odd = _odd_prefixes(lora)
+    elsewhere = {key for keys in odd.values() for key in keys}
     problems = [_unplaced(lora, key) for key in lora.unplaced]
     problems += [
         Problem("unreadable", key, found="something else than a plain tensor") for key in lora.unreadable.values()
     ]
     problems += [
-        Problem("collision", key, found=f"the same tensor as {lora.key(name)}") for key, name in lora.collisions.items()
+        Problem("collision", key, found=f"the same tensor as {lora.key(name)}")
+        for key, name in lora.collisions.items()
+        if key not in elsewhere
     ]
-    order = {key: place for place, key in enumerate([*lora.checkpoint.tensors, *lora.checkpoint.not_tensors])}
-    problems += _mixed_prefixes(lora)
+    problems += [_odd_prefix(lora, prefix, keys) for prefix, keys in odd.items()]
+    order = {key: place for place, key in enumerate([*lora.entries, *lora.checkpoint.not_tensors])}
     return sorted(problems, key=lambda problem: order.get(problem.subject, 0))
 
 
@@ -386,28 +388,34 @@ def _unplaced(lora: Lora, key: str) -> Problem:
     return Problem("unexpected", key, expected="a module of CogVideoX and a part of its adapter")
 
 
-def _mixed_prefixes(lora: Lora) -> list[Problem]:
-    """Keys after another unknown prefix than most: one that all share is accepted."""
+def _odd_prefixes(lora: Lora) -> dict[str, list[str]]:
+    """The keys after each unknown prefix that not all of them share: one that all share is accepted."""
     if lora.names is None or lora.layout is None:
-        return []
-    main = lora.names.spelling.prefix
-    own = lora.layout.written
-    known = {own.prefix} | {spelled.prefix for spelled in lora.layout.also_read if spelled.names is own.names} | {main}
-    problems = []
-    for tensor in lora.tensors.values():
-        reading = lora.reading(tensor.key)
-        prefix = main if reading is None else reading.spelling.prefix
-        if prefix not in known:
-            expected = f"{own.prefix or 'nothing'} before it, or what stands before the others"
-            problems.append(Problem("unexpected", tensor.key, f"an unknown prefix {prefix!r}", expected))
-    return problems
+        return {}
+    own, known = lora.layout.written, {lora.names.spelling.prefix}
+    if lora.unknown_prefix is None:
+        known |= {own.prefix} | {spelled.prefix for spelled in lora.layout.also_read if spelled.names is own.names}
+    odd: dict[str, list[str]] = {}
+    for key, reading in lora.names.readings.items():
+        if reading.spelling.prefix not in known:
+            odd.setdefault(reading.spelling.prefix, []).append(key)
+    return odd
+
+
+def _odd_prefix(lora: Lora, prefix: str, keys: list[str]) -> Problem:
+    main = "" if lora.names is None else lora.names.spelling.prefix
+    expected = f"{shown(main)}, as before the others" if main else "none, as the others have none"
+    return Problem(
+        "unexpected", keys[0], f"the prefix {shown(prefix)}, {counted(len(keys), 'key')}", expected, tuple(keys)
+    )
 
 
 def _prefix_notice(lora: Lora) -> list[str]:
     prefix = lora.unknown_prefix
-    return (
-        [] if not prefix else [f"All keys of the LoRA have the prefix {prefix!r}, which no program is known to write."]
-    )
+    if prefix is None:
+        return []
+    before = f"the prefix {shown(prefix)}" if prefix else "no prefix"
+    return [f"All keys of the LoRA have {before}, as no program is known to read them."]
 
 
 def _not_two_dimensions(lora: Lora) -> list[Problem]:

@@ -14,7 +14,6 @@ from cogtools.errors import CogtoolsError, ExportError, Hint, Problem, command
 from cogtools.inspection.report import ExportOutlook, LoraReport
 from cogtools.layouts import comfyui, diffusers
 from cogtools.layouts.folded import fold_names
-from cogtools.layouts.lora import is_lora_key
 from cogtools.layouts.recognition import BY_NAME
 
 if TYPE_CHECKING:
@@ -32,13 +31,12 @@ def describe_lora(checkpoint: Checkpoint, lora: Lora, model: Transformer | None)
     kinds = {(name.name, name.part) for name in expected if name.layer is not None}
     lacking = sorted(expected - lora.tensors.keys(), key=lambda name: name.order)
     missing = tuple(fold_names(lacking, kinds))
-    everything = [entry for key, entry in checkpoint.tensors.items() if is_lora_key(key)]
     scalings = () if scale is None else (scaling for scaling in scale.scalings.values() if scaling is not None)
     return LoraReport(
         layout=None if lora.layout is None else lora.layout.name,
         names=names_of(lora),
-        tensors=len(everything),
-        size_bytes=sum(entry.size_bytes for entry in everything),
+        tensors=len(lora.everything),
+        size_bytes=sum(entry.size_bytes for entry in lora.everything),
         layers=lora.layers,
         modules=len(lora.modules),
         ranks=tuple(sorted(set(lora.ranks.values()))),

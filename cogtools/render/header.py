@@ -117,11 +117,11 @@ def _tensors(report: CheckpointReport) -> str:
 
 
 def _lora_beside(report: CheckpointReport) -> Iterator[Line]:
-    """LoRA tensors that no command but this one sees."""
+    """LoRA tensors whose keys are spread over nested dicts."""
     tensors = next((section.tensors for section in report.sections if section.section == "lora"), 0)
     if tensors:
         yield _field("LoRA", f"{counted(tensors, 'tensor')}, but not in the state dict (see --lora)", "yellow")
-        yield _field("exports to", "nothing: export-lora looks in the state dict only")
+        yield _field("exports to", "nothing: its keys are spread over nested dicts")
 
 
 def _second_copy(copy: SecondCopy, stored_bytes: int) -> Line:

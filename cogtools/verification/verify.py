@@ -87,7 +87,7 @@ def verify_lora(
         expected = expect(lora, model=model, layers=layers)
         # Before the long work: a missing checkpoint is an error at once.
         source = None if against is None else opened.enter_context(_open_source(lora, against, iteration, ema=ema))
-        loaded = _load(lora, expected, say) if load else None
+        loaded = _load(lora, expected, model, layers, say) if load else None
         case = _Case(lora, expected.as_loaded(loaded.modules) if loaded is not None else expected, source, loaded)
         meter = _Meter(progress, _bytes_to_look_at(lora) * (1 if source is None else 2))
         words = _as_words(against, iteration, ema=ema)
@@ -132,12 +132,14 @@ def _open_source(
     return open_source(Path(against), lora.record, iteration=iteration, ema=ema)
 
 
-def _load(lora: Lora, expected: Expected, say: Callable[[str], None] | None) -> Loaded:
+def _load(
+    lora: Lora, expected: Expected, model: str | None, layers: int | None, say: Callable[[str], None] | None
+) -> Loaded:
     if say is not None:
         say("loading it with diffusers and PEFT")
     from cogtools.verification.load import load_lora
 
-    return load_lora(lora, expected)
+    return load_lora(lora, expected, model=model, layers=layers)
 
 
 def _checks(case: _Case, advance: Callable[[int], None]) -> list[Check]:

@@ -37,6 +37,7 @@ DIRECTORY_HEADER = struct.Struct("<4s6H3L5H2L")
 END = struct.Struct("<4s4H2LH")
 END64_LOCATOR = struct.Struct("<4sLQL")
 END64 = struct.Struct("<4sQ2H2L4Q")
+_END64_HEAD_BYTES = 12  # its magic and its size, which is that of what follows
 _MAX_COMMENT_BYTES = 0xFFFF
 EXTRA_ZIP64 = 1
 IN_EXTRA_ZIP64 = 0xFFFFFFFF
@@ -168,9 +169,11 @@ def read_directory(file: SourceFile) -> ZipArchive:
     Raises:
         CheckpointError: if there is none, or it contradicts itself.
     """
-    count, size_bytes, offset_bytes = _find_directory(file)
+    count, size_bytes, offset_bytes, end = _find_directory(file)
     if offset_bytes + size_bytes > file.size_bytes:
         raise file.cut_short(offset_bytes, size_bytes)
+    if offset_bytes + size_bytes != end:
+        raise _bytes_between(file, end - size_bytes - offset_bytes)
     if size_bytes > MAX_DIRECTORY_BYTES:
         raise CheckpointError(
             "this zip archive has more entries than any checkpoint",
@@ -184,11 +187,28 @@ def read_directory(file: SourceFile) -> ZipArchive:
             raise damaged(file, found=f"two entries {shown(entry.name)}: readers disagree on which one counts")
         entries[entry.name] = entry
     _refuse_overlaps(file, entries.values(), offset_bytes)
+    first = min((entry.header_offset for entry in entries.values()), default=0)
+    if first:
+        raise _bytes_between(file, first)
     return ZipArchive(file, entries, has_crc32=any(entry.crc32 for entry in entries.values()))
 
 
-def _find_directory(file: SourceFile) -> tuple[int, int, int]:
-    """How many entries the directory has, its size and its offset in bytes."""
+def _bytes_between(file: SourceFile, count: int) -> CheckpointError:
+    """The error for an archive that is not all of its file: readers disagree on what such a file holds."""
+    if count < 0:
+        return damaged(file, found="a directory that is not where the archive says it is")
+    return CheckpointError(
+        "this file is more than one zip archive",
+        file=file.path,
+        found=f"{count:,} bytes that its last archive does not count, such as other archives before it",
+        expected="the file of one torch.save",
+        hint="a part of a distributed checkpoint looks like this: convert the whole of that with "
+        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch; any other file: copy or download it again",
+    )
+
+
+def _find_directory(file: SourceFile) -> tuple[int, int, int, int]:
+    """How many entries the directory has, its size and its offset in bytes, and the offset at which it has to end."""
     tail_bytes = min(file.size_bytes, END.size + _MAX_COMMENT_BYTES)
     tail = file.read(file.size_bytes - tail_bytes, tail_bytes)
     at = tail.rfind(END_MAGIC)
@@ -203,14 +223,19 @@ def _find_directory(file: SourceFile) -> tuple[int, int, int]:
     end_offset = file.size_bytes - tail_bytes + at
     if end_offset + END.size + comment_bytes != file.size_bytes:
         raise damaged(file, found="bytes after the end of the zip archive")
+    directory_end = end_offset
     if at >= END64_LOCATOR.size:
         magic, _, end64_offset, _ = END64_LOCATOR.unpack_from(tail, at - END64_LOCATOR.size)
-        if magic == END64_LOCATOR_MAGIC:
+        if magic == b"PK\x06\x07":
             record = END64.unpack(file.read(end64_offset, END64.size))
-            if record[0] != END64_MAGIC:
+            if record[0] != b"PK\x06\x06":
                 raise damaged(file, found="no zip64 record where the archive says it is")
+            locator_offset, record_end = end_offset - END64_LOCATOR.size, end64_offset + _END64_HEAD_BYTES + record[1]
+            if record_end != locator_offset:
+                raise _bytes_between(file, locator_offset - record_end)
             count, size_bytes, offset_bytes = record[7:]
-    return count, size_bytes, offset_bytes
+            directory_end = end64_offset
+    return count, size_bytes, offset_bytes, directory_end
 
 
 def _directory_entries(file: SourceFile, directory: bytes, count: int) -> Iterator[ZipEntry]:
