@@ -30,7 +30,6 @@ from tests.support.factories import (
     WRAPPERS,
     sat_checkpoint,
     sat_state_dict,
-    save_run,
     zero3_checkpoint,
 )
 from tests.support.loras import factors, save_lora
