@@ -14,9 +14,11 @@ from cogtools.version import __version__
 
 if TYPE_CHECKING:
     from cogtools.checkpoint.opening import open_checkpoint
+    from cogtools.conversion.summary import LoraModule, LoraSummary, read_lora
     from cogtools.errors import CogtoolsError
     from cogtools.export.export import ExportReport, export_lora
     from cogtools.export.export_model import export_model
+    from cogtools.export.merge import MergeReport, merge
     from cogtools.export.model_report import ModelExportReport
     from cogtools.inspection.inspect import inspect_checkpoint
     from cogtools.inspection.report import CheckpointReport
@@ -31,13 +33,18 @@ _HOME = {
     "CogtoolsError": "cogtools.errors",
     "ExportReport": "cogtools.export.export",
     "ModelVerifyReport": "cogtools.verification.model_report",
+    "MergeReport": "cogtools.export.merge",
+    "LoraModule": "cogtools.conversion.summary",
+    "LoraSummary": "cogtools.conversion.summary",
     "VerifyReport": "cogtools.verification.report",
     "ModelExportReport": "cogtools.export.model_report",
     "Selection": "cogtools.inspection.selection",
     "export_lora": "cogtools.export.export",
+    "merge": "cogtools.export.merge",
     "export_model": "cogtools.export.export_model",
     "inspect_checkpoint": "cogtools.inspection.inspect",
     "open_checkpoint": "cogtools.checkpoint.opening",
+    "read_lora": "cogtools.conversion.summary",
     "verify_lora": "cogtools.verification.verify",
     "verify_model": "cogtools.verification.verify_model",
 }
@@ -46,6 +53,9 @@ __all__ = [
     "CheckpointReport",
     "CogtoolsError",
     "ExportReport",
+    "LoraModule",
+    "LoraSummary",
+    "MergeReport",
     "ModelExportReport",
     "ModelVerifyReport",
     "Selection",
@@ -54,7 +64,9 @@ __all__ = [
     "export_lora",
     "export_model",
     "inspect_checkpoint",
+    "merge",
     "open_checkpoint",
+    "read_lora",
     "verify_lora",
     "verify_model",
 ]

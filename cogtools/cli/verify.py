@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from cogtools.cli.options import WRONG, Ema, Iteration, Json, Quiet
+from cogtools.conversion.options import Format
 from cogtools.errors import OptionError
 from cogtools.layouts.family import MODELS
 from cogtools.render import text
@@ -33,6 +34,12 @@ def verify_command(
     load: Annotated[
         bool, typer.Option("--load", help="Load it with diffusers and PEFT, into a model of the real size.")
     ] = False,
+    format: Annotated[  # noqa: A002
+        Format | None,
+        typer.Option(
+            metavar="|".join(get_args(Format)), show_default=False, help="Hold it against this program, not its own."
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(metavar="|".join(model.slug for model in MODELS), help="The model, if the file does not tell."),
@@ -64,8 +71,7 @@ def verify_command(
     with Progress("verifying", hidden=quiet or json) as progress:
         report: ModelVerifyReport | VerifyReport
         if holds_model(out):
-            if layers is not None:
-                raise OptionError("--layers is for LoRAs: a model's tensors say how many it has", hint="leave it out")
+            _refuse_for_models(layers, format)
             report = verify_model(
                 out,
                 against=against,
@@ -84,6 +90,7 @@ def verify_command(
                 iteration=iteration,
                 ema=ema,
                 load=load,
+                format=format,
                 model=model,
                 layers=layers,
                 strict=strict,
@@ -97,3 +104,11 @@ def verify_command(
         show_verification(report, quiet=quiet)
     if wrong:
         raise typer.Exit(WRONG)
+
+
+def _refuse_for_models(layers: int | None, format_: object) -> None:
+    """Refuse the options that are for LoRAs only."""
+    if layers is not None:
+        raise OptionError("--layers is for LoRAs: a model's tensors say how many it has", hint="leave it out")
+    if format_ is not None:
+        raise OptionError("--format is for LoRAs: a model is held against the layout that it has", hint="leave it out")

@@ -78,6 +78,24 @@ class BasePipeline:
         else:
             open_checkpoint(folder).close()  # the weights are there, all shards of them
             self._refuse_other_model(folder, model, text_width)
+        return self.copies(name)
+
+    @property
+    def index(self) -> dict[str, object]:
+        """What its model_index.json says.
+
+        Raises:
+            CheckpointError: if it cannot be read.
+        """
+        return read_config(self.folder / PIPELINE_INDEX)
+
+    def copies(self, name: str) -> tuple[PlannedFile, ...]:
+        """Copies of the files of a part's folder, links followed.
+
+        Raises:
+            CheckpointError: if one cannot be read.
+        """
+        folder = self.folder / name
         found = []
         for entry in sorted(list_folder(folder), key=lambda entry: entry.path.name):
             if entry.is_file and entry.path.name != manifest.NAME and not entry.path.name.startswith("."):

@@ -6,6 +6,8 @@ checkpoint must not have changed in between.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import zlib
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cogtools.checkpoint.files import FileRange
 from cogtools.checkpoint.gather import CHUNK_BYTES, tensor_chunks
 from cogtools.conversion.crc32 import Crc32Check
+from cogtools.conversion.loss import loss_report
 from cogtools.conversion.output import AtomicFile
 
 if TYPE_CHECKING:
@@ -22,8 +25,12 @@ if TYPE_CHECKING:
     from cogtools.checkpoint.formats.torch_zip_writer import TorchArchive
     from cogtools.checkpoint.tensors import Storage
     from cogtools.conversion.arithmetic import Computed
+    from cogtools.conversion.loss import LossReport
     from cogtools.conversion.output import AtomicFolder, GrowingFile
     from cogtools.conversion.plan import Planned
+
+    Bytes = bytes | memoryview
+    """What is computed is used before more of it is, and need not be copied before."""
 
 
 class Written(NamedTuple):
@@ -32,10 +39,12 @@ class Written(NamedTuple):
     Attributes:
         largest_relative_error: of any tensor, where arithmetic changed values; None where nothing was computed.
         sha256: of the file, if asked for.
+        lost: how much of the LoRA was lost where it was cut to a lower rank or merged; None where it was not.
     """
 
     largest_relative_error: float | None = None
     sha256: str | None = None
+    lost: LossReport | None = None
 
 
 class PlannedFile(NamedTuple):
@@ -97,7 +106,7 @@ def write_outputs(
     """Write several outputs, and publish them one after the other when all are complete; the rest is as for `write`."""
     size_bytes = sum(file.size_bytes for _, files in outputs for file in files)
     tensors = [tensor for _, files in outputs for file in files for tensor in file.tensors]
-    computed = _computed(tensors)
+    arithmetic = _Arithmetic(tensors)
     done, digest = 0, None
     with ExitStack() as opened:
         for output, _ in outputs:
@@ -107,7 +116,7 @@ def write_outputs(
             for file in files:
                 with _begun(output, file) as growing:
                     growing.reserve(file.size_bytes)
-                    for part in _parts(file, computed):
+                    for part in _parts(file, arithmetic):
                         if isinstance(part, FileRange):
                             growing.copy(part)
                             done += part.size_bytes
@@ -124,7 +133,7 @@ def write_outputs(
             source.refuse_changed()
         for output, _ in outputs:
             output.publish()
-    return Written(max(computed.errors, default=None) if computed is not None else None, digest)
+    return Written(arithmetic.largest_relative_error, digest, arithmetic.lost)
 
 
 @contextmanager
@@ -137,17 +146,17 @@ def _begun(output: AtomicFile | AtomicFolder, file: PlannedFile) -> Iterator[Gro
         yield growing
 
 
-def _parts(file: PlannedFile, computed: Computed | None) -> Iterator[FileRange | bytes]:
+def _parts(file: PlannedFile, arithmetic: _Arithmetic) -> Iterator[FileRange | Bytes]:
     """The bytes of a file, in order."""
     archive = file.archive
     yield file.head if archive is None else archive.start
     for number, tensor in enumerate(file.tensors):
         if archive is None:
-            yield from _content(tensor, computed)
+            yield from _content(tensor, arithmetic)
             continue
         yield archive.before(number)
         crc32 = 0
-        for part in _content(tensor, computed):
+        for part in _content(tensor, arithmetic):
             for chunk in _chunks(part):
                 crc32 = zlib.crc32(chunk, crc32)
                 yield chunk
@@ -158,7 +167,7 @@ def _parts(file: PlannedFile, computed: Computed | None) -> Iterator[FileRange |
         yield archive.end()
 
 
-def _chunks(part: FileRange | bytes) -> Iterator[bytes]:
+def _chunks(part: FileRange | Bytes) -> Iterator[Bytes]:
     """The bytes of a part of a tensor, as they are needed to compute with."""
     if not isinstance(part, FileRange):
         yield part
@@ -172,19 +181,44 @@ def storages_of(tensors: Iterable[Planned]) -> list[Storage]:
     return list({id(storage): storage for tensor in tensors for storage in tensor.storages}.values())
 
 
-def _computed(tensors: Iterable[Planned]) -> Computed | None:
-    """What computes the tensors that ask for it; None, and nothing imported, if none does."""
-    if all(tensor.compute is None for tensor in tensors):
-        return None
-    from cogtools.conversion.arithmetic import Computed
+class _Arithmetic:
+    """Computes planned tensors. What that takes is imported beside the copying, and only if a tensor asks for it."""
 
-    return Computed()
+    def __init__(self, tensors: Iterable[Planned]) -> None:
+        self._computed: Computed | None = None
+        self._thread = threading.Thread(target=self._import, name="import")
+        if any(tensor.compute is not None for tensor in tensors):
+            self._thread.start()
+
+    @staticmethod
+    def _import() -> None:
+        with contextlib.suppress(Exception):  # raised again where it is needed
+            import cogtools.conversion.arithmetic  # noqa: F401
+
+    def content(self, tensor: Planned) -> Iterator[Bytes]:
+        """The bytes of a tensor; errors as of `Computed.content`."""
+        if self._computed is None:
+            self._thread.join()
+            from cogtools.conversion.arithmetic import Computed
+
+            self._computed = Computed()
+        return self._computed.content(tensor)
+
+    @property
+    def largest_relative_error(self) -> float | None:
+        """Of any tensor that was cast or folded; None if none was."""
+        return None if self._computed is None else max(self._computed.errors, default=None)
+
+    @property
+    def lost(self) -> LossReport | None:
+        """How much of a LoRA was lost; None if none was cut or merged."""
+        return None if self._computed is None else loss_report(self._computed.losses)
 
 
-def _content(tensor: Planned, computed: Computed | None) -> Iterator[FileRange | bytes]:
+def _content(tensor: Planned, arithmetic: _Arithmetic) -> Iterator[FileRange | Bytes]:
     """The bytes of a tensor: ranges of the checkpoint where they can be copied as they are."""
-    if tensor.compute is not None and computed is not None:
-        yield computed.content(tensor)
+    if tensor.compute is not None:
+        yield from arithmetic.content(tensor)
         return
     for piece in tensor.pieces:
         if isinstance(piece, bytes):

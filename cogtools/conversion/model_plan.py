@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cogtools.checkpoint.tensors import TensorEntry
     from cogtools.conversion.model_reading import Reading
     from cogtools.conversion.model_record import ModelRecord
+    from cogtools.conversion.record import MergedRecord
 
 SHARD_SIZE = "5GB"
 """How large shards are where the user does not say: as in the released models."""
@@ -55,6 +56,7 @@ class PartPlan:
         rows: the rows that each of them consists of, by its key; none for a tensor that is made up.
         dropped: the keys of the checkpoint that are left out, and why.
         made_up: the keys of the output that the checkpoint does not have, and what they are.
+        merged: the LoRAs that are merged into it.
     """
 
     reading: Reading
@@ -62,6 +64,7 @@ class PartPlan:
     rows: Mapping[str, tuple[SourceRows, ...]]
     dropped: Mapping[str, str]
     made_up: Mapping[str, str]
+    merged: tuple[MergedRecord, ...] = ()
 
     @property
     def name(self) -> str:
@@ -183,8 +186,12 @@ def diffusers_files(plan: PartPlan, record: ModelRecord, max_shard_bytes: int) -
 
 
 def _weights(name: str, tensors: Sequence[Planned], metadata: Mapping[str, str]) -> PlannedFile:
-    """A safetensors file. Larger elements come first, so that all are aligned."""
-    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    """A safetensors file.
+
+    Larger elements come first, so that all are aligned; and what is computed comes last: the libraries for it are
+    imported while the rest is copied.
+    """
+    ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.compute is not None))
     return PlannedFile(name, safetensors_header(ordered, metadata), tuple(ordered))
 
 

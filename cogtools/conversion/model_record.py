@@ -10,6 +10,7 @@ from cogtools.conversion.record import RECORD_KEY
 
 if TYPE_CHECKING:
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.conversion.record import MergedRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class ModelRecord:
         model: the short name of the model; None for a text encoder.
         iteration: of the training.
         ema: whether its EMA weights were taken.
+        merged: the LoRAs that were merged into it; None if none were.
     """
 
     version: str | None = None
@@ -31,10 +33,11 @@ class ModelRecord:
     model: str | None = None
     iteration: int | None = None
     ema: bool | None = None
+    merged: tuple[MergedRecord, ...] | None = None
 
     def text(self) -> str:
-        """The record as it stands in the header."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """The record as it stands in the header: what is not known is left out."""
+        return json.dumps({name: value for name, value in asdict(self).items() if value is not None}, sort_keys=True)
 
 
 def read_model_record(checkpoint: Checkpoint) -> ModelRecord:

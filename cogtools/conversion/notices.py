@@ -20,13 +20,16 @@ def export_notices(checkpoint: Checkpoint, plan: LoraPlan, options: ExportOption
     lora_only = [layout.lora_only_note] if layout.lora_only_note is not None and options.base is None else []
     return (
         *lora_only,
-        *danger_notices(checkpoint),
-        *choice_notices(checkpoint),
-        *plan.notices,
+        *source_notices(checkpoint, plan),
         *_of_the_scale(plan, options),
         *layout.notes,
         *_of_the_crc32s(plan),
     )
+
+
+def source_notices(checkpoint: Checkpoint, plan: LoraPlan) -> tuple[str, ...]:
+    """What to say of a checkpoint whose LoRA is taken, and of the choices that were made for the user."""
+    return (*danger_notices(checkpoint), *choice_notices(checkpoint), *plan.notices)
 
 
 def danger_notices(checkpoint: Checkpoint) -> list[str]:

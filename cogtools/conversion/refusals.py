@@ -88,7 +88,7 @@ def _refuse_parts(checkpoint: Checkpoint) -> None:
 
 def no_lora(checkpoint: Checkpoint) -> ExportError:
     """The error for a checkpoint without a LoRA: what it holds instead, and what to do with that."""
-    found, hint = _what_it_holds(checkpoint, [*checkpoint.tensors, *checkpoint.not_tensors])
+    found, hint = what_it_holds(checkpoint)
     return ExportError(
         "there is no LoRA in this checkpoint",
         file=checkpoint.path,
@@ -98,7 +98,9 @@ def no_lora(checkpoint: Checkpoint) -> ExportError:
     )
 
 
-def _what_it_holds(checkpoint: Checkpoint, keys: list[str]) -> tuple[str, Hint]:
+def what_it_holds(checkpoint: Checkpoint) -> tuple[str, Hint]:
+    """What a checkpoint holds that has no LoRA, and what to do about it."""
+    keys = [*checkpoint.tensors, *checkpoint.not_tensors]
     look = command("inspect", checkpoint.path)
     adapter = find_other_adapter(checkpoint)
     if adapter is not None:

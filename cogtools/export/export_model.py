@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
+from cogtools.checkpoint.files import is_folder
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.conversion.base_pipeline import GIVEN, BasePipeline
 from cogtools.conversion.carry_out import storages_of
@@ -43,7 +44,7 @@ from cogtools.export.model_report import (
     TensorReport,
 )
 from cogtools.formatting import counted
-from cogtools.layouts import transformer
+from cogtools.layouts import sat, transformer
 from cogtools.layouts.family import SLUGS
 from cogtools.layouts.pipeline import (
     INDEX,
@@ -65,6 +66,9 @@ if TYPE_CHECKING:
     from cogtools.conversion.model import ModelPart
     from cogtools.conversion.model_reading import Reading
     from cogtools.layouts.family import Model
+
+    Change = Callable[[PartPlan], PartPlan]
+    """What is done to the transformer beside converting it: LoRAs are merged into it."""
 
 
 def export_model(
@@ -129,16 +133,35 @@ def export_model_checkpoint(
     _refuse_options(options)
     with ExitStack() as opened:
         source = opened.enter_context(open_checkpoint(checkpoint, iteration=options.iteration, ema=options.ema))
-        prepare = _prepare_sat if options.format == "sat" else _prepare_diffusers
-        prepared = prepare(source, Path(out), options, opened)
-        output = ModelOutput(prepared.folders, prepared.pipeline_index, overwrite=options.overwrite)
+        prepared = prepare_model(source, Path(out), options, opened)
+        output = prepared.output(options)
         output.refuse(prepared.sources)
         if not options.dry_run:
             output.write(prepared.sources, progress)
-        return _report(source, Path(out), prepared, options, output.size_bytes)
+        return model_report(source, Path(out), prepared, options)
 
 
-class _Prepared(NamedTuple):
+def prepare_model(
+    source: Checkpoint, out: Path, options: ModelOptions, opened: ExitStack, change: Change | None = None
+) -> PreparedModel:
+    """Find out all about an export without reading weights.
+
+    Args:
+        source: the checkpoint.
+        out: where to write.
+        options: the options.
+        opened: what is opened beside the checkpoint is closed with it.
+        change: what is done to the transformer beside converting it: then it may be in the target's layout already.
+
+    Raises:
+        CogtoolsError: if it cannot be done.
+    """
+    if options.format == "sat":
+        return _prepare_sat(source, out, options, change)
+    return _prepare_diffusers(source, out, options, opened, change)
+
+
+class PreparedModel(NamedTuple):
     """An export that is ready to be carried out.
 
     Attributes:
@@ -157,6 +180,16 @@ class _Prepared(NamedTuple):
     sources: Sequence[SourceFile]
     notices: tuple[str, ...]
 
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes all files have together."""
+        index = [] if self.pipeline_index is None else [self.pipeline_index[1]]
+        return sum(file.size_bytes for files in [*self.folders.values(), index] for file in files)
+
+    def output(self, options: ModelOptions) -> ModelOutput:
+        """Where it is written."""
+        return ModelOutput(self.folders, self.pipeline_index, overwrite=options.overwrite)
+
 
 def _refuse_options(options: ModelOptions) -> None:
     if options.format not in get_args(ModelFormat):
@@ -173,17 +206,26 @@ def _refuse_options(options: ModelOptions) -> None:
 # To diffusers
 
 
-def _prepare_diffusers(source: Checkpoint, out: Path, options: ModelOptions, opened: ExitStack) -> _Prepared:
+def _prepare_diffusers(
+    source: Checkpoint, out: Path, options: ModelOptions, opened: ExitStack, change: Change | None
+) -> PreparedModel:
     max_shard_bytes = parse_size(options.max_shard_size or SHARD_SIZE)
     parts = find_parts(source)
     if not parts:
         raise no_model(source)
-    _refuse_diffusers(source, parts)
+    own = None
+    if change is None:
+        _refuse_diffusers(source, parts)
+    elif TRANSFORMER in parts and parts[TRANSFORMER].layout == "diffusers":
+        own = opened.enter_context(BasePipeline(source.path.parent)) if source.path.name == INDEX else None
+        parts = {TRANSFORMER: parts[TRANSFORMER]}
     own_vae = "vae" in parts and options.vae is None
     if options.vae is not None:
         parts["vae"] = _open_vae(Path(options.vae), opened)
     readings = _read_parts(parts, model_of_slug(options.model))
     plans = [plan_for_diffusers(reading) for reading in readings.values()]
+    if change is not None:
+        plans = [change(plan) if plan.name == TRANSFORMER else plan for plan in plans]
     folders = {out / plan.name: diffusers_files(plan, _record(plan), max_shard_bytes) for plan in plans}
     copied: dict[str, Path] = {}
     index = None
@@ -194,24 +236,34 @@ def _prepare_diffusers(source: Checkpoint, out: Path, options: ModelOptions, ope
         shift = None if training is None else training.shift_scale
         scheduler = json_file(PARTS["scheduler"].config, scheduler_config(main.model, shift))
         folders[out / "scheduler"] = with_manifest([scheduler])
-        if options.base is not None:
+        if own is not None:
+            for name in (*GIVEN, "scheduler"):
+                if is_folder(own.folder / name):
+                    folders[out / name], copied[name] = own.copies(name), own.folder / name
+            files += own.files
+        elif options.base is not None:
             base = opened.enter_context(BasePipeline(Path(options.base)))
             for name in GIVEN:
                 given = None if name in parts else base.part(name, main.model, main.shapes[_TEXT_PROJ][1])
                 if given is not None:
                     folders[out / name], copied[name] = given, base.folder / name
             files += base.files
-        refuse_other_pipeline(out, pipeline_class(main.model))
+        content = model_index(main.model) if own is None else own.index
+        refuse_other_pipeline(out, str(content.get("_class_name")))
         if {folder.name for folder in folders} == set(PARTS):
-            index = out / INDEX, json_file(INDEX, model_index(main.model))
+            index = out / INDEX, json_file(INDEX, content)
     elif options.base is not None:
         raise OptionError(
             "--base completes a transformer, and there is none in this checkpoint",
             found=", ".join(parts),
             hint="leave --base out",
         )
-    notices = [*_notices(source, readings), *(_vae_notice(readings["vae"]) if own_vae and main is not None else [])]
-    return _Prepared(tuple(plans), folders, copied, index, tuple(files), tuple(notices))
+    notices = _notices(source, readings)
+    if change is None and main is not None and main.has_lora:
+        notices.append(_lora_notice(source, main))
+    if own_vae and main is not None:
+        notices += _vae_notice(readings["vae"])
+    return PreparedModel(tuple(plans), folders, copied, index, tuple(files), tuple(notices))
 
 
 _TEXT_PROJ = "patch_embed.text_proj.weight"
@@ -276,6 +328,7 @@ def _record(plan: PartPlan) -> ModelRecord:
         model=None if model is None else model.slug,
         iteration=iteration if isinstance(iteration, int) else None,
         ema=None if run is None else run.chosen.ema,
+        merged=plan.merged or None,
     )
 
 
@@ -293,12 +346,12 @@ def _vae_notice(reading: Reading) -> list[str]:
 # To SAT
 
 
-def _prepare_sat(source: Checkpoint, out: Path, options: ModelOptions, _: ExitStack) -> _Prepared:
+def _prepare_sat(source: Checkpoint, out: Path, options: ModelOptions, change: Change | None) -> PreparedModel:
     parts = find_parts(source)
     part = parts.get(TRANSFORMER)
     if part is None and not parts:
         raise no_model(source)
-    if part is None or part.layout == "sat":
+    if part is None or (part.layout == "sat" and change is None):
         raise ExportError(
             "there is no transformer in this checkpoint" if part is None else "this model is in SAT's layout already",
             file=source.path,
@@ -308,14 +361,20 @@ def _prepare_sat(source: Checkpoint, out: Path, options: ModelOptions, _: ExitSt
         )
     reading = read_transformer(part, model_of_slug(options.model))
     plan = plan_for_sat(reading)
+    if change is not None:
+        plan = change(plan)
     notices = list(_notices(source, {TRANSFORMER: reading}))
     others = [name for name in parts if name != TRANSFORMER]
     if others:
         notices.append(f"Left out: {', '.join(others)}. SAT takes its VAE and text encoder from files of their own.")
     notices += [f"Made up: {key} ({what})." for key, what in plan.made_up.items()]
-    if reading.model is not None and not reading.model.rotary:
+    if sat.PREFIX + transformer.SAT_POSITIONS not in plan.rows and not _is_rotary(reading):
         notices.append(f"Left out: {transformer.SAT_POSITIONS}. SAT computes it, as it does for the released file.")
-    return _Prepared((plan,), {out: sat_files(plan)}, {}, None, tuple(part.checkpoint.files), tuple(notices))
+    return PreparedModel((plan,), {out: sat_files(plan)}, {}, None, tuple(part.checkpoint.files), tuple(notices))
+
+
+def _is_rotary(reading: Reading) -> bool:
+    return reading.model is not None and reading.model.rotary
 
 
 # The report
@@ -325,19 +384,19 @@ def _notices(source: Checkpoint, readings: Mapping[str, Reading]) -> list[str]:
     notices = [*danger_notices(source), *choice_notices(source)]
     for reading in readings.values():
         notices += reading.notices
-    main = readings.get(TRANSFORMER)
-    if main is not None and main.has_lora:
-        lora = counted(len(main.part.lora_keys), "tensor")
-        notices.append(
-            f"The checkpoint holds a LoRA too ({lora}): this is the base without it. "
-            f"To have it in the weights: {command('merge', source.path, 'OUT').command}"
-        )
     return notices
 
 
-def _report(
-    source: Checkpoint, out: Path, prepared: _Prepared, options: ModelOptions, size_bytes: int
-) -> ModelExportReport:
+def _lora_notice(source: Checkpoint, reading: Reading) -> str:
+    lora = counted(len(reading.part.lora_keys), "tensor")
+    return (
+        f"The checkpoint holds a LoRA too ({lora}): this is the base without it. "
+        f"To have it in the weights: {command('merge', source.path, 'OUT').command}"
+    )
+
+
+def model_report(source: Checkpoint, out: Path, prepared: PreparedModel, options: ModelOptions) -> ModelExportReport:
+    """What an export found, and wrote unless it is a dry run."""
     plans = {plan.name: plan for plan in prepared.plans}
     main = next((plan.reading for plan in prepared.plans if plan.reading.model is not None), None)
     storages = storages_of(tensor for plan in prepared.plans for tensor in plan.tensors)
@@ -358,8 +417,8 @@ def _report(
         missing=missing,
         pipeline=prepared.pipeline_index is not None,
         load=_how_to_load(out, parts, main, options.format),
-        lora_tensors=sum(len(plan.reading.part.lora_keys) for plan in prepared.plans),
-        size_bytes=size_bytes,
+        lora_tensors=sum(list(plan.dropped.values()).count(transformer.LORA_DROPPED) for plan in prepared.plans),
+        size_bytes=prepared.size_bytes,
         crc32="not recorded" if not has_crc32 else "not checked" if options.dry_run else "checked",
         notices=prepared.notices,
         plan=_plan_report(prepared.plans) if options.dry_run else None,

@@ -16,12 +16,14 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from cogtools.layouts import sat
+from cogtools.layouts import diffusers, sat
 from cogtools.layouts.family import BY_SLUG, LAYER_NUMBER, MAX_LAYERS
 from cogtools.layouts.key_map import Mapped, Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+
+    from cogtools.layouts.family import Module
 
 
 class Row(NamedTuple):
@@ -133,6 +135,30 @@ def runs_of(target: str, layout: str) -> tuple[Run, ...] | None:
     """What makes up a key of one layout ("diffusers" or "sat"), by the other's names; None if the map lacks it."""
     found = _find(target, layout)
     return None if found is None else _RUNS[layout](*found)
+
+
+class ModuleRows(NamedTuple):
+    """Rows of a module's weight: run `number`, from 0 on, of `of` runs of the same length."""
+
+    module: Module
+    number: int = 0
+    of: int = 1
+
+
+def modules_of(key: str, layout: str) -> tuple[ModuleRows, ...]:
+    """The rows of modules' weights that a tensor consists of, in its order: runs of the same length.
+
+    () for a tensor that is not a weight of modules that LoRAs adapt: a bias, a norm, positions.
+
+    Args:
+        key: its key, in SAT's layout with or without what the trainer puts before it.
+        layout: "diffusers" or "sat".
+    """
+    if not key.endswith(".weight"):
+        return ()
+    runs = (Run(key),) if layout == "diffusers" else runs_of(sat.without_original(sat.bare_key(key)), layout) or ()
+    found = [(diffusers.parse_module(run.key.removesuffix(".weight")), run) for run in runs]
+    return tuple(ModuleRows(module, run.number, run.of) for module, run in found if module is not None)
 
 
 def keys(layout: str, layers: int, *, ofs: bool = False, positions: bool = False) -> list[str]:

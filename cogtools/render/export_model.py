@@ -27,18 +27,30 @@ def summary(report: ModelExportReport) -> list[str]:
         known_by = f" (as {report.known_by} say)" if report.known_by in _SAY else ""
         rows.append(("model", report.model + known_by))
     rows.append(("written" if report.written else "to write", f"{report.output}: {size(report.size_bytes)}"))
-    width = max(len(part.name) for part in report.parts)
-    rows += [("", f"{part.name:<{width}}  {_about(part)}") for part in report.parts]
-    if report.missing:
-        rows.append(("missing", f"{', '.join(report.missing)}: this is not a whole pipeline"))
+    rows += [("", text) for text in part_lines(report)]
+    rows += missing_rows(report)
     if report.crc32 == "checked":
         rows.append(("checked", "the CRC-32s of the weights that were read"))
     lines = [] if report.plan is None else [*plan_lines(report.plan), ""]
     lines += [f"{name:<{_COLUMN}}{value}" for name, value in rows]
-    if report.written:
-        lines += ["", "Load it in SAT's configuration, under args:" if report.format == "sat" else "Load it:"]
-        lines += [f"    {line}" for line in report.load.splitlines()]
-    return lines
+    return [*lines, "", *loading_lines(report)] if report.written else lines
+
+
+def part_lines(report: ModelExportReport) -> list[str]:
+    """A line for each part."""
+    width = max(len(part.name) for part in report.parts)
+    return [f"{part.name:<{width}}  {_about(part)}" for part in report.parts]
+
+
+def missing_rows(report: ModelExportReport) -> list[tuple[str, str]]:
+    """The parts of a pipeline that were not written, in a row; [] if all were."""
+    return [("missing", f"{', '.join(report.missing)}: this is not a whole pipeline")] if report.missing else []
+
+
+def loading_lines(report: ModelExportReport) -> list[str]:
+    """How to load what was written."""
+    how = "Load it in SAT's configuration, under args:" if report.format == "sat" else "Load it:"
+    return [how, *(f"    {line}" for line in report.load.splitlines())]
 
 
 _SAY = ("its sizes", "its layers and hidden size", "its positional keys")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cogtools.errors import SHOWN_PROBLEMS
 from cogtools.formatting import first_of, number, size
+from cogtools.render.readers import reader_lines
 from cogtools.render.text import Line, emit, notice, output_of
 from cogtools.verification.model_report import ModelVerifyReport
 
@@ -30,7 +31,8 @@ def show_verification(report: VerifyReport | ModelVerifyReport, *, quiet: bool =
     lines = _piped(checks) if output.width is None else _on_terminal(checks)
     verdict = Line((verdict_line(report), _STYLES[report.verdict]))
     about = _about_model(report) if isinstance(report, ModelVerifyReport) else _about(report)
-    emit(output.draw([*about, "", *lines, "", verdict]))
+    readers = [] if isinstance(report, ModelVerifyReport) else _readers(report)
+    emit(output.draw([*about, "", *lines, "", *readers, verdict]))
 
 
 def _about(report: VerifyReport) -> list[str]:
@@ -38,7 +40,7 @@ def _about(report: VerifyReport) -> list[str]:
     scaling = ", ".join(map(number, report.scaling)) or "unknown"
     dtype = ", ".join(report.dtype) or "none"
     lora = f"{report.layout}, {len(report.layers)} layers, rank {rank}, {dtype}, effective scaling {scaling}"
-    rows = [("file", f"{report.path} ({size(report.size_bytes)})")]
+    rows = [("file", f"{report.path} ({size(report.size_bytes)}), held against {report.reader}")]
     rows += [("model", report.model), ("LoRA", lora)] if report.layers else [("LoRA", "none")]
     if report.against is not None:
         rows.append(("against", str(report.against)))
@@ -60,6 +62,14 @@ def _about_model(report: ModelVerifyReport) -> list[str]:
     rows.append(("parts", ", ".join(report.parts)))
     rows += [("against", str(report.against))] if report.against is not None else []
     return [f"{name:<8} {value}" for name, value in rows]
+
+
+def _readers(report: VerifyReport) -> Iterator[Line]:
+    """Who loads the file."""
+    for label, text in reader_lines(report.readers):
+        yield Line(f"{label:<10} ", text, wrap=True)
+    if report.readers:
+        yield Line("")
 
 
 def _piped(checks: list[Check]) -> Iterator[str]:
