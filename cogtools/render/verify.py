@@ -29,7 +29,8 @@ def show_verification(report: VerifyReport, *, quiet: bool = False) -> None:
     output = output_of(sys.stdout)
     lines = _piped(checks) if output.width is None else _on_terminal(checks)
     verdict = Line((verdict_line(report), _STYLES[report.verdict]))
-    emit(output.draw([*_about(report), "", *lines, "", *_readers(report), verdict]))
+    readers = () if quiet else _readers(report)
+    emit(output.draw([*_about(report), "", *lines, "", *readers, verdict]))
 
 
 def _about(report: VerifyReport) -> list[str]:
