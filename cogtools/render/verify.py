@@ -31,7 +31,7 @@ def show_verification(report: VerifyReport | ModelVerifyReport, *, quiet: bool =
     lines = _piped(checks) if output.width is None else _on_terminal(checks)
     verdict = Line((verdict_line(report), _STYLES[report.verdict]))
     about = _about_model(report) if isinstance(report, ModelVerifyReport) else _about(report)
-    readers = [] if isinstance(report, ModelVerifyReport) else _readers(report)
+    readers = () if quiet or isinstance(report, ModelVerifyReport) else _readers(report)
     emit(output.draw([*about, "", *lines, "", *readers, verdict]))
 
 

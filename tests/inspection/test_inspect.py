@@ -224,7 +224,7 @@ def test_the_report_of_a_training_says_what_is_in_it(toy: Path) -> None:
             alpha=1,
             alpha_source="default",
             reader="SAT",
-            unstated_scaling=1.0,
+            unstated_scaling=0.25,
             misstated=(),
             scalings=(0.25,),
             readers=report.lora.readers if report.lora is not None else (),  # in a test of their own
