@@ -104,7 +104,7 @@ def _what_it_holds(checkpoint: Checkpoint, keys: list[str]) -> tuple[str, Hint]:
         return f"a LoRA in another layout: {next(filter(sat.is_lora_key, keys))} …", look
     if "optimizer_state_dict" in checkpoint.values or "optimizer_state_dict" in keys:
         return _optimizer(checkpoint.path)
-    count = counted(len(keys), "tensor")
+    count = counted(len(checkpoint.tensors), "tensor")
     bare = [sat.bare_key(key) for key in keys]
     if any(key.startswith("transformer.layers.") for key in bare):
         return f"a base model without a LoRA ({count})", look
@@ -116,7 +116,7 @@ def _what_it_holds(checkpoint: Checkpoint, keys: list[str]) -> tuple[str, Hint]:
         return f"a text encoder ({count})", look
     if _starts(keys, "first_stage_model.", "encoder.", "decoder."):
         return f"a VAE ({count})", look
-    return count + (f": {keys[0]} …" if keys else ""), look
+    return count + (f": {next(iter(checkpoint.tensors))} …" if checkpoint.tensors else ""), look
 
 
 def _lora_elsewhere(checkpoint: Checkpoint) -> tuple[str, Hint] | None:
