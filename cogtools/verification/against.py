@@ -14,8 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cogtools.checkpoint.decoding import doubles, tensor_doubles
+from cogtools.checkpoint.dtypes import FLOAT_FORMATS
+from cogtools.checkpoint.files import is_folder
+from cogtools.checkpoint.folder import find_save_folder, iterations_in
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.conversion.notices import choice_notices
 from cogtools.conversion.plan import plan_lora
 from cogtools.conversion.scale import ALPHA_SOURCES, BY_CONFIG, BY_DEFAULT, BY_HAND, BY_NOTHING
 from cogtools.conversion.training_config import FILE_NAME as CONFIG_FILE_NAME
@@ -26,7 +30,7 @@ from cogtools.verification.checks import figures
 from cogtools.verification.expected import stated_of
 from cogtools.verification.hints import only_load_tells
 from cogtools.verification.report import Check, folded
-from cogtools.verification.values import FLOAT_FORMATS, place
+from cogtools.verification.values import place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.run import Iteration
     from cogtools.checkpoint.tensors import TensorEntry
     from cogtools.conversion.lora import Lora, LoraTensor
     from cogtools.conversion.plan import LoraPlan
@@ -48,10 +53,17 @@ the wider of the two. In float64 the product that is compared with is itself rou
 
 
 class Source(NamedTuple):
-    """The checkpoint that a file is held against, open, and what its LoRA should have become."""
+    """The checkpoint that a file is held against, open, and what its LoRA should have become.
+
+    Attributes:
+        checkpoint: the checkpoint.
+        plan: what its LoRA should have become.
+        recorded: which iteration of a save folder the file's record names, where that was taken; else None.
+    """
 
     checkpoint: Checkpoint
     plan: LoraPlan
+    recorded: Iteration | None = None
 
 
 @contextmanager
@@ -62,16 +74,38 @@ def open_source(
 
     Args:
         path: the checkpoint.
-        record: how the file was made.
-        iteration: as `open_checkpoint` has it.
+        record: how the file was made: of a save folder, the weights that it names are taken.
+        iteration: as `open_checkpoint` has it; then the record does not matter.
         ema: the same.
 
     Raises:
         CogtoolsError: if the checkpoint cannot be read, or has no LoRA that could have been exported.
     """
+    recorded = _recorded(path, record) if iteration is None and not ema else None
+    if recorded is not None:
+        iteration, ema = recorded.number, recorded.ema
     with open_checkpoint(path, iteration=iteration, ema=ema) as opened:
         # What the checkpoint has is what the file should have, be it the LoRA of all layers or of some.
-        yield Source(opened, _plan(opened, record))
+        yield Source(opened, _plan(opened, record), recorded)
+
+
+def _recorded(path: Path, record: ExportRecord) -> Iteration | None:
+    """The iteration of a save folder that a file's record names; None if it is not there, or not one only."""
+    if record.iteration is None or not is_folder(path):
+        return None
+    folder = find_save_folder(path)
+    every = [] if folder is None else iterations_in(folder)
+    found = [item for item in every if (item.number, item.ema) == (record.iteration, bool(record.ema))]
+    return found[0] if len(found) == 1 else None
+
+
+def source_notices(source: Source) -> list[str]:
+    """What to say of the weights that a file is held against."""
+    recorded = source.recorded
+    if recorded is None:
+        return choice_notices(source.checkpoint)
+    kind = "EMA weights" if recorded.ema else "plain weights"
+    return [f"Held against the {kind} of iteration {recorded.number}, which the file's record names."]
 
 
 def _plan(checkpoint: Checkpoint, record: ExportRecord) -> LoraPlan:
@@ -192,7 +226,7 @@ class _Comparison:
         for expected in tensor_chunks(source):
             found = read(position, len(expected))
             if found != expected:
-                bits = FLOAT_FORMATS[dtype.name].bits
+                bits = f"<u{dtype.itemsize}"
                 places = np.flatnonzero(np.frombuffer(found, bits) != np.frombuffer(expected, bits))
                 if not different:
                     index = position // dtype.itemsize + int(places[0])
