@@ -52,6 +52,7 @@ class ExportOptions:
         sha256: compute the SHA-256 of the output.
         rank: cut every module of a higher rank down to this one, to the best approximation there is; None keeps all.
             The scale is then multiplied in.
+        verify: check every value of what was written.
     """
 
     format: Format = "diffusers"
@@ -67,6 +68,7 @@ class ExportOptions:
     dry_run: bool = False
     sha256: bool = False
     rank: int | None = None
+    verify: bool = False
 
     @property
     def layout(self) -> LoraLayout:

@@ -29,6 +29,7 @@ from cogtools.conversion.scale import (
     Statement,
     carry,
 )
+from cogtools.conversion.trained import trained_notices
 from cogtools.errors import ExportError, OptionError, Problem, command
 from cogtools.formatting import counted, fold_numbers, number, shown
 from cogtools.layouts import sat
@@ -332,6 +333,7 @@ def plan_lora(
             *config_notices,
             *_scale_notices(scale, config),
             *_left_out_notice(lora),
+            *trained_notices(lora),
             *_size_notice(layout, transformer),
         ),
         config=None if config is None else config.path,

@@ -54,8 +54,11 @@ def header_lines(report: CheckpointReport) -> Iterator[Line]:
         yield _field("model", report.model.name + facts)
     if report.lora is not None:
         yield from _lora(report.lora)
-    else:
+    elif report.other_adapter is None:
         yield from _lora_beside(report)
+    else:
+        adapter = report.other_adapter
+        yield _field("adapter", f"{adapter.name}, not a LoRA: load it with {adapter.readers}", "yellow")
     if report.trainer:
         yield _field("trainer", ", ".join(f"{name} {value}" for name, value in report.trainer.items()))
     if report.second_copy is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -19,11 +20,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from cogtools.errors import KilledError, LibraryError, Problem
-from cogtools.formatting import counted, number
+from cogtools.formatting import counted, number, percent
 from cogtools.layouts.diffusers import module_path, parse_module
 from cogtools.layouts.family import HEAD_SIZE, MODELS, LoraKey
 from cogtools.layouts.folded import fold_modules
 from cogtools.layouts.lora import PEFT_STYLE
+from cogtools.layouts.recognition import BY_NAME
 from cogtools.verification.checks import figures, scalings
 from cogtools.verification.child import answer_with
 from cogtools.verification.expected import expect
@@ -56,8 +58,8 @@ def main() -> None:
 
 def answer(question: dict[str, object]) -> dict[str, object]:
     """Load the file that a question names, into the model that it names."""
-    model, layers = question["model"], question["layers"]
-    with open_written(Path(str(question["path"]))) as lora:
+    model, layers, asked = question["model"], question["layers"], question["format"]
+    with open_written(Path(str(question["path"])), None if asked is None else BY_NAME[str(asked)]) as lora:
         expected = expect(
             lora,
             model=model if isinstance(model, str) else None,
@@ -227,7 +229,7 @@ def _load(lora: Lora, transformer: Any) -> Any:
     Both libraries would ask the Hugging Face Hub for a path that is not a folder; this one is, and they must not.
     """
     folder = lora.checkpoint.path.absolute().parent
-    if lora.intended.scale == "adapter_config":
+    if lora.intended.library == "peft":
         return _load_with_peft(folder, transformer)
     from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
 
@@ -277,9 +279,13 @@ def _held(model: Any, zero: torch.Tensor) -> _Held:
                 held.parameters[_part(name, parameter_name)] = parameter
     adapted = {id(parameter) for parameter in held.parameters.values()}
     for name, parameter in model.named_parameters():
-        if id(parameter) not in adapted and parameter.data_ptr() != zero.data_ptr():
-            held.base[name] = parameter
+        if id(parameter) not in adapted and parameter.data_ptr() != zero.data_ptr() and ".original_module." not in name:
+            held.base[_SAVED_MODULE.sub("", name)] = parameter
     return held
+
+
+_SAVED_MODULE = re.compile(r"modules_to_save\.\w+\.")
+"""What PEFT puts into the names of parameters of `modules_to_save`, of which it keeps the original beside the new."""
 
 
 def _part(path: str, parameter: str) -> LoraKey | str:
@@ -367,17 +373,13 @@ def _wrong_outputs(held: _Held) -> list[Problem]:
     modules = [module for module, distance in varying.items() if distance]
     if modules:
         most = max(varying[module] for module in modules)
-        found = f"another output each time it is run, {_percent(most)} of the update apart"
+        found = f"another output each time it is run, {percent(most)} of the update apart"
         problems.append(_problem(modules, found, "the same output each time"))
     modules = [module for module, distance in off.items() if distance and not varying[module]]
     if modules:
-        found = f"an output that is {_percent(max(off[module] for module in modules))} of the update off"
+        found = f"an output that is {percent(max(off[module] for module in modules))} of the update off"
         problems.append(_problem(modules, found, "scaling * lora_B @ lora_A of its input"))
     return problems
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
 
 
 def _problem(modules: list[Module], found: str, expected: str) -> Problem:

@@ -240,6 +240,7 @@ def test_the_report_of_a_training_says_what_is_in_it(toy: Path) -> None:
                 hint=Hint(command=f"cogtools export-lora {toy} OUT_DIR --format diffusers"),
             ),
         ),
+        other_adapter=None,
         tensors=(),
         selected=2 * len(shapes) - tensors["lora"] + 1,
     )
