@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.checkpoint.dtypes import DTYPES
 from cogtools.conversion.lora import find_lora, find_scale, find_transformer, read_config
-from cogtools.conversion.options import CASTS
+from cogtools.conversion.options import BY_HAND, BY_SCALING, CASTS
 from cogtools.conversion.refusals import no_lora, refuse_unexportable, tensor_parallel
 from cogtools.conversion.scale import (
     ALPHA_SOURCES,
     BY_DEFAULT,
-    BY_HAND,
     BY_NOTHING,
-    BY_SCALING,
     Carried,
     Statement,
     carry,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cogtools.formatting import counted, number
 from cogtools.layouts.family import IN_LAYERS, Module
 from cogtools.layouts.folded import fold_modules
-from cogtools.render.text import Line
+from cogtools.render.lines import Line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from cogtools.errors import SHOWN_PROBLEMS
 from cogtools.formatting import first_of, number, size
+from cogtools.render.lines import Line
 from cogtools.render.readers import reader_lines
-from cogtools.render.text import Line, emit, notice, output_of
+from cogtools.render.text import emit, notice, output_of
 from cogtools.verification.model_report import ModelVerifyReport
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from cogtools.inspection.inspect import inspect_checkpoint
 from cogtools.inspection.report import UpdateReport
 from cogtools.render import text
 from cogtools.render.heat_map import heat_map_lines
+from cogtools.render.lines import Line, Output
 from cogtools.render.screen import DEFAULT_WIDTH, MIN_WIDTH, Screen
-from cogtools.render.text import Line, Output
 from tests.support.command_line import CommandLine, on_terminal, run_python
 
 
