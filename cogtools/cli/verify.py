@@ -83,10 +83,9 @@ def verify_command(
     with Progress("verifying", hidden=quiet or json) as progress:
         report: ModelVerifyReport | VerifyReport
         if holds_model(out):
-            if layers is not None:
-                raise OptionError("--layers is for LoRAs: a model's tensors say how many it has", hint="leave it out")
-            if format is not None:
-                raise OptionError("--format is for LoRAs: of a model its folder tells", hint="leave it out")
+            for option, value in (("--layers", layers), ("--format", format)):
+                if value is not None:
+                    raise OptionError(f"{option} is for LoRAs, and this is a model", file=out, hint="leave it out")
             report = verify_model(
                 out,
                 against=sources,

@@ -30,8 +30,10 @@ def show_verification(report: VerifyReport | ModelVerifyReport, *, quiet: bool =
     output = output_of(sys.stdout)
     lines = _piped(checks) if output.width is None else _on_terminal(checks)
     verdict = Line((verdict_line(report), _STYLES[report.verdict]))
-    about = _about_model(report) if isinstance(report, ModelVerifyReport) else _about(report)
-    readers = [] if isinstance(report, ModelVerifyReport) else _readers(report)
+    if isinstance(report, ModelVerifyReport):
+        about, readers = _about_model(report), []
+    else:
+        about, readers = _about(report), list(_readers(report))
     emit(output.draw([*about, "", *lines, "", *readers, verdict]))
 
 
