@@ -58,8 +58,6 @@ def _export_again(lora: Lora, source: Sequence[object] | None) -> Hint:
     record, path = lora.record, lora.checkpoint.path
     if record.version is None:  # cogtools did not write it, and it may be the only copy
         return Hint(f"make it again with the program that wrote it; {lora.intended.reader} is to load it")
-    if record.merged is not None or record.cut_to is not None:
-        return Hint("merge the LoRAs that its record names again")
     if source is None:  # whether this user has it is not known
         return Hint(f"copy it again from where it came, or export it again from its checkpoint{_made_of(record)}")
     layout = BY_NAME.get(record.format or "", diffusers.LAYOUT)
