@@ -26,8 +26,12 @@ def verify_command(
         ),
     ],
     against: Annotated[
-        Path | None,
-        typer.Option(metavar="CHECKPOINT", help="Compare every value, and the scale, with the checkpoint's."),
+        list[Path] | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Compare every value, and the scale, with the checkpoint's. For a merged model: the base, then the "
+            "LoRAs, each with a --against of its own.",
+        ),
     ] = None,
     iteration: Iteration = None,
     ema: Ema = False,
@@ -74,7 +78,8 @@ def verify_command(
             _refuse_for_models(layers, format)
             report = verify_model(
                 out,
-                against=against,
+                against=against[0] if against else None,
+                loras=against[1:] if against else (),
                 iteration=iteration,
                 ema=ema,
                 load=load,
@@ -86,7 +91,7 @@ def verify_command(
         else:
             report = verify_lora(
                 out,
-                against=against,
+                against=_one(against),
                 iteration=iteration,
                 ema=ema,
                 load=load,
@@ -112,3 +117,10 @@ def _refuse_for_models(layers: int | None, format_: object) -> None:
         raise OptionError("--layers is for LoRAs: a model's tensors say how many it has", hint="leave it out")
     if format_ is not None:
         raise OptionError("--format is for LoRAs: a model is held against the layout that it has", hint="leave it out")
+
+
+def _one(against: list[Path] | None) -> Path | None:
+    """The checkpoint that a LoRA is held against."""
+    if against is not None and len(against) > 1:
+        raise OptionError("a LoRA is held against one checkpoint", found=f"{len(against)} with --against")
+    return against[0] if against else None

@@ -1,6 +1,6 @@
 """The list of files that cogtools puts into a folder that it writes: whether it wrote the folder can be told later.
 
-    cogtools.json    {"files": {name: size in bytes}, "version": of cogtools}
+    cogtools.json    {"files": {name: size in bytes}, "record": how they were made, "version": of cogtools}
 
 A folder that has other files, or files of other sizes, than its list says was changed by somebody else, and is never
 replaced.
@@ -21,13 +21,21 @@ if TYPE_CHECKING:
 
 NAME = "cogtools.json"
 
-_MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 20
+"""The longest list that is read. Real: 1 kB."""
 
 
-def with_manifest(files: Sequence[PlannedFile]) -> tuple[PlannedFile, ...]:
-    """Files of a folder, and the list of them."""
-    sizes = {file.path: file.size_bytes for file in files}
-    content = json.dumps({"files": sizes, "version": __version__}, indent=2, sort_keys=True) + "\n"
+def with_manifest(files: Sequence[PlannedFile], record: str | None = None) -> tuple[PlannedFile, ...]:
+    """Files of a folder, and the list of them.
+
+    Args:
+        files: the files.
+        record: how they were made, as JSON, where they have no header to state it in.
+    """
+    listed: dict[str, object] = {"files": {file.path: file.size_bytes for file in files}, "version": __version__}
+    if record is not None:
+        listed["record"] = json.loads(record)
+    content = json.dumps(listed, indent=2, sort_keys=True) + "\n"
     return (*files, PlannedFile(NAME, content.encode()))
 
 
@@ -35,7 +43,7 @@ def is_ours(folder: Path) -> bool:
     """Whether a folder holds what its list of files says, and nothing else."""
     try:
         with (folder / NAME).open("rb") as file:
-            content = json.loads(file.read(_MAX_BYTES))
+            content = json.loads(file.read(MAX_BYTES))
         listed = content["files"]
         return isinstance(listed, dict) and _sizes(folder) == listed
     except (OSError, ValueError, LookupError, TypeError, RecursionError):

@@ -221,9 +221,9 @@ SAT_ITERATION = "1"
 """The folder of the iteration that a folder for SAT has."""
 
 
-def sat_files(plan: PartPlan) -> tuple[PlannedFile, ...]:
+def sat_files(plan: PartPlan, record: ModelRecord) -> tuple[PlannedFile, ...]:
     """The files of a folder that SAT loads."""
     weights = f"{SAT_ITERATION}/{TRAINER_FILES[0]}"
     archive = TorchArchive(plan.tensors, wrapper="module")
     files = [PlannedFile(weights, tensors=plan.tensors, archive=archive), PlannedFile(LATEST, SAT_ITERATION.encode())]
-    return with_manifest(files)
+    return with_manifest(files, record.text())

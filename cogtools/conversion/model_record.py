@@ -6,7 +6,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from cogtools.conversion.record import RECORD_KEY
+from cogtools.conversion import manifest
+from cogtools.conversion.record import RECORD_KEY, read_record
+from cogtools.errors import CheckpointError
 
 if TYPE_CHECKING:
     from cogtools.checkpoint.index import Checkpoint
@@ -43,12 +45,10 @@ class ModelRecord:
 def read_model_record(checkpoint: Checkpoint) -> ModelRecord:
     """The record in a file, or in the first of several. It may come from anyone: other types count as not there."""
     parts = [checkpoint, *checkpoint.parts.values()]
-    text = next((part.metadata[RECORD_KEY] for part in parts if RECORD_KEY in part.metadata), "{}")
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        content = {}
-    fields = content if isinstance(content, dict) else {}
+    metadata = next((part.metadata for part in parts if RECORD_KEY in part.metadata), None)
+    if metadata is None:
+        metadata = {RECORD_KEY: json.dumps(_listed(checkpoint).get("record"))}
+    fields = _object(metadata[RECORD_KEY])
 
     def word(name: str) -> str | None:
         value = fields.get(name)
@@ -62,4 +62,22 @@ def read_model_record(checkpoint: Checkpoint) -> ModelRecord:
         model=word("model"),
         iteration=iteration if type(iteration) is int else None,
         ema=ema if isinstance(ema, bool) else None,
+        merged=read_record(metadata).merged,
     )
+
+
+def _listed(checkpoint: Checkpoint) -> dict[str, object]:
+    """What stands in the list of files of the folder that a checkpoint is in, or the one above it."""
+    try:
+        file = checkpoint.read_beside(manifest.NAME, manifest.MAX_BYTES, above=True)
+    except CheckpointError:
+        return {}
+    return {} if file is None else _object(file.content)
+
+
+def _object(text: str | bytes) -> dict[str, object]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

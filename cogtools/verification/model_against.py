@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -12,26 +12,32 @@ from cogtools.checkpoint.decoding import doubles
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.tensors import TensorEntry
+from cogtools.conversion.merge_plan import Weighted, merged_into, sum_of
 from cogtools.conversion.model import find_parts, no_model
 from cogtools.conversion.model_plan import plan_for_diffusers, plan_for_sat
 from cogtools.conversion.model_reading import read_text_encoder, read_transformer, read_vae
 from cogtools.conversion.model_record import read_model_record
+from cogtools.conversion.plan import Merge, plan_lora
+from cogtools.conversion.scale import BY_HAND
 from cogtools.errors import Problem
 from cogtools.formatting import counted
-from cogtools.layouts import sat, transformer
+from cogtools.layouts import diffusers, sat, transformer
 from cogtools.layouts.family import MODELS
+from cogtools.layouts.lora import is_lora_key
 from cogtools.layouts.pipeline import TRANSFORMER
 from cogtools.verification.model_values import difference
 from cogtools.verification.positions import Grid, grid_of, position_blocks
 from cogtools.verification.report import Check, judged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from cogtools.checkpoint.index import Checkpoint
     from cogtools.conversion.model import ModelPart
     from cogtools.conversion.model_plan import PartPlan
+    from cogtools.conversion.plan import Planned
+    from cogtools.conversion.record import MergedRecord
     from cogtools.layouts.family import Model
     from cogtools.verification.model_written import WrittenModel, WrittenPart
 
@@ -44,34 +50,34 @@ _HALF_DIFFERENT = 2e-3
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """The checkpoint that a model is held against.
+    """What a model is held against.
 
     Attributes:
-        checkpoint: it.
-        parts: its parts.
+        checkpoint: the checkpoint that it was made of.
+        parts: the parts of that.
+        loras: the LoRAs that were merged into it, in their order, as far as they are files of their own.
     """
 
     checkpoint: Checkpoint
     parts: Mapping[str, ModelPart]
-
-    @property
-    def size_bytes(self) -> int:
-        """The bytes of its tensors."""
-        return sum(entry.size_bytes for part in self.parts.values() for entry in part.tensors.values())
+    loras: tuple[Checkpoint, ...] = ()
 
 
 @contextmanager
-def open_model_source(path: Path, *, iteration: int | None, ema: bool) -> Iterator[ModelSource]:
-    """Open the checkpoint that a model is held against.
+def open_model_source(
+    path: Path, loras: Sequence[Path] = (), *, iteration: int | None, ema: bool
+) -> Iterator[ModelSource]:
+    """Open what a model is held against.
 
     Raises:
-        CogtoolsError: if there is none, or it holds no model.
+        CogtoolsError: if a file is missing, or the checkpoint holds no model.
     """
-    with open_checkpoint(path, iteration=iteration, ema=ema) as checkpoint:
+    with ExitStack() as opened:
+        checkpoint = opened.enter_context(open_checkpoint(path, iteration=iteration, ema=ema))
         parts = find_parts(checkpoint)
         if not parts:
             raise no_model(checkpoint)
-        yield ModelSource(checkpoint, parts)
+        yield ModelSource(checkpoint, parts, tuple(opened.enter_context(open_checkpoint(lora)) for lora in loras))
 
 
 def against_checks(
@@ -81,7 +87,7 @@ def against_checks(
 
     Args:
         written: the model.
-        source: the checkpoint.
+        source: the checkpoint, and the LoRAs that were merged.
         model: the model that it is, where the checkpoint does not tell.
         advance: called with the bytes that were compared, as they are.
 
@@ -97,16 +103,20 @@ def against_checks(
 def _part_checks(
     written: WrittenPart, source: ModelSource, model: Model | None, advance: Callable[[int], None]
 ) -> list[Check]:
-    name = f"{written.name} against"
-    if written.part is None:
+    name, part = f"{written.name} against", written.part
+    if part is None:
         return [Check(name, "skipped", "it cannot be opened")]
     if written.name not in source.parts:
         return [Check(name, "skipped", f"the checkpoint has no {written.name}")]
-    made_of = read_model_record(written.part.checkpoint).source
-    if made_of not in (None, source.checkpoint.path.name):
-        return [Check(name, "skipped", f"made of {made_of}, as its record says")]
+    record = read_model_record(part.checkpoint)
+    names = source.checkpoint.path.name, source.parts[written.name].checkpoint.path.name
+    if record.source not in (None, *names):
+        return [Check(name, "skipped", f"made of {record.source}, as its record says")]
     plan = _plan(written, source.parts[written.name], model)
-    checks = [_compared(name, written, plan, advance)]
+    if record.merged:
+        checks = [_compared_merged(name, part, plan, merged_loras(record.merged, source), advance)]
+    else:
+        checks = [_compared(name, part, plan.tensors, advance)]
     if written.name == TRANSFORMER and written.config is not None:
         checks.append(_config(written, plan))
         positions = _positions(written, source.parts[TRANSFORMER])
@@ -125,17 +135,82 @@ def _plan(written: WrittenPart, part: ModelPart, model: Model | None) -> PartPla
     return plan_for_diffusers(reading)
 
 
-def _compared(name: str, written: WrittenPart, plan: PartPlan, advance: Callable[[int], None]) -> Check:
-    found = {_by_table(key): (key, entry) for key, entry in (written.part.tensors.items() if written.part else ())}
+def _compared(
+    name: str, part: ModelPart, tensors: Sequence[Planned], advance: Callable[[int], None], *, how: str = ""
+) -> Check:
+    """Hold tensors against a part's: those that are computed within one unit in the last place."""
+    found = {_by_table(key): (key, entry) for key, entry in part.tensors.items()}
+    computed = None
+    if any(planned.compute is not None for planned in tensors):
+        from cogtools.conversion.arithmetic import Computed
+
+        computed = Computed().content
     problems = []
-    for planned in plan.tensors:
+    for planned in tensors:
         key, entry = found.get(_by_table(planned.key), (planned.key, None))
-        problem = Problem("missing", key) if entry is None else difference(key, entry, planned, advance)
+        problem = Problem("missing", key) if entry is None else difference(key, entry, planned, advance, computed)
         problems += [] if problem is None else [problem]
-    good = f"{counted(len(plan.tensors), 'tensor')} equal the checkpoint's bit for bit"
+    exact = sum(planned.compute is None for planned in tensors)
+    good = f"{counted(exact, 'tensor')} equal the checkpoint's bit for bit{how}"
     return judged(
-        name, problems, good, f"{len(problems)} of {counted(len(plan.tensors), 'tensor')} are not the checkpoint's"
+        name, problems, good, f"{len(problems)} of {counted(len(tensors), 'tensor')} are not the checkpoint's{how}"
     )
+
+
+def _compared_merged(
+    name: str, part: ModelPart, plan: PartPlan, loras: Merged, advance: Callable[[int], None]
+) -> Check:
+    """Hold a merged transformer against its base with the LoRAs added to it."""
+    dtypes = {entry.dtype for entry in part.tensors.values()}
+    dtype = next(iter(dtypes)) if len(dtypes) == 1 else None
+    if loras.missing:
+        base = merged_into(plan, part.layout, {}, dtype)
+        kept = [tensor for tensor in base if not transformer.modules_of(tensor.key, part.layout)]
+        left = len(plan.tensors) - len(kept)
+        what = f"; {counted(left, 'weight')} cannot be compared without the LoRAs merged into them"
+        check = _compared(name, part, kept, advance, how=what)
+        missing = tuple(
+            Problem("missing", text, expected="with another --against, in their order") for text in loras.missing
+        )
+        return replace(check, status="warn" if check.status == "pass" else "fail", problems=(*check.problems, *missing))
+    tensors = merged_into(plan, part.layout, sum_of(loras.weighted), dtype)
+    count = sum(isinstance(tensor.compute, Merge) for tensor in tensors)
+    how = f", {count} with the LoRAs added within one unit in the last place"
+    return _compared(name, part, tensors, advance, how=how)
+
+
+class Merged(NamedTuple):
+    """The LoRAs that were merged into a model.
+
+    Attributes:
+        weighted: each, and how strongly.
+        missing: those that are not there, by the names of their files.
+    """
+
+    weighted: tuple[Weighted, ...]
+    missing: tuple[str, ...]
+
+
+def merged_loras(records: Sequence[MergedRecord], source: ModelSource) -> Merged:
+    """The LoRAs that a model's record names, among those that are given; the checkpoint's own is one of them.
+
+    Raises:
+        CogtoolsError: if a LoRA cannot be read.
+    """
+    given = list(source.loras)
+    weighted, missing = [], []
+    for record in records:
+        if given and record.source in (None, given[0].path.name):
+            checkpoint = given.pop(0)
+        elif record.source == source.checkpoint.path.name and any(map(is_lora_key, source.checkpoint.tensors)):
+            checkpoint = source.checkpoint
+        else:
+            missing.append(str(record.source))
+            continue
+        alpha = record.alpha if record.alpha_source == BY_HAND else None
+        plan = plan_lora(checkpoint, diffusers.LAYOUT, alpha=alpha, allow_partial=True)
+        weighted.append(Weighted(plan, 1.0 if record.weight is None else record.weight))
+    return Merged(tuple(weighted), tuple(missing))
 
 
 def _by_table(key: str) -> str:

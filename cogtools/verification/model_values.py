@@ -9,10 +9,12 @@ import numpy as np
 from cogtools.checkpoint.decoding import doubles
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.errors import Problem
-from cogtools.verification.values import FLOAT_FORMATS, SCAN_BYTES, place
+from cogtools.verification.values import FLOAT_FORMATS, SCAN_BYTES, Float, place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
 
     from cogtools.checkpoint.dtypes import DType
     from cogtools.checkpoint.tensors import TensorEntry
@@ -42,40 +44,58 @@ def not_finite(key: str, entry: TensorEntry, advance: Callable[[int], None]) -> 
     return Problem("not_finite", key, f"{first} ({count:,} of {entry.numel:,} values)") if count else None
 
 
-def difference(key: str, entry: TensorEntry, planned: Planned, advance: Callable[[int], None]) -> Problem | None:
+def difference(
+    key: str,
+    entry: TensorEntry,
+    planned: Planned,
+    advance: Callable[[int], None],
+    computed: Callable[[Planned], Iterator[bytes | memoryview]] | None = None,
+) -> Problem | None:
     """How a tensor differs from what it should be; None if it does not.
 
     Args:
         key: its key, for the problem.
         entry: the tensor.
-        planned: what it should be: rows of a checkpoint, which are copied.
+        planned: what it should be.
         advance: called with the bytes that were compared, as they are.
+        computed: computes what is not copied: then a value may be one unit in the last place away, as another machine
+            may add up in another order.
     """
     if (entry.dtype, entry.shape) != (planned.dtype, planned.shape):
-        found, expected = (
-            f"{dtype} {shape}" for dtype, shape in ((entry.dtype, entry.shape), (planned.dtype, planned.shape))
-        )
+        both = (entry.dtype, entry.shape), (planned.dtype, planned.shape)
+        found, expected = (f"{dtype} {shape}" for dtype, shape in both)
         return Problem("value", key, found, f"{expected}, as the checkpoint has it")
-    position = 0
-    for found_bytes, expected_bytes in zip(
-        _even(tensor_chunks(entry, SCAN_BYTES)), _even(_planned_chunks(planned)), strict=True
-    ):
-        if found_bytes != expected_bytes:
-            itemsize = entry.dtype.itemsize
-            unequal = np.frombuffer(found_bytes, np.uint8) != np.frombuffer(expected_bytes, np.uint8)
-            at = int(np.flatnonzero(unequal)[0]) // itemsize
-            return Problem(
-                "value",
-                key,
-                _shown(found_bytes, at, entry.dtype, position, entry.shape),
-                f"{_value(expected_bytes, at, entry.dtype)}, as the checkpoint has it",
-            )
-        position += len(found_bytes) // entry.dtype.itemsize
-        advance(len(found_bytes))
+    form = None if planned.compute is None else FLOAT_FORMATS.get(entry.dtype.name)
+    made = _copied(planned) if planned.compute is None or computed is None else map(bytes, computed(planned))
+    itemsize, position = entry.dtype.itemsize, 0
+    for held, right in zip(_even(tensor_chunks(entry, SCAN_BYTES)), _even(made), strict=True):
+        at = None if held == right else _first_apart(held, right, itemsize, form)
+        if at is not None:
+            found = _shown(held, at, entry.dtype, position, entry.shape)
+            return Problem("value", key, found, f"{_value(right, at, entry.dtype)}, as the checkpoint has it")
+        position += len(held) // itemsize
+        advance(len(held))
     return None
 
 
-def _planned_chunks(planned: Planned) -> Iterator[bytes]:
+def _first_apart(held: bytes, right: bytes, itemsize: int, form: Float | None) -> int | None:
+    """The first element that is not the same, or with a format more than one unit in the last place away."""
+    if form is None:
+        unequal = np.frombuffer(held, np.uint8) != np.frombuffer(right, np.uint8)
+        return int(np.flatnonzero(unequal)[0]) // itemsize
+    apart = np.flatnonzero(np.abs(_in_order(held, form, itemsize) - _in_order(right, form, itemsize)) > 1)
+    return int(apart[0]) if len(apart) else None
+
+
+def _in_order(data: bytes, form: Float, itemsize: int) -> NDArray[np.int64]:
+    """Floating-point numbers as integers that are in the same order: neighbours are one apart."""
+    bits = np.frombuffer(data, form.bits).astype(np.int64)
+    sign = 1 << (8 * itemsize - 1)
+    magnitude = bits & (sign - 1)
+    return np.where(bits == magnitude, magnitude, -magnitude)
+
+
+def _copied(planned: Planned) -> Iterator[bytes]:
     for piece in planned.pieces:
         if isinstance(piece, bytes):
             yield piece

@@ -18,7 +18,7 @@ from cogtools.verification.report import verdict_of
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from cogtools.layouts.family import Model
     from cogtools.verification.model_against import ModelSource
@@ -30,6 +30,7 @@ def verify_model(
     out: str | os.PathLike[str],
     *,
     against: str | os.PathLike[str] | None = None,
+    loras: Sequence[str | os.PathLike[str]] = (),
     iteration: int | None = None,
     ema: bool = False,
     load: bool = False,
@@ -43,6 +44,7 @@ def verify_model(
     Args:
         out: a pipeline, a folder of parts, one part's folder, a file of weights, or a folder that SAT loads.
         against: the checkpoint that it was made of: every byte is compared.
+        loras: the LoRAs that were merged into it, in their order, where they are files of their own.
         iteration: which iteration of the checkpoint, where that is a save folder; None takes the latest.
         ema: hold it against its EMA weights.
         load: load every part with diffusers and transformers.
@@ -67,7 +69,8 @@ def verify_model(
         if against is not None:
             from cogtools.verification.model_against import open_model_source
 
-            source = opened.enter_context(open_model_source(Path(against), iteration=iteration, ema=ema))
+            given = list(map(Path, loras))
+            source = opened.enter_context(open_model_source(Path(against), given, iteration=iteration, ema=ema))
         known = asked or model_of(written)
         checks = _checks(written, source, known, _Meter(progress, written.size_bytes * (1 if source is None else 2)))
         libraries: dict[str, str] = {}

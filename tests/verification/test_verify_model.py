@@ -431,3 +431,70 @@ def test_another_training_is_not_the_checkpoint(exported: Path, tmp_path: Path, 
     )
     assert result.code == 1
     assert result.out.splitlines()[-1].startswith("NOT verified: 1 of ")
+
+
+# Merged models
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two LoRAs of a toy 5B, strong enough that rounding does not lose them."""
+    folder = tmp_path_factory.mktemp("loras")
+    for number in (1, 2):
+        state = sat_state_dict(TOY_5B, 4, seed=number)
+        for key in state:
+            if ".matrix_B." in key:
+                state[key].mul_(100)
+        run = save_model_run(folder / f"run{number}", TOY_5B, rank=4, state=state)
+        cogtools.export_lora(run, folder / f"lora{number}.safetensors")
+    return [folder / "lora1.safetensors", folder / "lora2.safetensors"]
+
+
+@pytest.mark.parametrize("options", [{}, {"format": "sat"}, {"dtype": "fp32"}], ids=["diffusers", "sat", "fp32"])
+def test_a_merged_model_is_held_against_its_base_and_the_loras(
+    options: dict[str, Any], loras: list[Path], tmp_path: Path
+) -> None:
+    base = save_model_run(tmp_path / "base", TOY_5B)
+    cogtools.merge(base, *loras, out=tmp_path / "out", weights=[1, 0.5], **options)
+    report = cogtools.verify_model(tmp_path / "out", against=base, loras=loras, model="5b")
+    (against,) = [check for check in report.checks if check.name == "transformer against"]
+    assert against.status == "pass"
+    count = 6 if options.get("format") == "sat" else 12
+    assert against.seen.endswith(f", {count} with the LoRAs added within one unit in the last place")
+    alone = cogtools.verify_model(tmp_path / "out", against=base, model="5b")
+    (check,) = [check for check in alone.checks if check.name == "transformer against"]
+    assert check.status == "warn"
+    assert [problem.subject for problem in check.problems] == ["lora1.safetensors", "lora2.safetensors"]
+    swapped = cogtools.verify_model(tmp_path / "out", against=base, loras=[loras[0]], model="5b")
+    (check,) = [check for check in swapped.checks if check.name == "transformer against"]
+    assert [problem.subject for problem in check.problems] == ["lora2.safetensors"]
+
+
+def test_a_merged_model_of_other_strength_or_with_another_value_is_found(loras: list[Path], tmp_path: Path) -> None:
+    base = save_model_run(tmp_path / "base", TOY_5B)
+    cogtools.merge(base, loras[0], out=tmp_path / "out")
+    file = tmp_path / "out/transformer" / WEIGHTS
+    for key in ("transformer_blocks.1.attn1.to_q.weight", "norm_final.bias"):
+        edit_tensors(file, lambda tensors, key=key: tensors[key].view(-1)[5:6].add_(1))  # type: ignore[misc]
+    report = cogtools.verify_model(tmp_path / "out", against=base, loras=loras[:1])
+    (check,) = [check for check in report.checks if check.name == "transformer against"]
+    assert check.status == "fail"
+    assert {problem.subject for problem in check.problems} == {
+        "transformer_blocks.1.attn1.to_q.weight", "norm_final.bias"
+    }  # fmt: skip
+
+
+def test_a_checkpoint_merged_with_its_own_lora_is_held_against_itself(
+    tmp_path: Path, cogtools_cli: CommandLine
+) -> None:
+    run = save_model_run(tmp_path / "run", TOY_5B, rank=4)
+    cogtools.merge(run, out=tmp_path / "out")
+    result = cogtools_cli("verify", tmp_path / "out/transformer", "--against", run)
+    assert result.code == 0
+    assert "12 with the LoRAs added within one unit in the last place" in result.out
+
+
+def test_a_lora_is_held_against_one_checkpoint(loras: list[Path], tmp_path: Path, cogtools_cli: CommandLine) -> None:
+    result = cogtools_cli("verify", loras[0], "--against", tmp_path, "--against", tmp_path)
+    assert result.code == 2
+    assert "a LoRA is held against one checkpoint" in result.err
