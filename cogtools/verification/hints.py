@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cogtools.conversion.options import CASTS
+from cogtools.conversion.options import CASTS, format_words
 from cogtools.errors import Hint, command
 from cogtools.layouts import diffusers
 from cogtools.layouts.recognition import BY_NAME
@@ -56,7 +56,7 @@ def _export_again(lora: Lora, source: Sequence[object]) -> Hint:
     if record.version is None:  # cogtools did not write it, and it may be the only copy
         return Hint(f"make it again with the program that wrote it; {lora.intended.reader} is to load it")
     layout = BY_NAME.get(record.format or "", diffusers.LAYOUT)
-    options: list[object] = [] if layout is diffusers.LAYOUT else ["--format", layout.name]
+    options: list[object] = [*format_words(layout)]
     for name, value in (("--alpha", record.alpha_by_hand), ("--scaling", record.scaling_by_hand)):
         options += [name, value] if value is not None else []
     if record.scale == "fold":
