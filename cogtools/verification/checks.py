@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from cogtools.checkpoint.formats import safetensors
 from cogtools.conversion.adapter_config import path_ends
 from cogtools.conversion.lora import find_other_adapter
+from cogtools.conversion.options import format_words
 from cogtools.conversion.plan import FLOATS
 from cogtools.conversion.scale import BY_NOTHING
 from cogtools.errors import Hint, Problem, command
@@ -144,7 +145,7 @@ def _who_reads_them(lora: Lora, odd: Mapping[str, LoraKey]) -> Hint:
     layout, path = lora.intended, lora.checkpoint.path
     if not lora.tensors:
         return _look(lora)
-    again = command("export-lora", path, "OUT_DIR", "--format", layout.name, advice=f"for {layout.reader}")
+    again = command("export-lora", path, "OUT_DIR", *format_words(layout), advice=f"for {layout.reader}")
     if not odd:
         return Hint(f"name it {layout.file_name}") if _wrong_file_name(lora) else _look(lora)
     readers = {None if (reading := lora.reading(key)) is None else reading.layout for key in odd}
@@ -425,7 +426,7 @@ def _weight(lora: Lora) -> Hint:
         )  # fmt: skip
     weight = number(1 / rank) if rank else "1 / rank"
     return command(
-        "export-lora", path, "OUT_DIR", "--format", lora.intended.name, "--alpha", "1",
+        "export-lora", path, "OUT_DIR", *format_words(lora.intended), "--alpha", "1",
         advice=f"load it at weight alpha / rank ({weight} for SAT's default alpha, 1); to write a file that states it",
     )  # fmt: skip
 
@@ -508,8 +509,10 @@ def recorded_scalings(lora: Lora) -> dict[Module, float]:
     """The scaling that each module of a file should have by its record, as far as that tells."""
     record, layout = lora.record, lora.intended
     found: dict[Module, float] = {}
+    if record.scale not in ("metadata", "fold", "none"):
+        return found
     for module, rank in lora.ranks.items():
-        scaling = record.scaling_of(rank) if record.scale in ("metadata", "fold", "none") and rank else None
-        if scaling is not None:
+        scaling = record.scaling_of(record.rank or rank)
+        if scaling is not None and rank:
             found[module] = (layout.scaling_unstated(rank) or 1.0) if record.scale == "fold" else scaling
     return found
