@@ -21,6 +21,9 @@ Scale = Literal["metadata", "fold", "none"]
 """How an exported file carries alpha / rank: stated where its program looks for it, multiplied into its weights, or
 not at all."""
 
+BY_HAND, BY_SCALING = "--alpha", "--scaling"
+"""The options that state the scale, by which reports and records name it where the user did."""
+
 Cast = Literal["keep", "fp32", "fp16", "bf16"]
 """What an exported file's tensors are cast to."""
 

@@ -25,6 +25,7 @@ from cogtools.conversion.model_plan import (
     sat_files,
 )
 from cogtools.conversion.model_reading import (
+    model_name,
     model_of_slug,
     read_text_encoder,
     read_transformer,
@@ -327,6 +328,7 @@ def _record(plan: PartPlan) -> ModelRecord:
         model=None if model is None else model.slug,
         iteration=iteration if isinstance(iteration, int) else None,
         ema=None if run is None else run.chosen.ema,
+        dtype=None if plan.cast_to is None else plan.cast_to.name,
         merged=plan.merged or None,
     )
 
@@ -369,7 +371,9 @@ def _prepare_sat(source: Checkpoint, out: Path, options: ModelOptions, change: C
     notices += [f"Made up: {key} ({what})." for key, what in plan.made_up.items()]
     if sat.PREFIX + transformer.SAT_POSITIONS not in plan.rows and not _is_rotary(reading):
         notices.append(f"Left out: {transformer.SAT_POSITIONS}. SAT computes it, as it does for the released file.")
-    return PreparedModel((plan,), {out: sat_files(plan)}, {}, None, tuple(part.checkpoint.files), tuple(notices))
+    return PreparedModel(
+        (plan,), {out: sat_files(plan, _record(plan))}, {}, None, tuple(part.checkpoint.files), tuple(notices)
+    )
 
 
 def _is_rotary(reading: Reading) -> bool:
@@ -422,21 +426,6 @@ def model_report(source: Checkpoint, out: Path, prepared: PreparedModel, options
         notices=prepared.notices,
         plan=_plan_report(prepared.plans) if options.dry_run else None,
     )
-
-
-def model_name(reading: Reading) -> str:
-    """The name of a part's model, and its sizes where those are not the published ones."""
-    model = reading.model
-    if model is None:
-        return "a text encoder"
-    if reading.part.name != TRANSFORMER:
-        return model.name
-    layers, heads = reading.config.get("num_layers"), reading.config.get("num_attention_heads")
-    head = reading.config.get("attention_head_dim")
-    if (layers, heads) == (model.layers, model.heads):
-        return model.name
-    hidden = heads * head if isinstance(heads, int) and isinstance(head, int) else "?"
-    return f"{model.name}, of other sizes: {layers} layers, hidden size {hidden}"
 
 
 def _part_report(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cogtools.conversion.lora import scale_of
+from cogtools.conversion.lora import find_scale, scale_of
 from cogtools.conversion.options import FORMATS
 from cogtools.conversion.plan import LoraPlan, can_hold, plan_lora
 from cogtools.conversion.readers import readers_of
 from cogtools.conversion.refusals import refuse_unexportable
 from cogtools.conversion.scale import BY_NOTHING
-from cogtools.errors import CogtoolsError, Hint, command
+from cogtools.errors import CogtoolsError, ExportError, Hint, Problem, command
 from cogtools.inspection.report import ExportOutlook, LoraReport
 from cogtools.layouts import comfyui, diffusers
 from cogtools.layouts.folded import fold_names
@@ -31,7 +31,6 @@ def describe_lora(checkpoint: Checkpoint, lora: Lora, model: Transformer | None)
     kinds = {(name.name, name.part) for name in expected if name.layer is not None}
     lacking = sorted(expected - lora.tensors.keys(), key=lambda name: name.order)
     missing = tuple(fold_names(lacking, kinds))
-    stated = lora.stated.get(lora.intended.scale)
     scalings = () if scale is None else (scaling for scaling in scale.scalings.values() if scaling is not None)
     return LoraReport(
         layout=None if lora.layout is None else lora.layout.name,
@@ -48,12 +47,32 @@ def describe_lora(checkpoint: Checkpoint, lora: Lora, model: Transformer | None)
         alpha=scale.alpha if scale is not None else None,
         alpha_source=scale.source if scale is not None and is_stated else None,
         reader=lora.intended.reader,
-        unstated_scaling=lora.intended.unstated_scaling,
-        misstated=stated.problems if stated is not None else (),
+        unstated_scaling=_unstated_scaling(lora),
+        misstated=_misstated(lora),
         scalings=tuple(sorted(set(scalings))),
         export=outlook,
         readers=readers_of(lora, scale, model),
     )
+
+
+def _unstated_scaling(lora: Lora) -> float | None:
+    """What the program that the file is for multiplies every update by where nothing states the scale."""
+    found = {lora.intended.scaling_unstated(rank) for rank in lora.ranks.values() if rank} or {None}
+    return found.pop() if len(found) == 1 else None
+
+
+def _misstated(lora: Lora) -> tuple[Problem, ...]:
+    """What is wrong with what the file states of its scale."""
+    stated = lora.stated.get(lora.intended.scale)
+    if stated is not None and stated.problems:
+        return stated.problems
+    if lora.layout is None:
+        return ()
+    try:
+        find_scale(lora)
+    except ExportError as error:
+        return error.problems
+    return ()
 
 
 def names_of(lora: Lora) -> str | None:
@@ -94,7 +113,7 @@ def _expected(lora: Lora, model: Transformer | None, plan: LoraPlan | None) -> f
     if lora.layout is None:
         return frozenset()
     if plan is not None:
-        return lora.expected(plan.layers)
+        return frozenset(plan.names)  # it is refused if any is missing
     every = lora.expected(range(model.layers) if model is not None else lora.layers)
     stated = lora.stated.get(lora.intended.scale)
     if stated is None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from cogtools.conversion.scale import ALPHA_SOURCES
 from cogtools.errors import SHOWN_PROBLEMS
 from cogtools.formatting import counted, first_of, fold_numbers, number, size, truncate
+from cogtools.render.lines import Line
 from cogtools.render.readers import reader_lines
-from cogtools.render.text import Line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         LoraReport,
         SecondCopy,
     )
-    from cogtools.render.text import Output
+    from cogtools.render.lines import Output
 
 SHOWN_ITERATIONS = 3
 """Of many iterations, so many are named at the beginning and at the end, besides the marked ones."""

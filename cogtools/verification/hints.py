@@ -64,14 +64,21 @@ def _export_again(lora: Lora, source: Sequence[object] | None) -> Hint:
     options: list[object] = [] if layout is diffusers.LAYOUT else ["--format", layout.name]
     for name, value in (("--alpha", record.alpha_by_hand), ("--scaling", record.scaling_by_hand)):
         options += [name, value] if value is not None else []
-    if record.scale == "fold":
+    for merged in record.merged or ():
+        options += ["--weight", merged.weight] if merged.weight is not None else []
+    if record.cut_to is not None:
+        options += ["--rank", record.cut_to]
+    elif record.scale == "fold" and record.merged is None:
         options += ["--scale", "fold"]
     if record.dtype in _CASTS and record.dtype != record.source_dtype:
         options += ["--dtype", _CASTS[record.dtype]]
     out = path
     for _ in (layout.path or "").split("/") if layout.is_folder or path.suffix != ".safetensors" else ():
         out = out.parent
-    return command("export-lora", *source, out, *options, "--overwrite")
+    if record.merged is None:
+        return command("export-lora", *source, out, *options, "--overwrite")
+    loras = source if len(source) > 1 else [lora.source or "LORA" for lora in record.merged]
+    return command("merge", *loras, out, *options, "--overwrite")
 
 
 def _made_of(record: ExportRecord) -> str:

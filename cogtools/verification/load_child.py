@@ -9,7 +9,6 @@ leaves it. What the libraries say while they load is heard, whatever the log lev
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import re
 import warnings
@@ -30,6 +29,7 @@ from cogtools.verification.checks import figures, scalings
 from cogtools.verification.child import answer_with
 from cogtools.verification.expected import expect
 from cogtools.verification.load import Loaded, answer_of, error_of
+from cogtools.verification.overheard import LIBRARIES, everything_said, one_line
 from cogtools.verification.report import Check
 from cogtools.verification.written import open_written
 
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from cogtools.layouts.family import Model, Module, Transformer
     from cogtools.verification.expected import Expected
     from cogtools.verification.report import Status
-
-LIBRARIES = ("diffusers", "peft", "transformers", "huggingface_hub", "accelerate")
 
 _TRIED = 4
 """How many random vectors each module is run on at once."""
@@ -115,18 +113,18 @@ def _load_lora(lora: Lora, expected: Expected) -> Loaded:
         return Loaded(Check("load", status, seen, tuple(problems)), libraries, modules)
 
     held = _Held({}, {}, {})
-    with _everything_said() as said:
+    with everything_said() as said:
         try:
             transformer, zero = weightless_transformer(expected.transformer, _dtype(lora))
             loaded = _load(lora, transformer)
         except Exception as error:  # noqa: BLE001 - whatever they raise is what a user of the file would see
             _raise_if_out_of_memory(error)
-            text = f"{type(error).__name__}: {_one_line(str(error))}"
+            text = f"{type(error).__name__}: {one_line(str(error))}"
             return found("fail", f"{names} do not load it", [Problem("error", text)])
     held = _held(loaded, zero)
     problems = [*_wrong_modules(lora, expected, held.adapters), *_wrong_tensors(lora, held)]
     problems += _wrong_outputs(held)
-    heard = [Problem("library_warning", f"{library}: {_one_line(text)}") for library, text in said]
+    heard = [Problem("library_warning", f"{library}: {one_line(text)}") for library, text in said]
     if problems or not all(text.startswith(_HARMLESS) for _, text in said):
         return found("fail", f"{names}: not loaded as the file says", [*heard, *problems])
     modules = f"{counted(len(held.adapters), 'module')} of {_which(expected.transformer)}"
@@ -158,7 +156,7 @@ def _import_libraries() -> dict[str, str]:
         _raise_if_out_of_memory(error)
         raise LibraryError(
             f"these cannot be imported together: {', '.join(_installed())}",
-            found=f"{type(error).__name__}: {_one_line(str(error))}",
+            found=f"{type(error).__name__}: {one_line(str(error))}",
             hint="install releases that go together: pip install --upgrade diffusers peft transformers accelerate",
         ) from error
     return {"diffusers": diffusers.__version__, "peft": peft.__version__}
@@ -368,7 +366,7 @@ def _wrong_outputs(held: _Held) -> list[Problem]:
                     off[module], varying[module] = _run(adapter, own)
         except Exception as error:  # noqa: BLE001 - whatever it raises is what a user of the file would see
             _raise_if_out_of_memory(error)
-            errors.setdefault(f"{type(error).__name__}: {_one_line(str(error))}", []).append(module)
+            errors.setdefault(f"{type(error).__name__}: {one_line(str(error))}", []).append(module)
     problems = [_problem(modules, f"cannot be run: {text}", "its output") for text, modules in errors.items()]
     modules = [module for module, distance in varying.items() if distance]
     if modules:
@@ -445,42 +443,3 @@ def _in_double(layer: Any) -> Iterator[None]:
 
 
 # What the libraries say
-
-
-@contextlib.contextmanager
-def _everything_said() -> Iterator[list[tuple[str, str]]]:
-    """Collect (library, text) of what the libraries warn of, by their loggers and by `warnings`; print nothing.
-
-    Their log level is that which they have by default, whatever the environment says.
-    """
-    said: list[tuple[str, str]] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append((record.name.split(".")[0], record.getMessage()))
-
-    listener = Listener(logging.WARNING)
-    loggers = [logging.getLogger(name) for name in LIBRARIES]
-    before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
-    for logger in loggers:
-        logger.handlers[:], logger.propagate = [listener], False
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            yield said
-        said += [(_library(warning.filename), str(warning.message)) for warning in warned]
-    finally:
-        for logger, handlers, level, propagate in before:
-            logger.handlers[:], logger.propagate = handlers, propagate
-            logger.setLevel(level)
-
-
-def _library(filename: str) -> str:
-    """The library that a source file belongs to."""
-    return next((name for name in (*LIBRARIES, "torch") if name in Path(filename).parts), Path(filename).name)
-
-
-def _one_line(text: str, length: int = 300) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"

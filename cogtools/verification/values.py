@@ -35,7 +35,7 @@ def place(index: int, shape: tuple[int, ...]) -> str:
     return str([int(axis) for axis in np.unravel_index(index, shape)]) if shape else "[]"
 
 
-class _Bits(NamedTuple):
+class Bits(NamedTuple):
     """What bit patterns of a dtype stand for.
 
     Attributes:
@@ -49,20 +49,20 @@ class _Bits(NamedTuple):
     zero: Callable[[Array], Array]
 
 
-def _bits_of(dtype: DType) -> _Bits | None:
+def bits_of(dtype: DType) -> Bits | None:
     """What its bit patterns stand for; None if there is not a number for each element."""
     code = raw_code(dtype, big_endian=False).replace("f", "u").replace("i", "u")
     form = FLOAT_FORMATS.get(dtype.name)
     if form is not None:
         magnitude = (1 << (8 * dtype.itemsize - 1)) - 1
-        return _Bits(code, lambda bits: (bits & form.exponent) == form.exponent, lambda bits: (bits & magnitude) == 0)
+        return Bits(code, lambda bits: (bits & form.exponent) == form.exponent, lambda bits: (bits & magnitude) == 0)
     if not can_decode(dtype):
         return None
     if dtype.itemsize > 1 or not dtype.name.startswith("float"):  # whole numbers
-        return _Bits(code, lambda bits: np.zeros(bits.shape, bool), lambda bits: bits == 0)
+        return Bits(code, lambda bits: np.zeros(bits.shape, bool), lambda bits: bits == 0)
     numbers = doubles(bytes(range(256)), dtype)
     not_finite, zero = ~np.isfinite(numbers), numbers == 0
-    return _Bits(code, lambda bits: not_finite[bits], lambda bits: zero[bits])
+    return Bits(code, lambda bits: not_finite[bits], lambda bits: zero[bits])
 
 
 @dataclass(slots=True)
@@ -92,7 +92,7 @@ def value_checks(lora: Lora, advance: Callable[[int], None]) -> list[Check]:
     scan = _Scan()
     in_file_order = sorted(lora.tensors.items(), key=lambda item: item[1].entry.storage.range().offset_bytes)
     for name, tensor in in_file_order:
-        bits = _bits_of(tensor.entry.dtype)
+        bits = bits_of(tensor.entry.dtype)
         if bits is not None and tensor.entry.numel:
             scan.read += 1
             _scan(scan, name, tensor.key, tensor.entry, bits, advance)
@@ -123,9 +123,7 @@ def _why_nothing(lora: Lora) -> str:
     return "its tensors are empty" if lora.tensors else "no tensors"
 
 
-def _scan(
-    scan: _Scan, name: LoraKey, key: str, entry: TensorEntry, form: _Bits, advance: Callable[[int], None]
-) -> None:
+def _scan(scan: _Scan, name: LoraKey, key: str, entry: TensorEntry, form: Bits, advance: Callable[[int], None]) -> None:
     is_zero, is_constant, bad, first_bad, position = True, True, 0, "", 0
     first_value = None
     for chunk in tensor_chunks(entry, SCAN_BYTES):
@@ -152,6 +150,6 @@ def _scan(
         scan.constant.append(Problem("constant", key, f"{value:.6g} throughout"))
 
 
-def _are_all(value: np.generic, bits: Array, form: _Bits) -> bool:
+def _are_all(value: np.generic, bits: Array, form: Bits) -> bool:
     """Whether all numbers of some bits are one value; 0 and -0 are."""
     return bool((bits == value).all() or (form.zero(np.asarray(value)).all() and form.zero(bits).all()))
