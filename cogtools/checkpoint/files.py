@@ -167,9 +167,9 @@ class SourceFile:
         """Close the file; a second call does nothing."""
         if self._spool is not None:
             self._spool.close()
-        if self.fd >= 0:
-            _close(self.fd)
-            self.fd = -1
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            _close(fd)
 
     def __enter__(self) -> Self:
         return self

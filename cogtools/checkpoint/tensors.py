@@ -79,7 +79,7 @@ class TensorEntry:
     @property
     def size_bytes(self) -> int:
         """How many bytes its elements take when they lie one after the other."""
-        return self.numel * self.dtype.itemsize
+        return self.dtype.size_bytes(self.numel)
 
     @property
     def offset_bytes(self) -> int:
@@ -94,7 +94,7 @@ class TensorEntry:
         elements = 1
         for size, stride in zip(self.shape, self.stride, strict=True):
             elements += (size - 1) * stride
-        return elements * self.dtype.itemsize
+        return self.dtype.size_bytes(elements)
 
     @property
     def is_contiguous(self) -> bool:
@@ -106,6 +106,18 @@ class TensorEntry:
             expected *= size
         return True
 
+    def rows(self, first: int, last: int) -> TensorEntry:
+        """A view of the rows from `first` up to `last`, which is not one of them. No bytes are read.
+
+        Raises:
+            ValueError: if it does not have these rows.
+        """
+        if not self.shape or not 0 <= first <= last <= self.shape[0]:
+            raise ValueError(f"no rows {first} to {last} in a tensor of shape {self.shape}")
+        shape = (last - first, *self.shape[1:])
+        offset = self.storage_offset + first * self.stride[0] if last > first else self.storage_offset
+        return TensorEntry(self.dtype, shape, self.stride, self.storage, offset)
+
     def range(self) -> FileRange | None:
         """Where its bytes lie in a file as safetensors wants them; None if they have to be rearranged."""
         swapped = self.storage.big_endian and self.dtype.swap_bytes > 1
@@ -113,6 +125,22 @@ class TensorEntry:
             return None
         file, start, _ = self.storage.range()
         return FileRange(file, start + self.offset_bytes, self.size_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class OtherTensor:
+    """A tensor that is not a view of one storage, so that only its kind is told.
+
+    Attributes:
+        kind: what it is, such as "a sparse tensor".
+        advice: how to save it with its values, where they are not in the file, or not all of them; else None.
+    """
+
+    kind: str
+    advice: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind}, which is not described further"
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from cogtools.cli.options import COULD_NOT, Ema, Iteration, Json, Quiet
-from cogtools.conversion.options import Cast, ExportOptions, Scale
-from cogtools.errors import OptionError
+from cogtools.cli.options import COULD_NOT, Ema, Iteration, Json, Quiet, Rank
+from cogtools.conversion.options import Cast, ExportOptions, Format, Scale
+from cogtools.errors import OptionError, PrintError
 from cogtools.render import text
+
+if TYPE_CHECKING:
+    from cogtools.export.batch import BatchItem
 
 
 def export_lora_command(
@@ -20,23 +25,35 @@ def export_lora_command(
         typer.Argument(
             metavar="CHECKPOINT... OUT_DIR",
             show_default=False,
-            help="A checkpoint (a file, an iteration's folder or the trainer's save folder), and where to write: a "
-            "folder, or a file named .safetensors. With several checkpoints, or a folder and an OUT_DIR that ends "
+            help="A checkpoint or a LoRA (a file, an iteration's folder, a save folder), and where to write: a folder, "
+            "or a file named .safetensors. With several checkpoints, or a folder and an OUT_DIR that ends "
             "in a slash, each gets a folder of its own in OUT_DIR.",
         ),
     ] = None,
+    format: Annotated[  # noqa: A002
+        Format,
+        typer.Option(metavar="|".join(get_args(Format)), help="The program that is to load it."),
+    ] = "diffusers",
     alpha: Annotated[
-        float | None, typer.Option(metavar="A", help="The training's lora_alpha, if training_config.yaml does not say.")
+        float | None, typer.Option(metavar="A", help="The training's lora_alpha, if nothing states it.")
+    ] = None,
+    scaling: Annotated[
+        float | None, typer.Option(metavar="S", help="What the updates are multiplied by, instead of alpha/rank.")
     ] = None,
     scale: Annotated[
-        Scale,
+        Scale | None,
         typer.Option(
             metavar="metadata|fold|none",
-            help="How alpha/rank travels: stated in the header (for diffusers >= 0.34), multiplied into the weights "
-            "(for everything else), or not at all.",
+            show_default=False,
+            help="How alpha/rank travels: stated where the format's program looks for it (the default), multiplied "
+            "into the weights (the default for diffsynth), or not at all.",
         ),
-    ] = "metadata",
+    ] = None,
     dtype: Annotated[Cast, typer.Option(metavar="keep|fp32|fp16|bf16", help="Cast the tensors.")] = "keep",
+    rank: Rank = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="BASE", help="For sat: write the base weights of this checkpoint beside it.")
+    ] = None,
     iteration: Iteration = None,
     ema: Ema = False,
     every: Annotated[bool, typer.Option("--all", help="Export every iteration of a save folder.")] = False,
@@ -49,12 +66,13 @@ def export_lora_command(
     sat_pt_path: Annotated[str | None, typer.Option("--sat_pt_path", hidden=True)] = None,
     lora_save_directory: Annotated[str | None, typer.Option("--lora_save_directory", hidden=True)] = None,
 ) -> None:
-    """Export the LoRA of a SAT checkpoint as a file that diffusers loads at the right strength.
+    """Write the LoRA of a checkpoint, or of a LoRA file, so that a program loads it at the right strength.
 
     \b
     Examples:
       cogtools export-lora ckpts/lora-disney out
-      cogtools export-lora mp_rank_00_model_states.pt a.safetensors --scale fold
+      cogtools export-lora out ComfyUI/models/loras --format comfyui
+      cogtools export-lora old.safetensors fixed --alpha 1
       cogtools export-lora ckpts/*/ loras/
     """
     from cogtools.checkpoint.files import is_folder
@@ -65,15 +83,19 @@ def export_lora_command(
 
     *sources, out = _sources_and_output(paths or [], sat_pt_path, lora_save_directory)
     options = ExportOptions(
+        format=format,
         alpha=alpha,
+        scaling=scaling,
         scale=scale,
         dtype=dtype,
+        base=base,
         iteration=iteration,
         ema=ema,
         allow_partial=allow_partial,
         overwrite=overwrite,
         dry_run=dry_run,
         sha256=sha256,
+        rank=rank,
     )
     # As `cp` has it: a folder that goes into another one keeps a name of its own there.
     if len(sources) > 1 or every or (is_folder(Path(sources[0])) and out.endswith(("/", os.sep))):
@@ -89,7 +111,15 @@ def export_lora_command(
 
 def _sources_and_output(paths: list[str], sat_pt_path: str | None, lora_save_directory: str | None) -> list[str]:
     """The checkpoints and, last, the output, given as arguments or by the flags of CogVideo's own exporter."""
-    words = [*filter(None, [sat_pt_path]), *paths, *filter(None, [lora_save_directory])]
+    given = [sat_pt_path, *paths, lora_save_directory]
+    words = [word for word in given if word is not None]
+    if "" in words:  # which would be the current folder
+        raise OptionError(
+            "an argument of export-lora is empty",
+            found=" ".join(map(repr, words)),
+            expected="cogtools export-lora CHECKPOINT OUT_DIR",
+            hint="look whether a shell variable in the command has no value",
+        )
     by_flags = sat_pt_path is not None or lora_save_directory is not None
     if len(words) < 2 or (by_flags and len(words) > 2):
         raise OptionError(
@@ -114,15 +144,28 @@ def _export_many(
     from cogtools.render.export import show_batch, show_batch_item
     from cogtools.render.json_object import report_json
 
-    items = []
-    for item in export_many(plan_batch(sources, Path(out), options, every=every), options):
-        items.append(item)
-        if not json:
-            show_batch_item(item, quiet=quiet)
+    items: list[BatchItem] = []
+    unprinted: PrintError | None = None
+
+    def show(show: Callable[..., None], *words: object, **options: bool) -> None:
+        """Print, and go on if that fails: the exports are what matters."""
+        nonlocal unprinted
+        try:
+            show(*words, **options)
+        except PrintError as error:
+            unprinted = unprinted or error
+
+    with closing(export_many(plan_batch(sources, Path(out), options, every=every), options)) as exports:
+        for item in exports:
+            items.append(item)
+            if not json:
+                show(show_batch_item, item, quiet=quiet)
     report = batch_report(items)
     if json:
-        text.emit(report_json("export-lora", "error" if report.failed else "ok", report))
+        show(text.emit, report_json("export-lora", "error" if report.failed else "ok", report))
     elif not quiet:
-        show_batch(report)
+        show(show_batch, report)
+    if unprinted is not None:
+        raise unprinted
     if report.failed:
         raise typer.Exit(COULD_NOT)

@@ -6,6 +6,7 @@ keys that mean nothing, keys that are spelled as no program reads them, tensors 
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,10 +16,10 @@ from cogtools.checkpoint.limits import MAX_ADAPTER_CONFIG_BYTES
 from cogtools.checkpoint.tensors import whole_tensor
 from cogtools.conversion import scale as scales
 from cogtools.conversion.adapter_config import Stated, parse_config
-from cogtools.conversion.record import ExportRecord, read_record
+from cogtools.conversion.record import RECORD_KEY, ExportRecord, read_record
 from cogtools.conversion.scale import Factors, Scale, Statement
-from cogtools.conversion.training_config import TrainingConfig, find_training_config, read_training_config
-from cogtools.errors import CheckpointError, ExportError, Problem
+from cogtools.conversion.training_config import TrainingConfig, find_training_config, read_training_config, record_in
+from cogtools.errors import CheckpointError, CogtoolsError, ExportError, OptionError, Problem
 from cogtools.layouts import diffusers, peft, sat
 from cogtools.layouts.family import LoraKey, Module, Transformer, hidden_of, rank_of, recognise
 from cogtools.layouts.folded import ATTENTION_KINDS, Kind, folded_names
@@ -48,6 +49,7 @@ class Lora:
 
     Attributes:
         checkpoint: the checkpoint, open.
+        entries: where its keys were found: the state dict, or what lies beside it.
         names: how its keys are spelled; None if they are no known program's.
         layout: the layout whose names they are; None if unknown.
         tensors: its factors, biases and magnitude vectors.
@@ -55,11 +57,13 @@ class Lora:
         unplaced: keys of a LoRA that mean nothing in its layout.
         unreadable: tensors that are there, but not as plain tensors.
         collisions: keys of tensors that another key has already given, by key.
-        record: what cogtools recorded in the file when it wrote it.
+        record: what cogtools recorded in the file, or beside it, when it wrote it.
         stated: what the file states in the places where diffusers and PEFT look, by place.
+        asked: the layout of the program that the user asks about; None leaves it to the file.
     """
 
     checkpoint: Checkpoint
+    entries: Mapping[str, TensorEntry]
     names: LoraNames | None
     layout: LoraLayout | None
     tensors: dict[LoraKey, LoraTensor]
@@ -69,12 +73,19 @@ class Lora:
     collisions: dict[str, LoraKey]
     record: ExportRecord
     stated: dict[ScalePlace, Stated]
+    asked: LoraLayout | None = None
 
     @property
     def foreign(self) -> list[str]:
         """The keys of the state dict that are none of its tensors."""
         own = {tensor.key for tensor in [*self.tensors.values(), *self.alphas.values()]}
         return [key for key in self.checkpoint.tensors if key not in own]
+
+    @property
+    def everything(self) -> list[TensorEntry]:
+        """Every tensor under a key of it, whatever the key means."""
+        own = [tensor.entry for tensor in [*self.tensors.values(), *self.alphas.values()]]
+        return own + [self.entries[key] for key in [*self.unplaced, *self.collisions] if key in self.entries]
 
     @cached_property
     def modules(self) -> list[Module]:
@@ -105,9 +116,11 @@ class Lora:
     def intended(self) -> LoraLayout:
         """The layout of the program that the file is for.
 
-        The one whose loader looks for a file of this name; else the one that its header or the folder speaks to; else
-        the one whose names it has.
+        The one that the user asks about; else the one whose loader looks for a file of this name, or that its header
+        or the folder speaks to; else the one whose names it has.
         """
+        if self.asked is not None:
+            return self.asked
         path = self.checkpoint.path
         by_name = next((layout for layout in LAYOUTS if layout.file_name == path.name), None)
         if by_name is not None:
@@ -181,11 +194,35 @@ class Lora:
             + [LoraKey(None, name, part) for name, parts in beside.items() for part in parts]
         )
 
+    def stated_names(self, transformer: Transformer) -> frozenset[LoraKey] | None:
+        """The tensors that it should have, as the place states where its program looks; None if that names no modules.
+
+        They are both factors of every module that `target_modules` names, and what else modules of their kind have.
+        """
+        stated = self.stated.get(self.intended.scale)
+        if stated is None or stated.config is None:
+            return None
+        targeted = [module for module in transformer.modules if stated.config.is_targeted(module)]
+        parts: dict[str, set[str]] = {}
+        for name in self.expected(self.layers):
+            parts.setdefault(name.name, {"A", "B"}).add(name.part)
+        found = [LoraKey(*module, part) for module in targeted for part in parts.get(module.name, ("A", "B"))]
+        return frozenset(found) or None
+
     def statements(self) -> dict[ScalePlace, Statement]:
         """What the file states of its scale, by the place where programs look for it."""
         found = [scales.by_config(stated, self.factors) for stated in self.stated.values()]
-        found.append(scales.by_tensors(self.factors))
+        found += [scales.by_tensors(self.factors), self._by_training_config]
         return {statement.place: statement for statement in found if statement is not None and statement.place}
+
+    @cached_property
+    def _by_training_config(self) -> Statement | None:
+        """What the training configuration beside it states; None if it states nothing that can be used."""
+        try:
+            config, _ = read_config(self, by_hand=None)
+        except CheckpointError:
+            return None
+        return None if config is None or config.alpha is None else scales.by_training_config(config, self.factors)
 
     def scaling_as_run(self, layout: LoraLayout) -> Statement | None:
         """What the program of a layout multiplies each module's update by; None if it loads nothing."""
@@ -211,7 +248,7 @@ def read_lora(checkpoint: Checkpoint) -> Lora:
     stated = _stated(checkpoint)
     if layout is diffusers.LAYOUT and names is not None and names.spelling.prefix == "" and "adapter_config" in stated:
         layout = peft.LAYOUT
-    lora = Lora(checkpoint, names, layout, {}, {}, (), {}, {}, read_record(checkpoint.metadata), stated)
+    lora = Lora(checkpoint, tensors, names, layout, {}, {}, (), {}, {}, _record(checkpoint, layout), stated)
     unplaced = []
     for key in keys:
         reading = lora.reading(key)
@@ -241,6 +278,16 @@ def find_other_adapter(checkpoint: Checkpoint) -> OtherAdapter | None:
     return kind if 3 * count >= len(checkpoint.tensors) else None
 
 
+def _record(checkpoint: Checkpoint, layout: LoraLayout | None) -> ExportRecord:
+    """What cogtools recorded: in the header, or in the training configuration beside a file that has none."""
+    metadata = checkpoint.metadata
+    if layout is sat.LAYOUT:
+        with contextlib.suppress(CheckpointError):  # whoever needs the configuration itself will say so
+            config = find_training_config(checkpoint)
+            metadata = {RECORD_KEY: (None if config is None else record_in(config.content)) or "{}"}
+    return read_record(metadata)
+
+
 def _stated(checkpoint: Checkpoint) -> dict[ScalePlace, Stated]:
     """What a file states where diffusers and PEFT look for it."""
     stated: dict[ScalePlace, Stated] = {}
@@ -261,21 +308,32 @@ def _stated(checkpoint: Checkpoint) -> dict[ScalePlace, Stated]:
 # Its scale
 
 
-def find_scale(lora: Lora, *, alpha: float | None = None, config: TrainingConfig | None = None) -> Scale:
+def find_scale(
+    lora: Lora, *, alpha: float | None = None, scaling: float | None = None, config: TrainingConfig | None = None
+) -> Scale:
     """What a LoRA's updates are multiplied by, and who states it.
 
     Args:
         lora: the LoRA.
         alpha: given by the user; None takes what is stated.
+        scaling: the same of the scaling itself.
         config: the training configuration, for a LoRA in SAT's layout.
 
     Raises:
-        OptionError: if alpha is not a number above 0.
+        OptionError: if both are given, or one that is not a number above 0.
         ExportError: if the file states a scale, but not in a way that can be used.
     """
+    if alpha is not None and scaling is not None:
+        raise OptionError(
+            "--alpha and --scaling both say how strong the LoRA is",
+            found=f"--alpha {alpha} --scaling {scaling}",
+            hint="leave one of them out: the scaling is alpha / rank",
+        )
     found = _statements(lora, config)
     if alpha is not None:
         return Scale(scales.by_alpha(alpha, lora.factors), tuple(found))
+    if scaling is not None:
+        return Scale(scales.by_scaling(scaling, lora.factors), tuple(found))
     own = lora.layout.scale if lora.layout is not None else None
     unusable = lora.stated.get(own) if own is not None else None
     if unusable is not None and scales.by_config(unusable, lora.factors) is None:
@@ -283,7 +341,7 @@ def find_scale(lora: Lora, *, alpha: float | None = None, config: TrainingConfig
             "what the file states of its scale cannot be used",
             file=lora.checkpoint.path,
             problems=unusable.problems,
-            hint="state it with --alpha",
+            hint="state it with --alpha or --scaling",
         )
     if not found:
         return Scale(scales.by_nothing(lora.factors))
@@ -298,18 +356,20 @@ def _statements(lora: Lora, config: TrainingConfig | None) -> list[Statement]:
     metadata = lora.checkpoint.metadata
     found = [
         *lora.statements().values(),
+        scales.by_peft_header(metadata, lora.factors) if "adapter_config" not in lora.stated else None,
         scales.by_finetrainers(metadata, lora.factors),
         scales.by_record(lora.record, lora.factors),
     ]
     return [statement for statement in found if statement is not None]
 
 
-def read_config(lora: Lora, alpha: float | None) -> tuple[TrainingConfig | None, list[str]]:
+def read_config(lora: Lora, *, by_hand: str | None) -> tuple[TrainingConfig | None, list[str]]:
     """The training configuration of a LoRA in SAT's layout, as far as it is needed, and notes on one that is not right.
 
     Args:
         lora: the LoRA.
-        alpha: given by the user: then a configuration that cannot be read does not matter.
+        by_hand: the option by which the user states the scale: then a configuration that cannot be read does not
+            matter.
 
     Raises:
         CheckpointError: if it cannot be read.
@@ -321,21 +381,41 @@ def read_config(lora: Lora, alpha: float | None) -> tuple[TrainingConfig | None,
         file = find_training_config(lora.checkpoint)
         return (None if file is None else read_training_config(file)), []
     except CheckpointError as error:
-        if alpha is None:
+        if by_hand is None:
             raise
-        note = f"{error.what}{f' ({error.found})' if error.found else ''}: not used, as --alpha is given."
+        note = f"{error.what}{f' ({error.found})' if error.found else ''}: not used, as {by_hand} is given."
     try:
         return (None if file is None else read_training_config(file, with_alpha=False)), [note]
     except CheckpointError:
         return None, [note]
 
 
+def scale_of(lora: Lora) -> Scale | None:
+    """A LoRA's scale, and who states it; None if that cannot be read."""
+    if lora.layout is None:
+        return None
+    try:
+        config, _ = read_config(lora, by_hand=None)
+        return find_scale(lora, config=config)
+    except CogtoolsError:
+        return None
+
+
 # Its transformer
+
+
+def has_base_weights(checkpoint: Checkpoint) -> bool:
+    """Whether there are base weights of a transformer in a checkpoint."""
+    return recognise_transformer({key: entry.shape for key, entry in checkpoint.tensors.items()}) is not None
 
 
 def find_transformer(checkpoint: Checkpoint, lora: Lora | None) -> Transformer | None:
     """The transformer that the base weights are, else the one that the LoRA fits; None if nothing tells its layers."""
-    shapes = {key: whole_tensor(entry).shape for key, entry in checkpoint.tensors.items()}
+    entries = checkpoint.tensors if lora is None else lora.entries
+    shapes = {key: whole_tensor(entry).shape for key, entry in entries.items()}
+    prefix = None if lora is None else lora.unknown_prefix
+    if prefix:  # the base weights have it too
+        shapes = {sat.unwrapped_key(key).removeprefix(prefix): shape for key, shape in shapes.items()}
     known = recognise_transformer(shapes)
     if known is not None or lora is None:
         return known
@@ -344,8 +424,7 @@ def find_transformer(checkpoint: Checkpoint, lora: Lora | None) -> Transformer |
         return None
     if lora.layout is sat.LAYOUT:  # a few base weights may be there, beside layers that are not
         known = sat.recognise_transformer(shapes, hidden)
-    else:
-        known = recognise(hidden, lora.record.transformer_layers)
+    known = known or recognise(hidden, lora.record.transformer_layers)
     if known is None:
         return None
     recorded = tuple(model for model in known.models if model.slug in lora.record.models)

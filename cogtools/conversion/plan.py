@@ -7,6 +7,7 @@ this what it should be?) alike.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections import Counter
 from dataclasses import dataclass
@@ -18,14 +19,26 @@ from cogtools.checkpoint.dtypes import DTYPES
 from cogtools.conversion.lora import find_lora, find_scale, find_transformer, read_config
 from cogtools.conversion.options import CASTS
 from cogtools.conversion.refusals import no_lora, refuse_unexportable, tensor_parallel
-from cogtools.conversion.scale import ALPHA_SOURCES, BY_DEFAULT, BY_HAND, BY_NOTHING, Carried, carry
+from cogtools.conversion.scale import (
+    ALPHA_SOURCES,
+    BY_DEFAULT,
+    BY_HAND,
+    BY_NOTHING,
+    BY_SCALING,
+    Carried,
+    Statement,
+    carry,
+)
 from cogtools.errors import ExportError, OptionError, Problem, command
-from cogtools.formatting import fold_numbers, number
+from cogtools.formatting import counted, fold_numbers, number, shown
 from cogtools.layouts import sat
 from cogtools.layouts.family import LoraKey, Module, Transformer, rank_of
-from cogtools.layouts.folded import fold_names
+from cogtools.layouts.folded import fold_modules, fold_names
+from cogtools.layouts.lora import other_adapter
+from cogtools.layouts.programs import LOSERS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from cogtools.checkpoint.dtypes import DType
@@ -41,24 +54,77 @@ FLOATS = ("float32", "float16", "bfloat16", "float64")
 """The dtypes that a LoRA can have."""
 
 
-class Fold(NamedTuple):
-    """Arithmetic on one factor of a module: lora_B @ lora_A comes out multiplied by `scaling`.
+class Update(NamedTuple):
+    """What a LoRA adds to the weight of a module: scaling * b @ a.
 
     Attributes:
+        a: lora_A: (rank, in), or with the kernel of a convolution behind it.
+        b: lora_B: (out, rank), or with a kernel of 1 x 1 behind it.
         scaling: the factor.
-        part: which of the two this is.
-        a: lora_A.
-        b: lora_B.
     """
 
-    scaling: float
-    part: str
     a: TensorEntry
     b: TensorEntry
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """Its rank."""
+        return self.a.shape[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The rows and columns of the weight that it is added to; a convolution's kernel counts as columns."""
+        return self.b.shape[0], prod(self.a.shape[1:])
+
+    def of_rows(self, first: int, last: int) -> Update:
+        """What it adds to the rows from `first` up to `last`, which is not one of them."""
+        return self._replace(b=self.b.rows(first, last))
+
+
+class Fold(NamedTuple):
+    """Arithmetic on a tensor of a module: lora_B @ lora_A comes out as the sum of updates, at a scaling of 1.
+
+    Those of several are stacked: lora_A row under row, lora_B column beside column. A bias of lora_B is multiplied as
+    the product is.
+
+    Attributes:
+        module: the module.
+        part: which tensor of the module this is.
+        updates: what is folded into it.
+        rank: the rank that it is cut down to, to the best approximation of that rank; None keeps all.
+    """
+
+    module: Module
+    part: str
+    updates: tuple[Update, ...]
+    rank: int | None = None
 
 
 class Cast(NamedTuple):
     """Arithmetic on one tensor: its numbers in another dtype."""
+
+
+class Added(NamedTuple):
+    """What is added to a run of rows of a base weight.
+
+    Attributes:
+        module: the module whose rows they are.
+        updates: what is added, each with as many rows; none where nothing is.
+    """
+
+    module: Module
+    updates: tuple[Update, ...] = ()
+
+
+class Merge(NamedTuple):
+    """Arithmetic on a base weight: updates are added to its rows.
+
+    Attributes:
+        added: for each piece of the planned tensor, what is added to it.
+    """
+
+    added: tuple[Added, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +144,21 @@ class Planned:
     dtype: DType
     shape: tuple[int, ...]
     pieces: tuple[TensorEntry | bytes, ...]
-    compute: Fold | Cast | None = None
+    compute: Fold | Cast | Merge | None = None
     source: str = ""
 
     @property
     def size_bytes(self) -> int:
         """How many bytes it takes."""
-        return prod(self.shape) * self.dtype.itemsize
+        return self.dtype.size_bytes(prod(self.shape))
 
     @property
     def storages(self) -> list[Storage]:
-        """The storages that its pieces view."""
-        return [piece.storage for piece in self.pieces if not isinstance(piece, bytes)]
+        """The storages that it is made of."""
+        entries = [piece for piece in self.pieces if not isinstance(piece, bytes)]
+        if isinstance(self.compute, Merge):
+            entries += [entry for added in self.compute.added for update in added.updates for entry in update[:2]]
+        return [entry.storage for entry in entries]
 
 
 @dataclass(frozen=True)
@@ -132,8 +201,7 @@ class LoraPlan:
     @property
     def rank(self) -> int | None:
         """The rank of every module; None if they differ."""
-        found = set(self.ranks.values())
-        return found.pop() if len(found) == 1 else None
+        return one_rank(self.ranks)
 
     @cached_property
     def scalings(self) -> dict[Module, float]:
@@ -169,12 +237,42 @@ class LoraPlan:
             raise ValueError(f"planned without a key: {name}")
         return key
 
-    def alpha_of(self, module: Module) -> float:
-        """The alpha to state for a module, so that alpha / rank is its scaling; whole numbers as such."""
-        rank, scaling = self.lora.ranks[module], self.scalings[module]
-        stated = self.scale.statement.alphas.get(module)
-        alpha = stated if stated is not None and stated / rank == scaling else scaling * rank
-        return int(alpha) if alpha == int(alpha) else alpha
+    @property
+    def parts(self) -> frozenset[str]:
+        """The parts that adapters have beside their factors."""
+        return frozenset(name.part for name in self.names) - {"A", "B"}
+
+    @property
+    def alphas(self) -> dict[Module, float]:
+        """The alpha to state for each module, so that alpha / rank is its scaling; whole numbers as such."""
+        scalings, stated = self.scalings, self.scale.statement.alphas
+        return {module: _alpha(rank, scalings[module], stated.get(module)) for module, rank in self.ranks.items()}
+
+    @property
+    def folded(self) -> dict[Module, float]:
+        """What to multiply each update by, so that the layout's reader has it right where nothing is stated."""
+        as_read = {module: self.layout.scaling_unstated(rank) or 1.0 for module, rank in self.ranks.items()}
+        return {module: scaling / as_read[module] for module, scaling in self.scalings.items()}
+
+    def update(self, module: Module, scaling: float | None = None) -> Update:
+        """What the LoRA adds to a module's weight, at its own scaling or another one."""
+        a, b = (self.entry(LoraKey(*module, part)) for part in "AB")
+        return Update(a, b, self.scalings[module] if scaling is None else scaling)
+
+
+def one_rank(ranks: Mapping[Module, int]) -> int | None:
+    """The rank that all modules have; None if they differ."""
+    found = set(ranks.values())
+    return found.pop() if len(found) == 1 else None
+
+
+def _alpha(rank: int, scaling: float, stated: float | None) -> float:
+    """An alpha that gives a scaling at a rank: the one that is stated, if it does."""
+    alpha = scaling * rank
+    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0))
+    exact = (value for value in (stated, *near) if value is not None and value / rank == scaling)
+    alpha = next(exact, alpha)
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def plan_lora(
@@ -182,6 +280,7 @@ def plan_lora(
     layout: LoraLayout,
     *,
     alpha: float | None = None,
+    scaling: float | None = None,
     allow_partial: bool = False,
 ) -> LoraPlan:
     """Plan what the LoRA in a checkpoint becomes in another layout. None of its weights are read.
@@ -190,33 +289,34 @@ def plan_lora(
         checkpoint: the checkpoint, open.
         layout: what it is to become.
         alpha: the training's alpha; None takes what is stated in the file or beside it.
+        scaling: the same of the scaling itself.
         allow_partial: accept a LoRA that adapts some of the layers only.
 
     Raises:
         ExportError: if there is no LoRA, or not a right one: all that is wrong is listed.
-        CheckpointError: if the training configuration cannot be read. With `alpha` given, a notice says so instead.
-        OptionError: if alpha is not a number above 0.
+        CheckpointError: if the training configuration cannot be read. With `alpha` or `scaling` given, a notice says
+            so instead.
+        OptionError: if both are given, or one that is not a number above 0.
     """
     refuse_unexportable(checkpoint)
     lora = find_lora(checkpoint)
-    if lora is None or (not lora.tensors and not lora.unreadable and lora.layout is not sat.LAYOUT):
+    if lora is None or not (lora.tensors or lora.unreadable or any(map(sat.is_lora_key, lora.unplaced))):
         raise no_lora(checkpoint)
     common = _common(lora)
     if common is None:
-        if not lora.tensors and not any(sat.is_lora_key(key) for key in lora.unplaced):
-            raise no_lora(checkpoint)
         raise _wrong(checkpoint, [*_unusable_keys(lora), *_not_two_dimensions(lora)])
     _refuse_tensor_parallel(lora)
     transformer, notices = _transformer(lora, common)
     problems = [*_unusable_keys(lora), *_differing(lora, transformer, common), *_without_place(lora, layout)]
-    config, config_notices = read_config(lora, alpha)
+    by_hand = BY_HAND if alpha is not None else BY_SCALING if scaling is not None else None
+    config, config_notices = read_config(lora, by_hand=by_hand)
     if config is not None and config.rank not in (None, common.rank):
         problems.append(Problem("rank", str(config.path), f"r: {config.rank}", f"r: {common.rank}, as the shapes say"))
     layers, layer_problems, layer_notices = _layers(lora, transformer, config, allow_partial=allow_partial)
     if problems or layer_problems:
         helps = not (problems or allow_partial) and not _layers(lora, transformer, config, allow_partial=True)[1]
         raise _wrong(checkpoint, [*problems, *layer_problems], _partial(config) if helps else None)
-    scale = find_scale(lora, alpha=alpha, config=config)
+    scale = find_scale(lora, alpha=alpha, scaling=scaling, config=config)
     return LoraPlan(
         lora=lora,
         layout=layout,
@@ -225,7 +325,15 @@ def plan_lora(
         scale=scale,
         dtype=common.dtype,
         names=tuple(sorted(lora.tensors, key=lambda name: layout.key(name) or "")),
-        notices=(*notices, *_prefix_notice(lora), *layer_notices, *config_notices, *_scale_notices(scale, config)),
+        notices=(
+            *notices,
+            *_prefix_notice(lora),
+            *layer_notices,
+            *config_notices,
+            *_scale_notices(scale, config),
+            *_left_out_notice(lora),
+            *_size_notice(layout, transformer),
+        ),
         config=None if config is None else config.path,
     )
 
@@ -237,33 +345,173 @@ def planned_tensors(plan: LoraPlan, options: ExportOptions) -> list[Planned]:
         OptionError: if there is no such dtype.
     """
     dtype = target_dtype(plan, options)
-    planned = [_planned_alpha(plan, module, alpha) for module, alpha in carried(plan, options).alphas.items()]
+    alphas, file = carried(plan, options).alphas, plan.lora.checkpoint.path
+    planned = [planned_alpha(plan.layout, module, alpha, file) for module, alpha in alphas.items()]
+    folded = plan.folded if options.way == "fold" else {}
     for name in plan.names:
-        entry = plan.entry(name)
+        key, entry, source = plan.key(name), plan.entry(name), plan.lora.tensors[name].key
+        if options.rank is not None:
+            planned.append(planned_factor(key, name, (plan.update(name.module),), dtype, options.rank, source))
+            continue
         compute: Fold | Cast | None = None
-        if options.scale == "fold" and name.part in ("A", "B"):
-            a, b = (plan.entry(name._replace(part=part)) for part in "AB")
-            compute = Fold(plan.scalings[name.module], name.part, a, b)
+        if folded.get(name.module, 1.0) != 1.0 and name.part in ("A", "B", "bias"):
+            compute = Fold(name.module, name.part, (plan.update(name.module, folded[name.module]),))
         elif dtype != entry.dtype:
             compute = Cast()
-        source = plan.lora.tensors[name].key
-        planned.append(Planned(plan.key(name), dtype, entry.shape, (entry,), compute, source))
+        planned.append(Planned(key, dtype, entry.shape, (entry,), compute, source))
     return sorted(planned, key=lambda tensor: tensor.key)
 
 
-def _planned_alpha(plan: LoraPlan, module: Module, alpha: float) -> Planned:
-    return Planned(plan.key(LoraKey(*module, "alpha")), DTYPES["float32"], (), (struct.pack("<f", alpha),))
+def planned_factor(
+    key: str, name: LoraKey, updates: tuple[Update, ...], dtype: DType, rank: int | None, source: str
+) -> Planned:
+    """A factor of the sum of a module's updates.
+
+    Args:
+        key: its key in the output.
+        name: which factor of which module it is.
+        updates: what is added up.
+        dtype: its dtype in the output.
+        rank: the largest rank that it may have; None keeps that of all updates together.
+        source: the key of what it is made of, for messages.
+    """
+    stacked, kept = sum(update.rank for update in updates), kept_rank(updates, rank)
+    first = updates[0]
+    shape = (kept, *first.a.shape[1:]) if name.part == "A" else (first.b.shape[0], kept, *first.b.shape[2:])
+    pieces = tuple(update.a if name.part == "A" else update.b for update in updates)
+    compute = Fold(name.module, name.part, updates, kept if kept < stacked else None)
+    return Planned(key, dtype, shape, pieces, compute, source)
 
 
-def carried(plan: LoraPlan, options: ExportOptions) -> Carried:
-    """How the output carries the scale: stated where its layout states it, as 1 if it is folded in, or not at all."""
-    if options.scale == "none":
+def kept_rank(updates: Sequence[Update], rank: int | None) -> int:
+    """The rank of a sum of updates that are stacked, or cut down to `rank` where that is less."""
+    stacked = sum(update.rank for update in updates)
+    return stacked if rank is None else min(stacked, rank, *updates[0].size)
+
+
+MIN_FLOAT32, MAX_FLOAT32 = 2.0**-126, 3.4e38
+"""Between these an alpha keeps its precision as a float32."""
+
+
+def planned_alpha(layout: LoraLayout, module: Module, alpha: float, file: Path) -> Planned:
+    """The tensor that states the alpha of a module.
+
+    Args:
+        layout: the layout of the output.
+        module: the module.
+        alpha: its alpha.
+        file: what it is made of, for messages.
+
+    Raises:
+        ExportError: if it does not fit into a float32.
+    """
+    key = layout.key(LoraKey(*module, "alpha")) or ""
+    if not MIN_FLOAT32 <= alpha <= MAX_FLOAT32:
+        raise ExportError(
+            "an alpha does not fit into the float32 that states it",
+            file=file,
+            found=f"{number(alpha)} for {key}",
+            expected=f"{MIN_FLOAT32:.3g} to {MAX_FLOAT32:.3g}",
+            hint="export with --scale fold",
+        )
+    return Planned(key, DTYPES["float32"], (), (struct.pack("<f", alpha),))
+
+
+def carried(plan: LoraPlan, options: ExportOptions, record: str | None = None) -> Carried:
+    """How the output carries the scale: stated where its layout states it, as 1 if it is folded in, or not at all.
+
+    Args:
+        plan: what is exported.
+        options: how.
+        record: how it is made, for a layout whose file has no header.
+
+    Raises:
+        ExportError: if the layout's place has one alpha for all modules, and they have different ones.
+    """
+    layout, ranks, file = plan.layout, plan.ranks, plan.lora.checkpoint.path
+    layers = plan.layers if len(plan.layers) < plan.transformer.layers else ()
+    if options.rank is not None:
+        return carry_one(layout, target_ranks(plan, options), file=file, layers=layers, record=record)
+    if options.way == "none":
         return Carried()
-    ranks = plan.ranks
-    is_folded = options.scale == "fold"
-    if is_folded and plan.layout.unstated_scaling == 1.0 and plan.layout.scale != "header":
-        return Carried()
-    return carry(plan.layout, ranks, ranks if is_folded else {module: plan.alpha_of(module) for module in ranks})
+    alphas = plan.alphas
+    if options.way == "fold":
+        if layout.unstated_scaling is not None and layout.scale in ("alpha_tensors", "nowhere"):
+            return Carried()
+        alphas = {module: rank * (layout.scaling_unstated(rank) or 1.0) for module, rank in ranks.items()}
+        alphas = {module: _alpha(1, alpha, None) for module, alpha in alphas.items()}
+    if layout.one_rank and len(set(alphas.values())) > 1:
+        raise ExportError(
+            f"{layout.reader} has one alpha for all modules, and this LoRA has different ones",
+            file=file,
+            found=", ".join(map(number, sorted(set(alphas.values())))),
+            hint="export with --scale fold",
+        )
+    return carry(layout, ranks, alphas, parts=plan.parts, layers=layers, record=record)
+
+
+def carry_one(
+    layout: LoraLayout, ranks: Mapping[Module, int], *, file: Path, layers: Sequence[int], record: str | None
+) -> Carried:
+    """State that the scaling of all modules is 1: their alphas are their ranks.
+
+    Args:
+        layout: the layout of the output.
+        ranks: of every module.
+        file: what it is made of, for messages.
+        layers: those that it adapts, where that is not all; () if it is.
+        record: how it is made, for a layout whose file has no header.
+
+    Raises:
+        ExportError: if the layout's modules have one rank, and these have different ones.
+    """
+    found = sorted(set(ranks.values()))
+    if layout.one_rank and len(found) > 1:
+        raise ExportError(
+            f"{layout.reader} has one rank for all modules, and this LoRA would have different ones",
+            file=file,
+            found=", ".join(map(str, found)),
+            hint=f"cut all to one with --rank {found[0]}, or choose another --format",
+        )
+    return carry(layout, ranks, ranks, layers=layers, record=record)
+
+
+def target_ranks(plan: LoraPlan, options: ExportOptions) -> dict[Module, int]:
+    """The rank of every module of the output.
+
+    Raises:
+        OptionError: if the rank that is asked for is not below that of any module.
+    """
+    if options.rank is None:
+        return plan.ranks
+    refuse_more_than_factors(plan, "cut to a lower rank")
+    refuse_rank(options.rank, plan.ranks.values())
+    return {module: kept_rank([plan.update(module)], options.rank) for module in plan.modules}
+
+
+def refuse_more_than_factors(plan: LoraPlan, done: str) -> None:
+    """Raise an `ExportError` for biases and magnitude vectors: what they add is not a product of two factors.
+
+    Args:
+        plan: the LoRA.
+        done: what cannot be done with them: "merged".
+    """
+    more = [name for name in plan.names if name.part not in ("A", "B")]
+    if more:
+        raise ExportError(
+            f"a LoRA with biases, or with magnitude vectors (DoRA), cannot be {done}",
+            file=plan.lora.checkpoint.path,
+            problems=plan.lora.problems("unexpected", more, expected="lora_A and lora_B only"),
+            hint="load it as it is, with the program that it is for",
+        )
+
+
+def refuse_rank(rank: int, ranks: Iterable[int]) -> None:
+    """Raise an `OptionError` if cutting modules of these ranks down to `rank` is impossible, or changes none."""
+    largest = max(ranks)
+    if not 0 < rank < largest:
+        expected = f"a rank from 1 to {largest - 1}: the LoRA has rank {largest}"
+        raise OptionError(f"the LoRA cannot be cut down to rank {rank}", expected=expected, hint="leave --rank out")
 
 
 def target_dtype(plan: LoraPlan, options: ExportOptions) -> DType:
@@ -274,9 +522,22 @@ def target_dtype(plan: LoraPlan, options: ExportOptions) -> DType:
     """
     if options.dtype == "keep":
         return plan.dtype
-    if options.dtype not in CASTS:
-        raise OptionError("there is no such dtype", found=options.dtype, expected="keep, " + ", ".join(CASTS))
-    return DTYPES[CASTS[options.dtype]]
+    return named_dtype(options.dtype, "keep")
+
+
+def named_dtype(name: str, *others: str) -> DType:
+    """The dtype of a name in `CASTS`.
+
+    Args:
+        name: the name.
+        others: what else could have been asked for, for the message.
+
+    Raises:
+        OptionError: if there is no such dtype.
+    """
+    if name not in CASTS:
+        raise OptionError("there is no such dtype", found=name, expected=", ".join([*others, *CASTS]))
+    return DTYPES[CASTS[name]]
 
 
 class _Common(NamedTuple):
@@ -302,15 +563,19 @@ def _common(lora: Lora) -> _Common | None:
 
 def _unusable_keys(lora: Lora) -> list[Problem]:
     """Keys of the LoRA that cannot be exported: unknown, not tensors, or a second one for a tensor."""
+    odd = _odd_prefixes(lora)
+    elsewhere = {key for keys in odd.values() for key in keys}
     problems = [_unplaced(lora, key) for key in lora.unplaced]
     problems += [
         Problem("unreadable", key, found="something else than a plain tensor") for key in lora.unreadable.values()
     ]
     problems += [
-        Problem("collision", key, found=f"the same tensor as {lora.key(name)}") for key, name in lora.collisions.items()
+        Problem("collision", key, found=f"the same tensor as {lora.key(name)}")
+        for key, name in lora.collisions.items()
+        if key not in elsewhere
     ]
-    order = {key: place for place, key in enumerate([*lora.checkpoint.tensors, *lora.checkpoint.not_tensors])}
-    problems += _mixed_prefixes(lora)
+    problems += [_odd_prefix(lora, prefix, keys) for prefix, keys in odd.items()]
+    order = {key: place for place, key in enumerate([*lora.entries, *lora.checkpoint.not_tensors])}
     return sorted(problems, key=lambda problem: order.get(problem.subject, 0))
 
 
@@ -321,28 +586,34 @@ def _unplaced(lora: Lora, key: str) -> Problem:
     return Problem("unexpected", key, expected="a module of CogVideoX and a part of its adapter")
 
 
-def _mixed_prefixes(lora: Lora) -> list[Problem]:
-    """Keys after another unknown prefix than most: one that all share is accepted."""
+def _odd_prefixes(lora: Lora) -> dict[str, list[str]]:
+    """The keys after each unknown prefix that not all of them share: one that all share is accepted."""
     if lora.names is None or lora.layout is None:
-        return []
-    main = lora.names.spelling.prefix
-    own = lora.layout.written
-    known = {own.prefix} | {spelled.prefix for spelled in lora.layout.also_read if spelled.names is own.names} | {main}
-    problems = []
-    for tensor in lora.tensors.values():
-        reading = lora.reading(tensor.key)
-        prefix = main if reading is None else reading.spelling.prefix
-        if prefix not in known:
-            expected = f"{own.prefix or 'nothing'} before it, or what stands before the others"
-            problems.append(Problem("unexpected", tensor.key, f"an unknown prefix {prefix!r}", expected))
-    return problems
+        return {}
+    own, known = lora.layout.written, {lora.names.spelling.prefix}
+    if lora.unknown_prefix is None:
+        known |= {own.prefix} | {spelled.prefix for spelled in lora.layout.also_read if spelled.names is own.names}
+    odd: dict[str, list[str]] = {}
+    for key, reading in lora.names.readings.items():
+        if reading.spelling.prefix not in known:
+            odd.setdefault(reading.spelling.prefix, []).append(key)
+    return odd
+
+
+def _odd_prefix(lora: Lora, prefix: str, keys: list[str]) -> Problem:
+    main = "" if lora.names is None else lora.names.spelling.prefix
+    expected = f"{shown(main)}, as before the others" if main else "none, as the others have none"
+    return Problem(
+        "unexpected", keys[0], f"the prefix {shown(prefix)}, {counted(len(keys), 'key')}", expected, tuple(keys)
+    )
 
 
 def _prefix_notice(lora: Lora) -> list[str]:
     prefix = lora.unknown_prefix
-    return (
-        [] if not prefix else [f"All keys of the LoRA have the prefix {prefix!r}, which no program is known to write."]
-    )
+    if prefix is None:
+        return []
+    before = f"the prefix {shown(prefix)}" if prefix else "no prefix"
+    return [f"All keys of the LoRA have {before}, as no program is known to read them."]
 
 
 def _not_two_dimensions(lora: Lora) -> list[Problem]:
@@ -382,10 +653,27 @@ def _shape_text(expected: tuple[int | None, ...]) -> str:
     return str(tuple("any" if size is None else size for size in expected)).replace("'", "")
 
 
+def can_hold(layout: LoraLayout, lora: Lora) -> bool:
+    """Whether a layout has a place for all that a LoRA has."""
+    return not _without_place(lora, layout)
+
+
 def _without_place(lora: Lora, layout: LoraLayout) -> list[Problem]:
-    """The tensors that the target layout has no place for."""
+    """The tensors that the target layout has no place for, or cannot be together in it."""
+    expected = f"a module and a part that {layout.reader} has, for --format {layout.name}"
     lost = [name for name in lora.tensors if layout.key(name) is None]
-    return lora.problems("unexpected", lost, expected=f"a module and a part that {layout.reader} has")
+    convolutions = [name for name, tensor in lora.tensors.items() if len(tensor.entry.shape) == 4]
+    if layout.reads_convolutions:
+        convolutions = []
+    problems = lora.problems("unexpected", lost, expected=expected)
+    problems += lora.problems("unexpected", set(convolutions) - set(lost), "a convolution's LoRA", "that of a Linear")
+    by_rank: dict[int, list[Module]] = {}
+    for module, rank in lora.ranks.items():
+        by_rank.setdefault(rank, []).append(module)
+    if layout.one_rank and len(by_rank) > 1 and (lora.layout is None or not lora.layout.one_rank):
+        one = f"one rank throughout, as {layout.reader} has it"
+        problems += [Problem("rank", fold_modules(found), str(rank), one) for rank, found in sorted(by_rank.items())]
+    return problems
 
 
 def _refuse_tensor_parallel(lora: Lora) -> None:
@@ -414,12 +702,16 @@ def _layers(
     """The layers to export, what is wrong with them, and what to note of them."""
     everything = range(transformer.layers)
     expected, declared_by = tuple(everything), ""
+    wanted = None if allow_partial else lora.stated_names(transformer)
     if allow_partial:
         expected, declared_by = lora.layers, " (--allow-partial)"
     elif config is not None and config.layers is not None:
         expected, declared_by = config.layers_of(transformer.layers), " (layer_range in training_config.yaml)"
+    elif wanted is not None:
+        stated = {name.layer for name in wanted if name.layer is not None}
+        expected, declared_by = tuple(sorted(stated)), " (target_modules)"
     declared = "" if allow_partial else declared_by
-    wanted = lora.expected(expected)
+    wanted = wanted if wanted is not None else lora.expected(expected)
     kinds = {(name.name, name.part) for name in wanted if name.layer is not None}
     missing = sorted(wanted - lora.tensors.keys() - lora.unreadable.keys(), key=lambda name: name.order)
     problems = [
@@ -435,7 +727,7 @@ def _layers(
     beside = [name for name in lora.tensors if name.layer is None and not transformer.has(name.module)]
     problems += lora.problems("unexpected", beside, expected=f"a module of {transformer.name}")
     notices = []
-    if len(expected) < transformer.layers:
+    if expected and len(expected) < transformer.layers:
         layers = fold_numbers(expected)
         notices.append(f"The LoRA adapts {len(expected)} of {transformer.layers} layers: {layers}{declared_by}.")
     return expected, problems, notices
@@ -443,7 +735,6 @@ def _layers(
 
 def _scale_notices(scale: Scale, config: TrainingConfig | None) -> list[str]:
     """What to note if nothing states the scale, or two places do and differ."""
-    alpha = scale.alpha
     if scale.source == BY_DEFAULT:
         why = (
             "training_config.yaml sets no lora_alpha"
@@ -453,25 +744,68 @@ def _scale_notices(scale: Scale, config: TrainingConfig | None) -> list[str]:
         doubt = "" if config else " If the training had another one, state it with --alpha."
         return [f"{why}, so alpha is {sat.DEFAULT_ALPHA}, SAT's default.{doubt}"]
     if scale.source == BY_NOTHING:
-        return ["Nothing states the scale: taken as 1, as diffusers takes it. If the training had another one, state "
-                "it with --alpha."]  # fmt: skip
-    if scale.source == BY_HAND and alpha is not None:
-        stated = [other for other in scale.others if other.alpha is not None and other.source != BY_DEFAULT]
+        losers = ", ".join(f"{name} {scaling}" for name, scaling in LOSERS)
         return [
-            f"alpha is {number(alpha)}, as --alpha states; {other.source} states {number(other.alpha)}."
-            for other in stated
-            if other.alpha is not None and other.alpha != alpha
+            "Nothing states the scale: taken as 1, as diffusers does. Trainers that lose it, with the scaling of their "
+            f"defaults: {losers}. State it with --scaling, or --alpha."
         ]
+    differing = [
+        other for other in scale.others if other.source != BY_DEFAULT and not _is_same_scale(scale.statement, other)
+    ]
+    if scale.source in (BY_HAND, BY_SCALING):
+        kind, value = _value(scale.statement)
+        return [
+            f"{kind} is {value}, as {scale.source} states; {other.source} states {_value_as(kind, other)}."
+            for other in differing
+        ]
+    kind, value = _value(scale.statement)
     return [
-        f"alpha is {_alpha_text(scale.alpha)}, {ALPHA_SOURCES[scale.source]}; {ALPHA_SOURCES[other.source]}: "
-        f"{_alpha_text(other.alpha)}."
-        for other in scale.others
-        if other.scalings != scale.scalings
+        f"{kind} is {value}, {ALPHA_SOURCES[scale.source]}; {ALPHA_SOURCES[other.source]}: {_value_as(kind, other)}."
+        for other in differing
     ]
 
 
-def _alpha_text(alpha: float | None) -> str:
-    return "different by module" if alpha is None else number(alpha)
+def _is_same_scale(one: Statement, other: Statement) -> bool:
+    return all(
+        scaling == value or (scaling is not None and value is not None and math.isclose(scaling, value, rel_tol=1e-9))
+        for module, scaling in one.scalings.items()
+        for value in [other.scalings.get(module)]
+    )
+
+
+def _value(statement: Statement) -> tuple[str, str]:
+    """What a place states: an alpha or a scaling, and which."""
+    if statement.source == BY_SCALING or not statement.alphas:
+        value = statement.scaling
+        return "scaling", "different by module" if value is None else number(value)
+    return "alpha", "different by module" if statement.alpha is None else number(statement.alpha)
+
+
+def _value_as(kind: str, statement: Statement) -> str:
+    """The same, where a reader has just read of an alpha or of a scaling."""
+    own, value = _value(statement)
+    return value if own == kind else f"{own} {value}"
+
+
+def _left_out_notice(lora: Lora) -> list[str]:
+    """What to note of tensors beside the LoRA that change weights too, as ComfyUI's trainer writes them."""
+    found = Counter(kind for key in lora.foreign if (kind := other_adapter(key)) is not None)
+    return [
+        f"Not exported: {counted(count, 'tensor')} of {kind.name}, which only {kind.readers} applies."
+        for kind, count in found.items()
+    ]
+
+
+def _size_notice(layout: LoraLayout, transformer: Transformer) -> list[str]:
+    """What to note of a transformer that is no CogVideoX, or that the layout's reader does not have."""
+    if transformer.others is not None:
+        return [f"No CogVideoX has hidden size {transformer.hidden}: {transformer.others} have, which SAT trains too."]
+    if layout.only_size in (None, (transformer.layers, transformer.hidden)):
+        return []
+    return [
+        f"{layout.reader} has CogVideoX with {layout.only_size[0]} layers of hidden size {layout.only_size[1]} only: "
+        f"it cannot load this LoRA, of {transformer.layers} layers of hidden size {transformer.hidden}."
+    ]
 
 
 def _partial(config: TrainingConfig | None) -> str:

@@ -20,6 +20,7 @@ from cogtools.errors import CheckpointError
 from cogtools.layouts.family import MAX_LAYERS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from cogtools.checkpoint.index import Checkpoint, SmallFile
@@ -63,6 +64,39 @@ class TrainingConfig:
         return tuple(sorted({layer + count if layer < 0 else layer for layer in self.layers or ()}))
 
 
+_RECORD_LINE = "# cogtools: "
+"""Begins the first line of a file that cogtools wrote; the rest of the line is the record of the export."""
+
+
+def config_text(rank: int, alpha: float, layers: Sequence[int] = (), record: str | None = None) -> str:
+    """A training configuration with nothing but a LoRA in it: SAT does not read it there, cogtools does.
+
+    Args:
+        rank: of every module.
+        alpha: of every module.
+        layers: those that are adapted, where that is not all.
+        record: how the LoRA was made.
+    """
+    params = [f"r: {rank}", f"lora_alpha: {_yaml_number(alpha)}"]
+    params += [f"layer_range: [{', '.join(map(str, layers))}]"] if layers else []
+    lines = [_RECORD_LINE + record] if record is not None else []
+    lines += ["  " * depth + f"{name}:" for depth, name in enumerate(_PATH)]
+    return "\n".join([*lines, *("  " * len(_PATH) + param for param in params)]) + "\n"
+
+
+def _yaml_number(value: float) -> str:
+    """A number as YAML 1.1 has it: with a dot before an exponent, or it would be text."""
+    mantissa, e, exponent = repr(value).partition("e")
+    return mantissa + (".0" if e and "." not in mantissa else "") + e + exponent
+
+
+def record_in(content: bytes) -> str | None:
+    """How the LoRA beside a training configuration was made, where cogtools wrote both; None if it did not."""
+    first, newline, _ = content.partition(b"\n")
+    text = first.decode(errors="replace")
+    return text.removeprefix(_RECORD_LINE) if newline and text.startswith(_RECORD_LINE) else None
+
+
 def find_training_config(checkpoint: Checkpoint) -> SmallFile | None:
     """The training configuration beside a checkpoint, or in the save folder above its iteration's folder.
 
@@ -83,7 +117,7 @@ def read_training_config(file: SmallFile, *, with_alpha: bool = True) -> Trainin
         CheckpointError: if the file is not YAML, or a value in it is not valid.
     """
     path = file.path
-    params: object = _load(file)
+    params: object = load_yaml(file)
     for name in _PATH:
         params = params.get(name) if isinstance(params, dict) else None
     if not isinstance(params, dict):
@@ -92,11 +126,11 @@ def read_training_config(file: SmallFile, *, with_alpha: bool = True) -> Trainin
     alpha = _number(params.get("lora_alpha")) if with_alpha else None
     layers = params.get("layer_range")
     if rank is not None and (not is_number(rank) or rank != int(rank) or rank < 1):
-        raise _invalid(path, "r", params["r"], "a whole number, 1 or more")
+        raise invalid(path, "r", params["r"], "a whole number, 1 or more")
     if alpha is not None and (not is_positive(alpha)):
-        raise _invalid(path, "lora_alpha", params["lora_alpha"], "a number above 0")
+        raise invalid(path, "lora_alpha", params["lora_alpha"], "a number above 0")
     if layers is not None and not _are_layers(layers):
-        raise _invalid(path, "layer_range", layers, "a list of layer numbers")
+        raise invalid(path, "layer_range", layers, "a list of layer numbers")
     return TrainingConfig(
         path=path,
         rank=None if rank is None else int(rank),
@@ -121,7 +155,12 @@ def _are_layers(value: object) -> TypeGuard[list[int]]:
     return all(type(item) is int and -MAX_LAYERS <= item < MAX_LAYERS for item in value)
 
 
-def _load(file: SmallFile) -> object:
+def load_yaml(file: SmallFile, hint: str = _HINT) -> object:
+    """What stands in a training configuration, as plain data.
+
+    Raises:
+        CheckpointError: if it is not YAML, or makes more data than it has text.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -140,26 +179,27 @@ def _load(file: SmallFile) -> object:
         return yaml.load(file.content, Loader)  # noqa: S506 - the class is derived from SafeLoader
     except (yaml.YAMLError, RecursionError, *_BAD_SCALAR) as error:
         reason = getattr(error, "problem", None) or str(error)
-        raise _unreadable(file.path, reason, "YAML as the trainer writes it") from error
+        raise _unreadable(file.path, reason, "YAML as the trainer writes it", hint) from error
 
 
-def _unreadable(path: Path, found: str, expected: str) -> CheckpointError:
+def _unreadable(path: Path, found: str, expected: str, hint: str) -> CheckpointError:
     return CheckpointError(
         "the training configuration cannot be read",
         file=path,
         found=found,
         expected=expected,
-        hint=_HINT,
+        hint=hint,
     )
 
 
-def _invalid(path: Path, name: str, value: object, expected: str) -> CheckpointError:
+def invalid(path: Path, name: str, value: object, expected: str, hint: str = _HINT) -> CheckpointError:
+    """The error for a value in a training configuration that cannot be."""
     return CheckpointError(
         f"`{name}` in the training configuration is not valid",
         file=path,
         found=_shown(value),
         expected=expected,
-        hint=_HINT,
+        hint=hint,
     )
 
 

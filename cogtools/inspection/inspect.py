@@ -5,26 +5,27 @@ No weights are read unless asked for; the result is plain data.
 
 from __future__ import annotations
 
-import os
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.conversion.lora import find_lora, find_transformer
+from cogtools.conversion.lora import find_lora, find_transformer, scale_of
 from cogtools.inspection.contents import files_of, iterations_of, judged, kinds_of, trainer_facts
 from cogtools.inspection.listing import add_offsets, add_statistics, list_tensors, select
-from cogtools.inspection.lora import describe_lora, scale_of
+from cogtools.inspection.lora import describe_lora
 from cogtools.inspection.report import CheckpointReport, InspectReport, ModelReport
 from cogtools.inspection.selection import Selection
 from cogtools.inspection.totals import dtype_totals, second_copy, section_totals, stored_bytes, unviewed_bytes
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Sequence
 
     from cogtools.checkpoint.index import Checkpoint
     from cogtools.conversion.lora import Lora
-    from cogtools.inspection.report import LoraReport
+    from cogtools.inspection.report import LoraComparison, LoraReport
     from cogtools.layouts.family import Transformer
 
 
@@ -120,10 +121,6 @@ def _with_updates(lora: Lora, report: LoraReport, progress: Callable[[int, int],
     return replace(report, updates=lora_updates(lora, {} if scale is None else scale.scalings, progress))
 
 
-_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
-"""By these NumPy's linear algebra is told how many threads to use: when it is imported, never later."""
-
-
 def inspect_checkpoints(
     paths: Sequence[str | os.PathLike[str]],
     selection: Selection | None = None,
@@ -148,8 +145,6 @@ def inspect_checkpoints(
     """
     selection = selection or Selection()
     selection.check()
-    if selection.statistics or plot is not None:
-        _use_one_thread()
     if plot is not None:
         from cogtools.inspection.plot import refuse_unplottable
 
@@ -165,19 +160,24 @@ def inspect_checkpoints(
         )
         for path in paths
     )
+    comparison = None
+    if selection.statistics and len(paths) == 2 and all(report.lora is not None for report in reports):
+        comparison = _compare(paths, iteration=iteration, ema=ema)
     if plot is None:
-        return InspectReport(reports)
+        return InspectReport(reports, comparison=comparison)
     from cogtools.inspection.plot import plot_updates
 
     plot_updates(reports, Path(plot))
-    return InspectReport(reports, Path(plot))
+    return InspectReport(reports, Path(plot), comparison)
 
 
-def _use_one_thread() -> None:
-    """Keep NumPy from starting threads, unless the user has said how many.
+def _compare(paths: Sequence[str | os.PathLike[str]], *, iteration: int | None, ema: bool) -> LoraComparison | None:
+    """What changed from the LoRA of the first checkpoint to that of the second; None if one has none that is known."""
+    from cogtools.inspection.comparison import compare_loras
 
-    The matrices are small: its threads spend most of their time waiting for each other, ten times as long as the
-    work takes if another program is running.
-    """
-    for name in _THREADS:
-        os.environ.setdefault(name, "1")
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_checkpoint(path, iteration=iteration, ema=ema)) for path in paths]
+        first, second = map(find_lora, opened)
+        if first is None or second is None or first.layout is None or second.layout is None:
+            return None
+        return compare_loras(first, second)

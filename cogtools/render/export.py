@@ -6,13 +6,19 @@ import json
 from typing import TYPE_CHECKING
 
 from cogtools.conversion.scale import ALPHA_SOURCES
-from cogtools.formatting import number, size
+from cogtools.formatting import number, percent, size
+from cogtools.layouts.recognition import BY_NAME
 from cogtools.render.text import notice, shortened, show, talk
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cogtools.conversion.loss import LossReport
+    from cogtools.conversion.options import Format
     from cogtools.errors import CogtoolsError
     from cogtools.export.batch import BatchItem, BatchReport
     from cogtools.export.export import ExportReport
+    from cogtools.layouts.lora import ScalePlace
 
 
 def show_export(report: ExportReport) -> None:
@@ -33,9 +39,12 @@ def summary(report: ExportReport) -> list[str]:
             "written" if report.written else "to write",
             f"{report.output}: {report.tensors} tensors, {report.dtype}, {size(report.size_bytes)}",
         ),
+        *(("", str(file)) for file in report.files if file != report.output),
     ]
     if report.largest_relative_error is not None:
         rows.append(("rounding", f"largest relative error of any tensor {report.largest_relative_error:.2g}"))
+    if report.lost is not None:
+        rows.append(("cut", f"to rank {rank}: {lost(report.lost)}"))
     if report.crc32 == "checked":
         rows.append(("checked", "the CRC-32s of the weights that were read"))
     if report.sha256 is not None:
@@ -46,35 +55,97 @@ def summary(report: ExportReport) -> list[str]:
     return lines
 
 
+def lost(report: LossReport) -> str:
+    """How much of a LoRA is lost, and where most."""
+    worst = report.worst
+    return f"{percent(report.lost)} of the LoRA is lost; most, {percent(worst.lost)}, in {worst.module}"
+
+
 def _scale(report: ExportReport) -> str:
     """The scale, who states it, and how the file carries it."""
     alpha = "different by module" if report.alpha is None else number(report.alpha)
     if report.alpha is None and report.scaling is not None:
         alpha = "not stated"
-    return f"{alpha} ({ALPHA_SOURCES[report.alpha_source]}), scaling {_scaling(report)}, {_CARRIED[report.scale]}"
+    carried = {"fold": "multiplied in", "none": "not in the file"}.get(report.scale)
+    carried = carried or _STATED[BY_NAME[report.format].scale]
+    return f"{alpha} ({ALPHA_SOURCES[report.alpha_source]}), scaling {_scaling(report)}, {carried}"
 
 
-_CARRIED = {"metadata": "stated in the header", "fold": "multiplied in", "none": "not in the file"}
+_STATED: dict[ScalePlace, str] = {
+    "header": "stated in the header",
+    "adapter_config": "stated in adapter_config.json",
+    "alpha_tensors": "stated in alpha tensors",
+    "training_config": "stated in training_config.yaml",
+}
 
 
 def _scaling(report: ExportReport) -> str:
     """The scaling, as the quotient that it is where all modules have one alpha and one rank."""
     if report.scaling is None:
         return "different by module"
-    if report.alpha is None or report.rank is None:
+    if report.alpha is None or report.rank is None or report.alpha / report.rank != report.scaling:
         return number(report.scaling)
     return f"{number(report.alpha)}/{report.rank} = {number(report.scaling)}"
 
 
 def _how_to_load(report: ExportReport) -> list[str]:
-    folder, name = _literal(str(report.output.parent)), _literal(report.output.name)
-    call = f'pipe.load_lora_weights({folder}, weight_name={name}, adapter_name="lora")'
-    weight = "…" if report.scaling is None else number(report.scaling)
-    if report.scale == "none":
-        return ["Load it and apply the scale:", f"    {call}",
-                f'    pipe.set_adapters("lora", {weight})']  # fmt: skip
-    return ["Load it at weight 1.0: the scale is already in the file (no set_adapters or fuse_lora with 1/rank):",
-            f"    {call}"]  # fmt: skip
+    alpha = "…" if report.alpha is None else number(report.alpha)
+    if report.scale == "fold":
+        alpha = "1" if report.lost is None else str(report.rank)
+    return how_to_load(
+        report.format,
+        report.output,
+        report.folder,
+        rank=report.rank,
+        alpha=alpha,
+        pipeline=report.pipeline,
+        weight="1.0" if report.scale != "none" else "…" if report.weight is None else number(report.weight),
+        is_scaled=report.scale != "none",
+        has_base=report.has_base,
+    )
+
+
+def how_to_load(
+    format_: Format,
+    file: Path,
+    folder: Path,
+    *,
+    rank: int | None,
+    alpha: str,
+    pipeline: str | None,
+    weight: str = "1.0",
+    is_scaled: bool = True,
+    has_base: bool = False,
+) -> list[str]:
+    """How the program of a format loads a LoRA.
+
+    Args:
+        format_: the format.
+        file: the file of its tensors.
+        folder: the folder that the program is given, where it is given one.
+        rank: its rank, for a program that has to be told.
+        alpha: the same of its alpha.
+        pipeline: the class of its model's pipeline in diffusers.
+        weight: the strength to load it at.
+        is_scaled: whether the file carries its scale.
+        has_base: whether base weights are beside it.
+    """
+    usage = BY_NAME[format_].usage
+    facts = {
+        "path": _literal(str(file)),
+        "folder": _literal(str(folder)),
+        "name": _literal(file.name),
+        "weight": weight,
+        "rank": rank,
+        "alpha": alpha,
+    }
+    advice, templates = usage.whole if has_base and usage.whole is not None else usage[:2]
+    if not is_scaled and usage.unscaled:
+        advice, templates = "Load it and apply the scale:", (*templates, *usage.unscaled)
+    lines = [line.format_map(facts) for line in templates]
+    if pipeline is not None and any("pipe." in line for line in lines):
+        lines.insert(0, f"pipe = {pipeline}.from_pretrained(...)")
+    return [advice.format_map(facts), *(f"    {line}" for line in lines)]
 
 
 def _literal(text: str) -> str:

@@ -11,27 +11,35 @@ from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.conversion.lora import read_lora
 from cogtools.errors import CheckpointError, Hint, command
 from cogtools.layouts import diffusers, peft, sat
+from cogtools.layouts.recognition import LAYOUTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from cogtools.checkpoint.index import Checkpoint
     from cogtools.conversion.lora import Lora
+    from cogtools.layouts.lora import LoraLayout
 
 
 @contextmanager
-def open_written(out: Path) -> Iterator[Lora]:
+def open_written(out: Path, asked: LoraLayout | None = None) -> Iterator[Lora]:
     """Open a LoRA file, or the one in a folder.
+
+    Args:
+        out: the file or folder.
+        asked: the layout of the program that it is held against; None leaves that to the file.
 
     Raises:
         CheckpointError: if there is none, or it cannot be read.
     """
     with open_checkpoint(find_lora_file(out)) as file:
-        if file.format != safetensors.FORMAT:
-            raise _not_safetensors(file)
-        _refuse_what_upstream_refuses(file.path)
-        yield read_lora(file)
+        lora = read_lora(file)
+        if file.format == safetensors.FORMAT:
+            _refuse_what_upstream_refuses(file.path)
+        elif lora.layout is None or lora.layout.container != "torch" or (asked is None and not lora.record.version):
+            raise _not_safetensors(lora)
+        lora.asked = asked
+        yield lora
 
 
 def find_lora_file(out: Path) -> Path:
@@ -42,9 +50,9 @@ def find_lora_file(out: Path) -> Path:
     """
     if not is_folder(out):
         return out
-    for name in (diffusers.FILE_NAME, peft.FILE_NAME):
-        if is_file(out / name):
-            return out / name
+    for layout in LAYOUTS:
+        if layout.path is not None and is_file(out / layout.path):
+            return out / layout.path
     found = sorted(path.name for path in out.glob("*.safetensors"))
     if len(found) == 1:
         return out / found[0]
@@ -67,9 +75,9 @@ def find_lora_file(out: Path) -> Path:
     )
 
 
-def _not_safetensors(file: Checkpoint) -> CheckpointError:
+def _not_safetensors(lora: Lora) -> CheckpointError:
     """The error for a file of another format: what it holds, and what to do with that."""
-    lora = read_lora(file)
+    file = lora.checkpoint
     what, expected = "this is a checkpoint, not an exported LoRA", "a safetensors file"
     hint = command("inspect", file.path, advice="to see what it holds")
     if lora.layout is sat.LAYOUT:
