@@ -1,7 +1,7 @@
 """docs/cli.md, made from the app itself.
 
-    python -m tools.cli_pages            write the page
-    python -m tools.cli_pages --check    fail if the page is not what the app says
+python -m tools.cli_pages            write the page
+python -m tools.cli_pages --check    fail if the page is not what the app says
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def page() -> str:
     """The page."""
     command: Any = typer.main.get_command(app)
     context = command.make_context("cogtools", ["--help-is-not-asked"], resilient_parsing=True)
-    sections = [_HEAD]
-    for name in sorted(command.commands):
-        sections.append("\n".join(_section(name, command.commands[name], context)))
+    sections = [
+        _HEAD,
+        *("\n".join(_section(name, command.commands[name], context)) for name in sorted(command.commands)),
+    ]
     return "\n".join(sections).rstrip() + "\n"
 
 
