@@ -29,8 +29,9 @@ check: $(READY)  ## Check format, lint and types.
 	$(BIN)/python -m tools.cli_pages --check
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
-docs: $(READY)  ## Make the page of the command line and the site, in .site.
+docs: $(READY)  ## Make the page of the command line, the picture of the README, and the site, in .site.
 	$(BIN)/python -m tools.cli_pages
+	$(BIN)/python -m tools.picture docs/images/strength.png
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
