@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from cogtools.cli.options import WRONG, Ema, Iteration, Json, Quiet
 from cogtools.conversion.options import Format
+from cogtools.errors import OptionError
 from cogtools.layouts.family import MODELS
 from cogtools.render import text
 
+if TYPE_CHECKING:
+    from cogtools.verification.model_report import ModelVerifyReport
+    from cogtools.verification.report import VerifyReport
+
 
 def verify_command(
-    out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="The LoRA: a folder or a file.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", show_default=False, help="A LoRA, or a whole model or parts of it: a folder or a file."
+        ),
+    ],
     against: Annotated[
         Path | None,
         typer.Option(metavar="CHECKPOINT", help="Compare every value, and the scale, with the checkpoint's."),
@@ -41,7 +51,7 @@ def verify_command(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check that a LoRA is complete, equals its checkpoint, and loads at the right strength.
+    """Check that a LoRA or a model is complete, equals its checkpoint, and loads.
 
     Exit code: 0 verified, 1 something is wrong with it, 2 it could not be opened.
 
@@ -49,26 +59,46 @@ def verify_command(
     Examples:
       cogtools verify out
       cogtools verify out --against ckpts/lora-disney --load
+      cogtools verify pipeline --against ckpts/sft-disney
     """
     from cogtools.render.json_object import report_json
     from cogtools.render.progress import Progress
     from cogtools.render.verify import show_verification
+    from cogtools.verification.model_written import holds_model
     from cogtools.verification.verify import verify_lora
+    from cogtools.verification.verify_model import verify_model
 
     with Progress("verifying", hidden=quiet or json) as progress:
-        report = verify_lora(
-            out,
-            against=against,
-            iteration=iteration,
-            ema=ema,
-            load=load,
-            format=format,
-            model=model,
-            layers=layers,
-            strict=strict,
-            progress=progress.update,
-            say=progress.say,
-        )
+        report: ModelVerifyReport | VerifyReport
+        if holds_model(out):
+            for option, value in (("--layers", layers), ("--format", format)):
+                if value is not None:
+                    raise OptionError(f"{option} is for LoRAs, and this is a model", file=out, hint="leave it out")
+            report = verify_model(
+                out,
+                against=against,
+                iteration=iteration,
+                ema=ema,
+                load=load,
+                model=model,
+                strict=strict,
+                progress=progress.update,
+                say=progress.say,
+            )
+        else:
+            report = verify_lora(
+                out,
+                against=against,
+                iteration=iteration,
+                ema=ema,
+                load=load,
+                format=format,
+                model=model,
+                layers=layers,
+                strict=strict,
+                progress=progress.update,
+                say=progress.say,
+            )
     wrong = report.verdict == "fail"
     if json:
         text.emit(report_json("verify", "wrong" if wrong else "ok", report))
