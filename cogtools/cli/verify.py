@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 
 
 def verify_command(
-    out: Annotated[
-        Path,
+    paths: Annotated[
+        list[Path],
         typer.Argument(
-            metavar="OUT", show_default=False, help="A LoRA, or a whole model or parts of it: a folder or a file."
+            metavar="OUT [LORA]...",
+            show_default=False,
+            help="A LoRA, or a whole model or parts of it: a folder or a file. With --against BASE, the LoRAs that "
+            "were merged into it; with --against LORA, the others that were.",
         ),
     ],
     against: Annotated[
@@ -60,6 +63,7 @@ def verify_command(
       cogtools verify out
       cogtools verify out --against ckpts/lora-disney --load
       cogtools verify pipeline --against ckpts/sft-disney
+      cogtools verify merged --against CogVideoX-2b style.safetensors motion.safetensors
     """
     from cogtools.render.json_object import report_json
     from cogtools.render.progress import Progress
@@ -68,15 +72,21 @@ def verify_command(
     from cogtools.verification.verify import verify_lora
     from cogtools.verification.verify_model import verify_model
 
+    out, *loras = paths
+    if loras and against is None:
+        raise OptionError(
+            "verify takes one output, and others only to hold it against",
+            found=" ".join(map(str, paths)),
+            expected="cogtools verify OUT --against BASE LORA...",
+        )
+    sources = None if against is None else [against, *loras]
     with Progress("verifying", hidden=quiet or json) as progress:
         report: ModelVerifyReport | VerifyReport
         if holds_model(out):
-            for option, value in (("--layers", layers), ("--format", format)):
-                if value is not None:
-                    raise OptionError(f"{option} is for LoRAs, and this is a model", file=out, hint="leave it out")
+            _refuse_for_models(layers, format)
             report = verify_model(
                 out,
-                against=against,
+                against=sources,
                 iteration=iteration,
                 ema=ema,
                 load=load,
@@ -88,7 +98,7 @@ def verify_command(
         else:
             report = verify_lora(
                 out,
-                against=against,
+                against=sources,
                 iteration=iteration,
                 ema=ema,
                 load=load,
@@ -106,3 +116,11 @@ def verify_command(
         show_verification(report, quiet=quiet)
     if wrong:
         raise typer.Exit(WRONG)
+
+
+def _refuse_for_models(layers: int | None, format_: object) -> None:
+    """Refuse the options that are for LoRAs only."""
+    if layers is not None:
+        raise OptionError("--layers is for LoRAs: a model's tensors say how many it has", hint="leave it out")
+    if format_ is not None:
+        raise OptionError("--format is for LoRAs: a model is held against the layout that it has", hint="leave it out")

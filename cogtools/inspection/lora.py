@@ -47,12 +47,18 @@ def describe_lora(checkpoint: Checkpoint, lora: Lora, model: Transformer | None)
         alpha=scale.alpha if scale is not None else None,
         alpha_source=scale.source if scale is not None and is_stated else None,
         reader=lora.intended.reader,
-        unstated_scaling=lora.intended.unstated_scaling,
+        unstated_scaling=_unstated_scaling(lora),
         misstated=_misstated(lora),
         scalings=tuple(sorted(set(scalings))),
         export=outlook,
         readers=readers_of(lora, scale, model),
     )
+
+
+def _unstated_scaling(lora: Lora) -> float | None:
+    """What the program that the file is for multiplies every update by where nothing states the scale."""
+    found = {lora.intended.scaling_unstated(rank) for rank in lora.ranks.values() if rank} or {None}
+    return found.pop() if len(found) == 1 else None
 
 
 def _misstated(lora: Lora) -> tuple[Problem, ...]:
@@ -107,7 +113,7 @@ def _expected(lora: Lora, model: Transformer | None, plan: LoraPlan | None) -> f
     if lora.layout is None:
         return frozenset()
     if plan is not None:
-        return lora.expected(plan.layers)
+        return frozenset(plan.names)  # it is refused if any is missing
     every = lora.expected(range(model.layers) if model is not None else lora.layers)
     stated = lora.stated.get(lora.intended.scale)
     if stated is None:

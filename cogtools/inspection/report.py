@@ -272,7 +272,7 @@ class LoraReport:
             "adapter_config.json", "alpha tensors" …; None if it is not.
         reader: the program that the file is for.
         unstated_scaling: what that multiplies the updates by where nothing states the scale; None if it then loads
-            nothing.
+            nothing, or that differs by module.
         misstated: what is wrong with what a file in diffusers' or PEFT's layout states of its scale.
         scalings: what its updates are multiplied by, each once: alpha / rank, or 1 where nothing is stated; () if
             that is not known.

@@ -54,7 +54,7 @@ def heat_map_lines(lora: LoraReport, updates: Sequence[UpdateReport]) -> Iterato
     if computed:
         measures = f"norm of {_scaled_by(computed)}, and effective rank (at most {max(lora.ranks)})"
         yield Line(measures, wrap=True)
-        yield from _rows(computed)
+        yield from _rows(updates)
     yield from not_computed_lines(updates)
 
 

@@ -8,7 +8,7 @@ double precision holds.
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from cogtools.checkpoint.decoding import doubles, tensor_doubles
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.conversion.merge_plan import Weighted
 from cogtools.conversion.plan import plan_lora
 from cogtools.conversion.scale import ALPHA_SOURCES, BY_CONFIG, BY_DEFAULT, BY_HAND, BY_NOTHING
 from cogtools.conversion.training_config import FILE_NAME as CONFIG_FILE_NAME
@@ -26,10 +27,11 @@ from cogtools.verification.checks import figures
 from cogtools.verification.expected import stated_of
 from cogtools.verification.hints import only_load_tells
 from cogtools.verification.report import Check, folded
+from cogtools.verification.sums import as_recorded, check_sum, refuse_other_number
 from cogtools.verification.values import FLOAT_FORMATS, place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -48,34 +50,53 @@ the wider of the two. In float64 the product that is compared with is itself rou
 
 
 class Source(NamedTuple):
-    """The checkpoint that a file is held against, open, and what its LoRA should have become."""
+    """What a file is held against, open.
+
+    Attributes:
+        checkpoint: the checkpoint; of several, the first.
+        plan: what its LoRA should have become.
+        summed: the LoRAs whose sum the file should add, where its record says that it was made of several or cut to a
+            lower rank; () where its tensors should be those of the plan.
+    """
 
     checkpoint: Checkpoint
     plan: LoraPlan
+    summed: tuple[Weighted, ...] = ()
 
 
 @contextmanager
 def open_source(
-    path: Path, record: ExportRecord, *, iteration: int | None = None, ema: bool = False
+    paths: Sequence[Path], record: ExportRecord, *, iteration: int | None = None, ema: bool = False
 ) -> Iterator[Source]:
-    """Open the checkpoint that a file is to be held against.
+    """Open the checkpoint that a file is to be held against, or the LoRAs that it was made of.
 
     Args:
-        path: the checkpoint.
+        paths: the checkpoint, or all of these LoRAs.
         record: how the file was made.
         iteration: as `open_checkpoint` has it.
         ema: the same.
 
     Raises:
-        CogtoolsError: if the checkpoint cannot be read, or has no LoRA that could have been exported.
+        OptionError: if they are not as many as the file was made of.
+        CogtoolsError: if one cannot be read, or has no LoRA that could have been exported.
     """
-    with open_checkpoint(path, iteration=iteration, ema=ema) as opened:
+    refuse_other_number(paths, record.merged)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_checkpoint(path, iteration=iteration, ema=ema)) for path in paths]
+        if record.merged is not None:
+            loras = as_recorded(opened, record.merged)
+            yield Source(loras[0].plan.lora.checkpoint, loras[0].plan, tuple(loras))
+            return
         # What the checkpoint has is what the file should have, be it the LoRA of all layers or of some.
-        yield Source(opened, _plan(opened, record))
+        plan = _plan(opened[0], record)
+        yield Source(opened[0], plan, () if record.cut_to is None else (Weighted(plan),))
 
 
 def _plan(checkpoint: Checkpoint, record: ExportRecord) -> LoraPlan:
     """What the checkpoint's LoRA is: diffusers' layout has a place for all that a LoRA can have."""
+    if record.cut_to is not None:  # the scale is in the values, which are compared at the one that was taken
+        alpha, scaling = record.alpha_by_hand, record.scaling_by_hand
+        return plan_lora(checkpoint, diffusers.LAYOUT, alpha=alpha, scaling=scaling, allow_partial=True)
     try:
         return plan_lora(checkpoint, diffusers.LAYOUT, allow_partial=True)
     except CheckpointError:
@@ -96,6 +117,8 @@ def against_checks(
         found: the scaling of every module of the file, as far as it is known.
         advance: told the bytes of the file that were compared, as they are.
     """
+    if source.summed:
+        return [check_sum(lora, source.summed, found, advance)]
     return [_check_tensors(lora, source, advance), _check_scale(lora, source.plan, found)]
 
 

@@ -83,9 +83,8 @@ def _load_part(name: str, folder: Path, dtype: str | None) -> Iterator[tuple[Any
     if part.stem is None:
         made = getattr(owner, part.class_name).from_pretrained(folder)
         if name == "tokenizer":
-            ids = made(_PROMPT).input_ids
-            known = [number for number in ids if number not in (made.unk_token_id, made.eos_token_id)]
-            if not known:
+            tokens = made.convert_ids_to_tokens(made(_PROMPT).input_ids)
+            if not any(char.isalpha() for token in tokens if token not in made.all_special_tokens for char in token):
                 yield "value", f"every word of {_PROMPT!r} is unknown to a vocabulary of {len(made)} tokens"
         return
     options: dict[str, Any] = {"output_loading_info": True}

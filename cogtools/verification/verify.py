@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ from cogtools.verification.written import open_written
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from cogtools.conversion.lora import Lora
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 def verify_lora(
     out: str | os.PathLike[str],
     *,
-    against: str | os.PathLike[str] | None = None,
+    against: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     iteration: int | None = None,
     ema: bool = False,
     load: bool = False,
@@ -62,7 +63,7 @@ def verify_lora(
 
     Args:
         out: the file, or the folder that has it.
-        against: the checkpoint that it was made of: every value is compared.
+        against: the checkpoint that it was made of: every value is compared. Of a merged LoRA, all that were merged.
         iteration: which iteration of the checkpoint, where that is a save folder; None takes the latest.
         ema: hold it against its EMA weights.
         load: load it with diffusers (a PEFT folder: with PEFT), into a transformer whose weights take no memory.
@@ -81,16 +82,17 @@ def verify_lora(
             "--iteration and --ema say which weights of a checkpoint are meant, and there is none",
             hint="give the checkpoint with --against",
         )
+    paths = given_paths(against)
     with ExitStack() as opened:
         asked = None if format is None else BY_NAME[checked_format(format)]
         lora = opened.enter_context(open_written(Path(out), asked))
         expected = expect(lora, model=model, layers=layers)
         # Before the long work: a missing checkpoint is an error at once.
-        source = None if against is None else opened.enter_context(_open_source(lora, against, iteration, ema=ema))
+        source = opened.enter_context(_open_source(lora, paths, iteration, ema=ema)) if paths else None
         loaded = _load(lora, expected, model, layers, say) if load else None
         case = _Case(lora, expected.as_loaded(loaded.modules) if loaded is not None else expected, source, loaded)
         meter = _Meter(progress, _bytes_to_look_at(lora) * (1 if source is None else 2))
-        words = _as_words(against, iteration, ema=ema)
+        words = _as_words(paths, iteration, ema=ema)
         checks = [with_hint(check, lora, words) for check in _checks(case, meter.advance)]
         if strict:
             checks = [replace(check, status="fail") if check.status == "warn" else check for check in checks]
@@ -124,12 +126,19 @@ class _Case:
         return scalings(self.lora) or self.by_peft
 
 
+def given_paths(against: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None) -> list[Path]:
+    """What a file is to be held against, as paths; [] if nothing."""
+    if against is None:
+        return []
+    return [Path(against)] if isinstance(against, (str, PathLike)) else list(map(Path, against))
+
+
 def _open_source(
-    lora: Lora, against: str | os.PathLike[str], iteration: int | None, *, ema: bool
+    lora: Lora, paths: Sequence[Path], iteration: int | None, *, ema: bool
 ) -> AbstractContextManager[Source]:
     from cogtools.verification.against import open_source
 
-    return open_source(Path(against), lora.record, iteration=iteration, ema=ema)
+    return open_source(paths, lora.record, iteration=iteration, ema=ema)
 
 
 def _load(
@@ -194,11 +203,11 @@ def _bytes_to_look_at(lora: Lora) -> int:
     return sum(tensor.entry.size_bytes for tensor in lora.tensors.values())
 
 
-def _as_words(against: str | os.PathLike[str] | None, iteration: int | None, *, ema: bool) -> list[object]:
+def _as_words(paths: Sequence[Path], iteration: int | None, *, ema: bool) -> list[object]:
     """The checkpoint as words of a command."""
-    if against is None:
+    if not paths:
         return ["CHECKPOINT"]
-    return [against, *(["--iteration", iteration] if iteration is not None else []), *(["--ema"] if ema else [])]
+    return [*paths, *(["--iteration", iteration] if iteration is not None else []), *(["--ema"] if ema else [])]
 
 
 class _Meter:

@@ -21,7 +21,7 @@ from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.pickle.dangers import danger_of
 from cogtools.conversion.plan import plan_lora
 from cogtools.conversion.scale import carry
-from cogtools.errors import CogtoolsError, ExportError
+from cogtools.errors import CogtoolsError, ExportError, Hint
 from cogtools.inspection.contents import kind_of
 from cogtools.inspection.inspect import inspect_checkpoint
 from cogtools.inspection.report import (
@@ -224,17 +224,20 @@ def test_the_report_of_a_training_says_what_is_in_it(toy: Path) -> None:
             alpha=1,
             alpha_source="default",
             reader="SAT",
-            unstated_scaling=1.0,
+            unstated_scaling=0.25,
             misstated=(),
             scalings=(0.25,),
+            readers=report.lora.readers if report.lora is not None else (),  # in a test of their own
             export=ExportOutlook(
                 possible=True,
                 tensors=24,
                 size_bytes=24576,
+                formats=("diffusers", "peft", "comfyui", "videox-fun", "diffsynth", "sat"),
                 notices=(
                     "There is no training_config.yaml with a lora_alpha, so alpha is 1, SAT's default. "
                     "If the training had another one, state it with --alpha.",
                 ),
+                hint=Hint(command=f"cogtools export-lora {toy} OUT_DIR --format diffusers"),
             ),
         ),
         tensors=(),
@@ -632,8 +635,9 @@ def test_a_lora_that_is_in_diffusers_layout_already_exports_too(inspect: Command
     save_file(diffusers_lora(range(30)), path)
     assert (
         "\n  exports to 240 tensors, 7.4 MB, in diffusers' layout\n"
-        "             Nothing states the scale: taken as 1, as diffusers takes it. "
-        "If the training had another one, state it with --alpha.\n" in inspect(path).out
+        "             Nothing states the scale: taken as 1, as diffusers does. Trainers that lose it, with the scaling "
+        "of their defaults: CogVideo's finetune 0.5, VideoX-Fun with --use_peft_lora 0.5, SAT's own exporter 1/rank. "
+        "State it with --scaling, or --alpha.\n" in inspect(path).out
     )
 
 

@@ -167,8 +167,8 @@ def test_the_heat_map_has_a_column_for_each_kind_of_module_that_there_is(run_fol
     ]
     assert Output().draw(heat_map_lines(lora, updates)) == (
         "norm of scaling * B A (scaling 0.5), and effective rank (at most 4)\n"
-        "layer     ff_in      out      ff_in      out\n"
-        "    0         2        -        1.5        -\n"
-        "    3         1        -        3.0        -\n"
+        "layer       out    ff_in        out    ff_in\n"
+        "    0         -        2          -      1.5\n"
+        "    3         -        1          -      3.0\n"
         "not computed: 1 module with one factor only (layer 0: out)"
     )

@@ -137,9 +137,10 @@ def test_a_good_file_passes_all_checks(good: Source) -> None:
     assert [(check.name, check.status) for check in report.checks] == [
         (name, "pass") for name in (*PLAIN_CHECKS, "against", "against-scale", "load")
     ]
-    assert replace(report, checks=(), libraries={}) == VerifyReport(
+    assert replace(report, checks=(), libraries={}, readers=()) == VerifyReport(
         path=good.file,
         layout="diffusers",
+        reader="diffusers",
         model="CogVideoX of no published size: 3 layers, hidden size 128",
         layers=(0, 1, 2),
         tensors=24,
@@ -152,6 +153,7 @@ def test_a_good_file_passes_all_checks(good: Source) -> None:
         strict=False,
         checks=(),
         notices=(),
+        readers=(),  # in a test of their own
         verdict="pass",
     )
     assert set(report.libraries) == {"diffusers", "peft"}
