@@ -22,10 +22,12 @@ demo: $(READY)  ## Make a sample checkpoint, then export, verify and inspect it.
 test: $(READY)  ## Run the tests.
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-check: $(READY)  ## Check format, lint and types.
+check: $(READY)  ## Check format, lint, types, the pages' examples and the workflows.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m tools.page_examples .examples
+	$(BIN)/mypy .examples
 	$(BIN)/python -m tools.cli_pages --check
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
@@ -50,4 +52,4 @@ fuzz: $(READY)  ## Fuzz all that reads files, for SECONDS=300 in all.
 	$(BIN)/python -m tests.support.fuzz_readers .fuzz --seconds $(SECONDS)
 
 clean:  ## Remove everything that make and the tools made.
-	rm -rf .venv .demo .bench .fuzz .site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .demo .bench .fuzz .site .examples build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
