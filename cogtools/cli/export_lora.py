@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from cogtools.cli.options import COULD_NOT, Ema, Iteration, Json, Quiet, Rank
+from cogtools.cli.options import COULD_NOT, WRONG, Ema, Iteration, Json, Quiet, Rank
 from cogtools.conversion.options import Cast, ExportOptions, Format, Scale
 from cogtools.errors import OptionError, PrintError
 from cogtools.render import text
@@ -61,6 +61,9 @@ def export_lora_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.")] = False,
     sha256: Annotated[bool, typer.Option("--sha256", help="Print the output's SHA-256.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check every value of what was written, as verify --against does.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     sat_pt_path: Annotated[str | None, typer.Option("--sat_pt_path", hidden=True)] = None,
@@ -95,6 +98,7 @@ def export_lora_command(
         overwrite=overwrite,
         dry_run=dry_run,
         sha256=sha256,
+        verify=verify,
         rank=rank,
     )
     # As `cp` has it: a folder that goes into another one keeps a name of its own there.
@@ -103,10 +107,13 @@ def export_lora_command(
         return
     with Progress("writing", hidden=quiet or json) as progress:
         report = export_checkpoint(sources[0], out, options, progress=progress.update)
+    wrong = report.verification is not None and report.verification.verdict == "fail"
     if json:
-        text.emit(report_json("export-lora", "ok", report))
-    elif not quiet:
-        show_export(report)
+        text.emit(report_json("export-lora", "wrong" if wrong else "ok", report))
+    else:
+        show_export(report, quiet=quiet)
+    if wrong:
+        raise typer.Exit(WRONG)
 
 
 def _sources_and_output(paths: list[str], sat_pt_path: str | None, lora_save_directory: str | None) -> list[str]:
@@ -169,3 +176,5 @@ def _export_many(
         raise unprinted
     if report.failed:
         raise typer.Exit(COULD_NOT)
+    if any(item.is_wrong for item in items):
+        raise typer.Exit(WRONG)

@@ -83,9 +83,7 @@ def verify_command(
     with Progress("verifying", hidden=quiet or json) as progress:
         report: ModelVerifyReport | VerifyReport
         if holds_model(out):
-            for option, value in (("--layers", layers), ("--format", format)):
-                if value is not None:
-                    raise OptionError(f"{option} is for LoRAs, and this is a model", file=out, hint="leave it out")
+            _refuse_for_models(layers, format)
             report = verify_model(
                 out,
                 against=sources,
@@ -118,3 +116,11 @@ def verify_command(
         show_verification(report, quiet=quiet)
     if wrong:
         raise typer.Exit(WRONG)
+
+
+def _refuse_for_models(layers: int | None, format_: object) -> None:
+    """Refuse the options that are for LoRAs only."""
+    if layers is not None:
+        raise OptionError("--layers is for LoRAs: a model's tensors say how many it has", hint="leave it out")
+    if format_ is not None:
+        raise OptionError("--format is for LoRAs: a model is held against the layout that it has", hint="leave it out")

@@ -78,6 +78,12 @@ class BatchItem:
     error: CogtoolsError | None = None
     reason: str | None = None
 
+    @property
+    def is_wrong(self) -> bool:
+        """Whether what was written was checked and found wrong."""
+        verification = None if self.report is None else self.report.verification
+        return verification is not None and verification.verdict == "fail"
+
 
 @dataclass(frozen=True, slots=True)
 class BatchReport:

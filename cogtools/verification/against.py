@@ -14,11 +14,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cogtools.checkpoint.decoding import doubles, tensor_doubles
+from cogtools.checkpoint.dtypes import FLOAT_FORMATS
+from cogtools.checkpoint.files import is_folder
+from cogtools.checkpoint.folder import find_save_folder, iterations_in
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.conversion.merge_plan import Weighted
+from cogtools.conversion.notices import choice_notices
+from cogtools.conversion.options import BY_HAND
 from cogtools.conversion.plan import plan_lora
-from cogtools.conversion.scale import ALPHA_SOURCES, BY_CONFIG, BY_DEFAULT, BY_HAND, BY_NOTHING
+from cogtools.conversion.scale import ALPHA_SOURCES, BY_CONFIG, BY_DEFAULT, BY_NOTHING
 from cogtools.conversion.training_config import FILE_NAME as CONFIG_FILE_NAME
 from cogtools.errors import CheckpointError, Hint, Problem, command
 from cogtools.formatting import counted, number
@@ -28,7 +33,7 @@ from cogtools.verification.expected import stated_of
 from cogtools.verification.hints import only_load_tells
 from cogtools.verification.report import Check, folded
 from cogtools.verification.sums import as_recorded, check_sum, refuse_other_number
-from cogtools.verification.values import FLOAT_FORMATS, place
+from cogtools.verification.values import place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.run import Iteration
     from cogtools.checkpoint.tensors import TensorEntry
     from cogtools.conversion.lora import Lora, LoraTensor
     from cogtools.conversion.plan import LoraPlan
@@ -57,11 +63,13 @@ class Source(NamedTuple):
         plan: what its LoRA should have become.
         summed: the LoRAs whose sum the file should add, where its record says that it was made of several or cut to a
             lower rank; () where its tensors should be those of the plan.
+        recorded: which iteration of a save folder the file's record names, where that was taken; else None.
     """
 
     checkpoint: Checkpoint
     plan: LoraPlan
     summed: tuple[Weighted, ...] = ()
+    recorded: Iteration | None = None
 
 
 @contextmanager
@@ -72,8 +80,8 @@ def open_source(
 
     Args:
         paths: the checkpoint, or all of these LoRAs.
-        record: how the file was made.
-        iteration: as `open_checkpoint` has it.
+        record: how the file was made: of one save folder, the weights that it names are taken.
+        iteration: as `open_checkpoint` has it; then the record does not matter.
         ema: the same.
 
     Raises:
@@ -81,6 +89,9 @@ def open_source(
         CogtoolsError: if one cannot be read, or has no LoRA that could have been exported.
     """
     refuse_other_number(paths, record.merged)
+    recorded = _recorded(paths, record) if iteration is None and not ema else None
+    if recorded is not None:
+        iteration, ema = recorded.number, recorded.ema
     with ExitStack() as stack:
         opened = [stack.enter_context(open_checkpoint(path, iteration=iteration, ema=ema)) for path in paths]
         if record.merged is not None:
@@ -89,7 +100,26 @@ def open_source(
             return
         # What the checkpoint has is what the file should have, be it the LoRA of all layers or of some.
         plan = _plan(opened[0], record)
-        yield Source(opened[0], plan, () if record.cut_to is None else (Weighted(plan),))
+        yield Source(opened[0], plan, () if record.cut_to is None else (Weighted(plan),), recorded)
+
+
+def _recorded(paths: Sequence[Path], record: ExportRecord) -> Iteration | None:
+    """The iteration of a save folder that a file's record names; None if it is not there, or not one only."""
+    if record.iteration is None or record.merged is not None or not is_folder(paths[0]):
+        return None
+    folder = find_save_folder(paths[0])
+    every = [] if folder is None else iterations_in(folder)
+    found = [item for item in every if (item.number, item.ema) == (record.iteration, bool(record.ema))]
+    return found[0] if len(found) == 1 else None
+
+
+def source_notices(source: Source) -> list[str]:
+    """What to say of the weights that a file is held against."""
+    recorded = source.recorded
+    if recorded is None:
+        return choice_notices(source.checkpoint)
+    kind = "EMA weights" if recorded.ema else "plain weights"
+    return [f"Held against the {kind} of iteration {recorded.number}, which the file's record names."]
 
 
 def _plan(checkpoint: Checkpoint, record: ExportRecord) -> LoraPlan:
@@ -215,7 +245,7 @@ class _Comparison:
         for expected in tensor_chunks(source):
             found = read(position, len(expected))
             if found != expected:
-                bits = FLOAT_FORMATS[dtype.name].bits
+                bits = f"<u{dtype.itemsize}"
                 places = np.flatnonzero(np.frombuffer(found, bits) != np.frombuffer(expected, bits))
                 if not different:
                     index = position // dtype.itemsize + int(places[0])

@@ -93,10 +93,27 @@ def against_checks(
     Raises:
         CogtoolsError: if the checkpoint cannot be read, or is not whole.
     """
+    others = {
+        name: other for name, part in written.parts.items() if (other := _made_of_other(part, source)) is not None
+    }
+    if len(others) == len(written.parts):  # the checkpoint has got another name
+        others = {}
     checks = []
-    for part in written.parts.values():
-        checks += _part_checks(part, source, model, advance)
+    for name, part in written.parts.items():
+        if name in others:
+            checks.append(Check(f"{name} against", "skipped", f"made of {others[name]}, as its record says"))
+        else:
+            checks += _part_checks(part, source, model, advance)
     return checks
+
+
+def _made_of_other(written: WrittenPart, source: ModelSource) -> str | None:
+    """What a part was made of, where its record names something else than the checkpoint; else None."""
+    if written.part is None or written.name not in source.parts:
+        return None
+    made_of = read_model_record(written.part.checkpoint).source
+    names = {source.checkpoint.path.name, source.parts[written.name].checkpoint.path.name}
+    return None if made_of in names else made_of
 
 
 def _part_checks(
@@ -108,8 +125,6 @@ def _part_checks(
     if written.name not in source.parts:
         return [Check(name, "skipped", f"the checkpoint has no {written.name}")]
     record = read_model_record(written.part.checkpoint)
-    if record.source not in (None, source.checkpoint.path.name):
-        return [Check(name, "skipped", f"made of {record.source}, as its record says")]
     plan = _plan(written, source.parts[written.name], model)
     if written.name == TRANSFORMER and (record.merged is not None or source.loras):
         checks = merged_checks(name, written.part, plan, source, record, advance)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cogtools.checkpoint.decoding import Array, tensor_doubles
-from cogtools.checkpoint.dtypes import DTYPES
+from cogtools.checkpoint.dtypes import DTYPES, FLOAT_FORMATS
 from cogtools.conversion.merge_plan import merged_into, sum_of
 from cogtools.conversion.plan import Added, Merge
 from cogtools.errors import Problem, command
@@ -21,7 +21,7 @@ from cogtools.layouts.transformer import modules_of
 from cogtools.verification.model_values import difference
 from cogtools.verification.report import Check, judged
 from cogtools.verification.sums import as_recorded, refuse_other_number
-from cogtools.verification.values import FLOAT_FORMATS, place
+from cogtools.verification.values import place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

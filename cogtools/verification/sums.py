@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cogtools.checkpoint.decoding import Array, tensor_doubles
+from cogtools.checkpoint.dtypes import FLOAT_FORMATS, FloatFormat
 from cogtools.conversion.merge_plan import Weighted, sum_of
+from cogtools.conversion.options import BY_HAND
 from cogtools.conversion.plan import plan_lora
-from cogtools.conversion.scale import BY_HAND
 from cogtools.errors import OptionError, Problem
 from cogtools.formatting import counted, percent
 from cogtools.layouts import diffusers
 from cogtools.layouts.family import LoraKey
 from cogtools.layouts.folded import fold_modules
 from cogtools.verification.report import Check
-from cogtools.verification.values import FLOAT_FORMATS, Float
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -210,7 +210,7 @@ def _core(terms: Sequence[tuple[Array, Array]]) -> Array:
     return core
 
 
-def _rounding(factors: tuple[Array, Array], form: Float) -> float:
+def _rounding(factors: tuple[Array, Array], form: FloatFormat) -> float:
     """How far the product of two factors can be off where each of their values is rounded to a format."""
     errors = []
     for values in factors:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogtools.conversion.lora import scale_of
-from cogtools.conversion.notices import choice_notices
 from cogtools.conversion.options import checked_format
 from cogtools.conversion.readers import readers_of
+from cogtools.conversion.trained import trained_notices
 from cogtools.errors import OptionError
 from cogtools.layouts.recognition import BY_NAME
 from cogtools.verification.checks import (
@@ -92,7 +92,7 @@ def verify_lora(
         loaded = _load(lora, expected, model, layers, say) if load else None
         case = _Case(lora, expected.as_loaded(loaded.modules) if loaded is not None else expected, source, loaded)
         meter = _Meter(progress, _bytes_to_look_at(lora) * (1 if source is None else 2))
-        words = _as_words(paths, iteration, ema=ema)
+        words = _as_words(paths, iteration, source, ema=ema)
         checks = [with_hint(check, lora, words) for check in _checks(case, meter.advance)]
         if strict:
             checks = [replace(check, status="fail") if check.status == "warn" else check for check in checks]
@@ -194,19 +194,29 @@ def _report(case: _Case, checks: list[Check], *, strict: bool) -> VerifyReport:
         libraries={} if case.loaded is None else case.loaded.libraries,
         strict=strict,
         checks=tuple(checks),
-        notices=() if source is None else tuple(choice_notices(source.checkpoint)),
+        notices=_notices(source),
         verdict=verdict_of(checks),
     )
+
+
+def _notices(source: Source | None) -> tuple[str, ...]:
+    if source is None:
+        return ()
+    from cogtools.verification.against import source_notices
+
+    return (*source_notices(source), *trained_notices(source.plan.lora))
 
 
 def _bytes_to_look_at(lora: Lora) -> int:
     return sum(tensor.entry.size_bytes for tensor in lora.tensors.values())
 
 
-def _as_words(paths: Sequence[Path], iteration: int | None, *, ema: bool) -> list[object]:
-    """The checkpoint as words of a command."""
+def _as_words(paths: Sequence[Path], iteration: int | None, source: Source | None, *, ema: bool) -> list[object] | None:
+    """The checkpoint as words of a command; None if there is none."""
     if not paths:
-        return ["CHECKPOINT"]
+        return None
+    if source is not None and source.recorded is not None:
+        iteration, ema = source.recorded.number, source.recorded.ema
     return [*paths, *(["--iteration", iteration] if iteration is not None else []), *(["--ema"] if ema else [])]
 
 
