@@ -34,8 +34,8 @@ format: $(READY)  ## Put the code into the project's format.
 bench: $(READY)  ## Measure speed and memory against torch and diffusers, as ratios.
 	$(BIN)/python -m benchmarks.bench .bench
 
-stress: $(READY)  ## Kill hundreds of exports at random moments.
-	$(BIN)/python -m tests.support.interruption --rounds 300
+stress: $(READY)  ## Kill hundreds of exports at random moments, and send others storms of signals.
+	$(BIN)/python -m tests.support.interruption --kills 300 --storms 300
 
 fuzz: $(READY)  ## Fuzz all that reads files, for SECONDS=300 in all.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'

@@ -120,6 +120,10 @@ class CogtoolsError(Exception):
         self.hint = Hint(hint) if isinstance(hint, str) else hint
         self.problems = tuple(problems)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """How it is pickled on its way from another process: with all its fields, whatever `__init__` takes."""
+        return _unpickled, (type(self), self.args), self.__dict__
+
     def fields(self) -> list[tuple[str, str]]:
         """The labelled lines under the message, in the order in which they are read."""
         lines = [("file", self.file), ("found", self.found), ("expected", self.expected)]
@@ -147,6 +151,10 @@ class CogtoolsError(Exception):
         return "\n".join([self.what, *(f"  {label + ':':<10} {text}" for label, text in self.fields())])
 
 
+def _unpickled(error: type[CogtoolsError], args: tuple[object, ...]) -> CogtoolsError:
+    return error.__new__(error, *args)
+
+
 class CheckpointError(CogtoolsError):
     """A checkpoint cannot be read: it is missing, damaged, hostile, or no checkpoint."""
 
@@ -160,7 +168,7 @@ class ExportError(CogtoolsError):
 
 
 class OutputError(CogtoolsError):
-    """The output cannot be written: it exists, is not writable, or there is no room."""
+    """The output cannot be written: it exists, is not writable, or the disk is full."""
 
     kind = "output"
 

@@ -47,6 +47,11 @@ _MAX_SAVE_FOLDERS = 4
 """How many may lie in each other, as global_step500/ does in checkpoint-500/. More is a link to itself."""
 
 
+def iteration_of(file: Path) -> Iteration | None:
+    """The iteration in whose folder a checkpoint file lies, by that folder's name; None if it is not such a name."""
+    return _iteration(file.absolute().parent)
+
+
 def find_file(folder: Path, *, iteration: int | None = None, ema: bool = False) -> Path:
     """The file that a folder stands for: weights, an index of shards, or a pipeline's model_index.json.
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cogtools.cli.options import COULD_NOT, Ema, Iteration, Json, Quiet
 from cogtools.conversion.options import Cast, ExportOptions, Scale
-from cogtools.errors import OptionError
+from cogtools.errors import OptionError, PrintError
 from cogtools.render import text
+
+if TYPE_CHECKING:
+    from cogtools.export.batch import BatchItem
 
 
 def export_lora_command(
@@ -89,7 +94,15 @@ def export_lora_command(
 
 def _sources_and_output(paths: list[str], sat_pt_path: str | None, lora_save_directory: str | None) -> list[str]:
     """The checkpoints and, last, the output, given as arguments or by the flags of CogVideo's own exporter."""
-    words = [*filter(None, [sat_pt_path]), *paths, *filter(None, [lora_save_directory])]
+    given = [sat_pt_path, *paths, lora_save_directory]
+    words = [word for word in given if word is not None]
+    if "" in words:  # which would be the current folder
+        raise OptionError(
+            "an argument of export-lora is empty",
+            found=" ".join(map(repr, words)),
+            expected="cogtools export-lora CHECKPOINT OUT_DIR",
+            hint="look whether a shell variable in the command has no value",
+        )
     by_flags = sat_pt_path is not None or lora_save_directory is not None
     if len(words) < 2 or (by_flags and len(words) > 2):
         raise OptionError(
@@ -114,15 +127,28 @@ def _export_many(
     from cogtools.render.export import show_batch, show_batch_item
     from cogtools.render.json_object import report_json
 
-    items = []
-    for item in export_many(plan_batch(sources, Path(out), options, every=every), options):
-        items.append(item)
-        if not json:
-            show_batch_item(item, quiet=quiet)
+    items: list[BatchItem] = []
+    unprinted: PrintError | None = None
+
+    def show(show: Callable[..., None], *words: object, **options: bool) -> None:
+        """Print, and go on if that fails: the exports are what matters."""
+        nonlocal unprinted
+        try:
+            show(*words, **options)
+        except PrintError as error:
+            unprinted = unprinted or error
+
+    with closing(export_many(plan_batch(sources, Path(out), options, every=every), options)) as exports:
+        for item in exports:
+            items.append(item)
+            if not json:
+                show(show_batch_item, item, quiet=quiet)
     report = batch_report(items)
     if json:
-        text.emit(report_json("export-lora", "error" if report.failed else "ok", report))
+        show(text.emit, report_json("export-lora", "error" if report.failed else "ok", report))
     elif not quiet:
-        show_batch(report)
+        show(show_batch, report)
+    if unprinted is not None:
+        raise unprinted
     if report.failed:
         raise typer.Exit(COULD_NOT)

@@ -1,12 +1,11 @@
-"""The app: its commands, and what becomes of their errors."""
+"""The app: its commands, and how their errors are shown."""
 
 from __future__ import annotations
 
-import errno
-import signal
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from cogtools.cli.export_lora import export_lora_command
 from cogtools.cli.inspect import inspect_command
@@ -14,23 +13,44 @@ from cogtools.cli.options import COULD_NOT, DONE, INTERRUPTED
 from cogtools.cli.verify import verify_command
 from cogtools.errors import CogtoolsError, InterruptedByUserError, OptionError, PrintError
 from cogtools.render import text
+from cogtools.system import as_cogtools_error, prepare_libraries
 from cogtools.version import __version__
 
-if TYPE_CHECKING:
-    from types import FrameType
 
-_CANNOT_PRINT = {errno.EBADF, errno.EIO, errno.ENOSPC, errno.EFBIG}
+def _show_help(context: Any, _option: object, value: bool) -> None:
+    """Print the help as results are printed: Typer's own way ends with exit code 1 if the reader closes the pipe."""
+    if value and not context.resilient_parsing:
+        text.emit(context.get_help())
+        raise typer.Exit
+
+
+class _Command(TyperCommand):
+    def get_help_option(self, ctx: Any) -> Any:
+        return _shown_by_us(super().get_help_option(ctx))
+
+
+class _Group(TyperGroup):
+    def get_help_option(self, ctx: Any) -> Any:
+        return _shown_by_us(super().get_help_option(ctx))
+
+
+def _shown_by_us(help_option: TyperOption | None) -> TyperOption | None:
+    if help_option is not None:
+        help_option.callback = _show_help
+    return help_option
+
 
 app = typer.Typer(
     name="cogtools",
+    cls=_Group,
     help="Export, inspect and verify CogVideoX LoRA checkpoints.",
     rich_markup_mode=None,  # plain help: long names stay whole, and nothing else has to be imported
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("export-lora", short_help="Export a checkpoint's LoRA for diffusers.")(export_lora_command)
-app.command("inspect", short_help="Show what a checkpoint holds.")(inspect_command)
-app.command("verify", short_help="Prove that a LoRA is complete, faithful and loads.")(verify_command)
+app.command("export-lora", cls=_Command, short_help="Export a checkpoint's LoRA for diffusers.")(export_lora_command)
+app.command("inspect", cls=_Command, short_help="Show what a checkpoint holds.")(inspect_command)
+app.command("verify", cls=_Command, short_help="Prove that a LoRA is complete, faithful and loads.")(verify_command)
 
 
 def _show_version(value: bool) -> None:
@@ -50,45 +70,31 @@ def _root(
 
 def run(arguments: list[str]) -> int:
     """Carry out a command line; the exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
+        prepare_libraries()
         code = app(arguments or ["--help"], prog_name="cogtools", standalone_mode=False)
-    except CogtoolsError as error:
-        _fail(arguments, error)
-        return COULD_NOT
-    except typer.TyperException as error:
-        _fail(arguments, _usage_error(error))
-        return COULD_NOT
-    except KeyboardInterrupt:  # Typer answers for one that comes while a command runs, not before
+    except KeyboardInterrupt:  # Typer catches one that comes while a command runs, not before
         code = INTERRUPTED
-    except OSError as error:
-        _fail(arguments, _system_error(error))
-        return COULD_NOT
-    except ModuleNotFoundError as error:
-        _fail(arguments, _missing_library(error))
+    except (Exception, SystemExit) as error:
+        known = _known(error)
+        if known is None:
+            raise
+        _fail(arguments, known)
         return COULD_NOT
     if code == INTERRUPTED:
         _fail(arguments, InterruptedByUserError("interrupted: nothing was left half-written"))
     return code if isinstance(code, int) else DONE
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
-
-
-def _system_error(error: OSError) -> CogtoolsError:
-    """What can be said of an error of the system that is about no file. Any other is a bug, and raised again."""
-    if error.filename is None and error.errno in _CANNOT_PRINT:
-        return PrintError(error)  # Typer prints the help itself
-    raise error
-
-
-def _missing_library(error: ModuleNotFoundError) -> CogtoolsError:
-    """What can be said where cogtools was installed without all that it needs. A module of its own missing is a bug."""
-    library = (error.name or "").partition(".")[0]
-    if library in ("", "cogtools"):
-        raise error
-    return OptionError(f"this needs {library}, which is not installed", hint=f"pip install {library}")
+def _known(error: Exception | SystemExit) -> CogtoolsError | None:
+    """What to tell of an exception; None if it is a bug, or just the end."""
+    if isinstance(error, typer.TyperException):
+        return _usage_error(error)
+    if isinstance(error, SystemExit):
+        # Typer answers a broken pipe, whichever it is, with exit code 1: that a file was checked and found wrong.
+        pipe = error.__context__
+        return as_cogtools_error(pipe) if isinstance(pipe, BrokenPipeError) else None
+    return as_cogtools_error(error)
 
 
 def _usage_error(error: typer.TyperException) -> OptionError:

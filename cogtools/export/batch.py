@@ -1,12 +1,14 @@
-"""Exporting many checkpoints at once: each into a folder of its own, side by side in processes.
+"""Exporting many checkpoints at once, each into a folder of its own.
 
-One that fails does not stop the others. What is there already from an earlier run is left as it is if it still
-verifies against its checkpoint, so that an interrupted batch can simply be started again.
+One that fails does not stop the others. Outputs of an earlier run that still verify against their checkpoints are
+skipped, so that an interrupted batch can simply be started again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,8 +20,8 @@ from cogtools.checkpoint.folder import (
     TRAINER_FILES,
     WEIGHTS_FILES,
     find_file,
-    find_run,
     find_save_folder,
+    iteration_of,
     iterations_in,
 )
 from cogtools.checkpoint.opening import open_checkpoint
@@ -28,12 +30,14 @@ from cogtools.conversion.options import CASTS
 from cogtools.conversion.record import ExportRecord, read_record
 from cogtools.errors import CheckpointError, CogtoolsError, KilledError, OptionError, OutputError, command
 from cogtools.export.export import ExportReport, export_checkpoint
-from cogtools.export.workers import Death, run_side_by_side
 from cogtools.layouts import diffusers
+from cogtools.system import as_cogtools_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
+    from concurrent.futures import Executor, Future
 
+    from cogtools.checkpoint.run import Iteration
     from cogtools.conversion.options import ExportOptions
     from cogtools.verification.report import VerifyReport
 
@@ -42,11 +46,11 @@ class Job(NamedTuple):
     """One checkpoint of a batch.
 
     Attributes:
-        given: what the user gave.
+        given: the path that the user gave.
         file: the checkpoint file that it stands for; None if there is none.
         output: the file to write.
         error: why there is no checkpoint.
-        reason: why it is left out.
+        reason: why it is skipped.
     """
 
     given: str
@@ -58,11 +62,11 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BatchItem:
-    """What became of one checkpoint.
+    """The result for one checkpoint.
 
     Attributes:
-        checkpoint: the file, or what the user gave if that is no checkpoint.
-        output: the file for its LoRA; None if there is no checkpoint, or it is the folder for the outputs.
+        checkpoint: the file, or the path that the user gave if that is not a checkpoint.
+        output: the file for its LoRA; None if there is no checkpoint, or it is the output folder.
         status: "done", "skipped" or "failed".
         report: of an export that was done.
         error: why it failed.
@@ -79,7 +83,7 @@ class BatchItem:
 
 @dataclass(frozen=True, slots=True)
 class BatchReport:
-    """What became of all of them."""
+    """The results for all checkpoints."""
 
     exports: tuple[BatchItem, ...]
     done: int
@@ -88,7 +92,7 @@ class BatchReport:
 
 
 def batch_report(items: Sequence[BatchItem]) -> BatchReport:
-    """Count what became of the checkpoints."""
+    """Count the results."""
     counts = Counter(item.status for item in items)
     return BatchReport(tuple(items), counts["done"], counts["skipped"], counts["failed"])
 
@@ -99,37 +103,67 @@ def plan_batch(sources: Sequence[str], out: Path, options: ExportOptions, *, eve
     Args:
         sources: checkpoint files and folders.
         out: the folder for all of them.
-        options: among them, which iteration of a save folder is meant.
+        options: among them, which iteration of a save folder to take.
         every: take every iteration of a save folder.
 
     Raises:
-        OptionError: if two of them would be written to one place, or `out` is no place to write to.
+        OptionError: if two of them would be written to one place, or `out` cannot be the output folder.
     """
     if every and options.iteration is not None:
         raise OptionError("--all takes every iteration: --iteration does not go with it", hint="leave one of them out")
     _refuse_as_output(out)
     jobs: list[Job] = []
-    taken: dict[Path | str, Job] = {}
+    taken: dict[object, Job] = {}
     for source in sources:
         for job in _jobs(source, out, options, every=every):
-            other = taken.setdefault(job.output or job.given, job)
-            if other is job:
+            name, folder = _place(job)
+            other = taken.get(folder) or taken.get(name)
+            if other is None or _are_two_folders(folder, _place(other)[1]):
                 jobs.append(job)
+                taken.update({name: job, folder: job})
             elif job.output is not None and not _is_same(Path(job.given), Path(other.given)):
-                raise OptionError(
-                    "two checkpoints would be written to one place",
-                    file=job.output,
-                    found=f"{other.given} and {job.given}",
-                    hint="export one of them on its own, into another folder",
-                )
+                raise _one_place(job, other, is_one=folder == _place(other)[1])
     return jobs
 
 
+def _place(job: Job) -> tuple[str, object]:
+    """Where a job writes to: its folder's name, as file systems that ignore case compare it, and which folder that is.
+
+    Where there is no such folder yet, the second is the path; without an output, both are what was given.
+    """
+    if job.output is None:
+        return job.given, job.given
+    folder = job.output.parent
+    name = unicodedata.normalize("NFC", unicodedata.normalize("NFC", str(folder)).casefold())
+    try:
+        status = folder.stat()
+    except (OSError, ValueError):
+        return name, str(folder)
+    return name, (status.st_dev, status.st_ino)
+
+
+def _are_two_folders(one: object, other: object) -> bool:
+    """Whether they are known to be different: where one of them is there, the other name would lead to it too."""
+    return one != other and (isinstance(one, tuple) or isinstance(other, tuple))
+
+
+def _one_place(job: Job, other: Job, *, is_one: bool) -> OptionError:
+    what = "two checkpoints would be written to one place"
+    if not is_one:
+        what = "two outputs have names that are the same on file systems that ignore case"
+    return OptionError(
+        what,
+        file=job.output,
+        found=f"{other.given} and {job.given}",
+        hint="export one of them on its own, into another folder",
+    )
+
+
 def _refuse_as_output(out: Path) -> None:
-    """Raise if the last argument is no folder to write to, because there is a file, or a training in it."""
+    """Raise if the last argument cannot be the output folder: it is a file, or holds a training."""
     if is_file(out) or (out.suffix == ".safetensors" and not is_folder(out)):
         raise OptionError(
-            "the last argument is the folder for all outputs, and this is a file",
+            "the last argument is the output folder, but this is a file",
             file=out,
             hint="name a folder as the last argument",
         )
@@ -137,7 +171,7 @@ def _refuse_as_output(out: Path) -> None:
     found = [folder / name for folder in folders for name in TRAINER_FILES if is_file(folder / name)]
     if found:
         raise OptionError(
-            "the last argument is the folder for all outputs, and this is a trainer's",
+            "the last argument is the output folder, but this folder holds a training",
             file=out,
             found=str(found[0]),
             expected="cogtools export-lora CHECKPOINT... OUT_DIR",
@@ -150,15 +184,23 @@ def _jobs(source: str, out: Path, options: ExportOptions, *, every: bool) -> lis
     if not is_folder(path):
         return [_job(source, out, lambda: path)]
     if _is_same(path, out):  # `*/ out/` names it, from the second time on
-        return [Job(source, reason="this is the folder for the outputs")]
+        return [Job(source, reason="this is the output folder")]
     try:
-        save_folder = find_save_folder(path) if every else None
-        chosen = [item.folder for item in iterations_in(save_folder) if item.ema == options.ema] if save_folder else []
+        chosen = [item.folder for item in _all_iterations(path) if item.ema == options.ema] if every else []
     except CheckpointError as error:
         return [Job(source, error=error)]
     if chosen:
         return [_job(str(folder), out, partial(find_file, folder)) for folder in chosen]
     return [_job(source, out, lambda: find_file(path, iteration=options.iteration, ema=options.ema))]
+
+
+def _all_iterations(folder: Path) -> list[Iteration]:
+    """The iterations in a save folder, which is listed once, or in the only save folder in a folder."""
+    iterations = iterations_in(folder)
+    if iterations:
+        return iterations
+    save_folder = find_save_folder(folder)
+    return [] if save_folder is None else iterations_in(save_folder)
 
 
 def _job(given: str, out: Path, find: Callable[[], Path]) -> Job:
@@ -181,10 +223,13 @@ _NAMED_AFTER_THEIR_FOLDER = ("mp_rank_", "z3_rank_", *WEIGHTS_FILES, PIPELINE_IN
 
 
 def _name(file: Path) -> str:
-    """The folder for a checkpoint's LoRA: run and iteration, or what the file or its folder is called."""
-    run = find_run(file)
-    if run is not None:
-        return f"{_folder_name(run.folder)}-{run.chosen}"
+    """The folder for a checkpoint's LoRA: run and iteration, or what the file or its folder is called.
+
+    By names alone: to look which iterations there are would take the longer, the more there are.
+    """
+    iteration = iteration_of(file)
+    if iteration is not None:
+        return f"{_folder_name(iteration.folder.parent)}-{iteration}"
     if file.name.startswith(_NAMED_AFTER_THEIR_FOLDER) or file.name.endswith(SHARD_INDEX_SUFFIXES):
         return _folder_name(file.parent)
     return file.stem
@@ -195,11 +240,18 @@ def _folder_name(folder: Path) -> str:
     return folder.resolve().name if name == ".." else name
 
 
-def export_many(jobs: Sequence[Job], options: ExportOptions) -> Iterator[BatchItem]:
-    """Export the jobs' checkpoints, as many side by side as there are processors; yields each as it ends.
+def export_many(
+    jobs: Sequence[Job], options: ExportOptions, executor: Executor | None = None
+) -> Generator[BatchItem, None, None]:
+    """Export the jobs' checkpoints side by side; yields each as it ends.
 
-    A process that is killed takes its own job with it only. A `KeyboardInterrupt` ends all of them, and none leaves a
-    half-written file.
+    A worker that is killed takes its own job with it only. Whatever ends the iteration before its end, Ctrl-C or
+    `close` for example, cancels the other jobs, and none leaves a half-written file.
+
+    Args:
+        jobs: what to export.
+        options: how.
+        executor: carries out `export_one(job, options)`; None starts as many processes as there are processors.
     """
     for job in jobs:
         if job.error is not None:
@@ -207,51 +259,101 @@ def export_many(jobs: Sequence[Job], options: ExportOptions) -> Iterator[BatchIt
         elif job.reason is not None:
             yield BatchItem(job.given, None, "skipped", reason=job.reason)
     todo = [job for job in jobs if job.file is not None]
-    work = partial(export_one, options=options)
-    processes = min(len(todo), os.cpu_count() or 1)
-    if processes < 2:
-        yield from map(work, todo)
+    if executor is not None:
+        yield from _side_by_side(todo, options, executor)
         return
-    for job, item in run_side_by_side(work, todo, processes):
-        yield _killed(job, item) if isinstance(item, Death) else item
+    pool = _worker_pool(min(len(todo), os.cpu_count() or 1))
+    if pool is None:
+        yield from (export_one(job, options) for job in todo)
+        return
+    with pool:
+        yield from _side_by_side(todo, options, pool)
+
+
+def _worker_pool(processes: int) -> Executor | None:
+    """So many processes, or fewer; None if this one does as well, or the system does not allow others."""
+    if processes < 2:
+        return None
+    from cogtools.export.workers import WorkerPool
+
+    try:
+        return WorkerPool(processes)
+    except OSError:
+        return None
+
+
+_HEARD_SECONDS = 1.0
+"""How late a signal is heard at most that arrives just before the wait for the next result begins."""
+
+
+def _side_by_side(jobs: Sequence[Job], options: ExportOptions, executor: Executor) -> Iterator[BatchItem]:
+    from concurrent.futures import as_completed
+
+    running: dict[Future[BatchItem], Job] = {}
+    try:
+        for job in jobs:
+            running[_submitted(executor, job, options)] = job
+        while running:
+            with contextlib.suppress(TimeoutError):
+                for future in as_completed(running, timeout=_HEARD_SECONDS):
+                    yield _outcome(running.pop(future), future)
+    finally:
+        for future in running:
+            future.cancel()
+
+
+def _submitted(executor: Executor, job: Job, options: ExportOptions) -> Future[BatchItem]:
+    try:
+        return executor.submit(export_one, job, options)
+    except Exception as error:  # noqa: BLE001 - an executor that is broken fails the jobs that it does not take
+        from concurrent.futures import Future
+
+        failed: Future[BatchItem] = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def _outcome(job: Job, future: Future[BatchItem]) -> BatchItem:
+    try:
+        return future.result()
+    except KilledError as error:
+        error.file = str(job.file)
+        return _failed(job, error)
+    except Exception as error:  # noqa: BLE001 - every executor has its own for a worker that is gone
+        return _failed(
+            job,
+            KilledError(
+                "the worker that exported it did not return a result",
+                file=job.file,
+                found=f"{type(error).__name__}: {error}",
+                hint="run the same command again: outputs that exist and verify are skipped",
+            ),
+        )
 
 
 def _failed(job: Job, error: CogtoolsError) -> BatchItem:
     return BatchItem(job.given, job.output, "failed", error=error)
 
 
-def _killed(job: Job, death: Death) -> BatchItem:
-    error = KilledError(
-        "the process that exported it was killed, perhaps because memory ran out",
-        file=job.file,
-        found=death.cause,
-        hint="free some memory, or export this one on its own",
-    )
-    return _failed(job, error)
-
-
 def export_one(job: Job, options: ExportOptions) -> BatchItem:
-    """Export one checkpoint of a batch; whatever is wrong with it is in the result."""
+    """Export one checkpoint of a batch. An error is in the result, not raised."""
     if job.file is None or job.output is None:
-        raise ValueError("a job without a checkpoint")
+        raise ValueError("this job has no checkpoint")
     try:
         if not options.overwrite and _is_done(job.file, job.output, options):
-            return BatchItem(job.given, job.output, "skipped", reason="there already, and verifies")
+            return BatchItem(job.given, job.output, "skipped", reason="exists already and verifies")
         # The file says which iteration it is.
         report = export_checkpoint(job.file, job.output, replace(options, iteration=None, ema=False))
-    except CogtoolsError as error:
-        return _failed(job, error)
     except Exception as error:  # noqa: BLE001 - a bug, or no memory: that ends this job, and not the others
-        return _failed(
-            job,
-            CogtoolsError(
-                "there was not enough memory" if isinstance(error, MemoryError) else "it failed unexpectedly",
-                file=job.file,
-                found=f"{type(error).__name__}: {error}",
-                hint="export this one on its own to see more",
-            ),
-        )
+        known = as_cogtools_error(error) or _bug(error)
+        known.file = known.file or str(job.file)
+        return _failed(job, known)
     return BatchItem(job.given, job.output, "done", report=report)
+
+
+def _bug(error: Exception) -> CogtoolsError:
+    found = f"{type(error).__name__}: {error}"
+    return CogtoolsError("it failed unexpectedly", found=found, hint="export this one on its own to see more")
 
 
 class _Made(NamedTuple):
@@ -266,10 +368,10 @@ class _Made(NamedTuple):
 
 
 def _is_done(file: Path, output: Path, options: ExportOptions) -> bool:
-    """Whether the output is there already, made with these options, and verifies against the checkpoint.
+    """Whether the output exists already, was made with these options, and verifies against the checkpoint.
 
     Raises:
-        OutputError: if it is there and is not.
+        OutputError: if it exists and the rest is not so.
     """
     if not is_file(output):
         return False
@@ -281,7 +383,7 @@ def _is_done(file: Path, output: Path, options: ExportOptions) -> bool:
         found, wanted = _made(record), _wanted(record, options)
         if found != wanted:
             raise OutputError(
-                "the output is there already, and was made with other options",
+                "the output exists already and was made with other options",
                 file=output,
                 found=str(found),
                 expected=str(wanted),
@@ -312,7 +414,7 @@ def _first_failure(report: VerifyReport) -> str:
 
 def _not_right(file: Path, output: Path, found: str) -> OutputError:
     return OutputError(
-        "the output is there already, and does not verify",
+        "the output exists already and does not verify",
         file=output,
         found=found,
         hint=command("verify", output, "--against", file, advice="replace it with --overwrite; to see more"),

@@ -5,7 +5,6 @@ No weights are read unless asked for; the result is plain data.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from cogtools.inspection.selection import Selection
 from cogtools.inspection.totals import dtype_totals, second_copy, section_totals, stored_bytes, unviewed_bytes
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Sequence
 
     from cogtools.checkpoint.index import Checkpoint
@@ -120,10 +120,6 @@ def _with_updates(lora: Lora, report: LoraReport, progress: Callable[[int, int],
     return replace(report, updates=lora_updates(lora, {} if scale is None else scale.scalings, progress))
 
 
-_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
-"""By these NumPy's linear algebra is told how many threads to use: when it is imported, never later."""
-
-
 def inspect_checkpoints(
     paths: Sequence[str | os.PathLike[str]],
     selection: Selection | None = None,
@@ -148,8 +144,6 @@ def inspect_checkpoints(
     """
     selection = selection or Selection()
     selection.check()
-    if selection.statistics or plot is not None:
-        _use_one_thread()
     if plot is not None:
         from cogtools.inspection.plot import refuse_unplottable
 
@@ -171,13 +165,3 @@ def inspect_checkpoints(
 
     plot_updates(reports, Path(plot))
     return InspectReport(reports, Path(plot))
-
-
-def _use_one_thread() -> None:
-    """Keep NumPy from starting threads, unless the user has said how many.
-
-    The matrices are small: its threads spend most of their time waiting for each other, ten times as long as the
-    work takes if another program is running.
-    """
-    for name in _THREADS:
-        os.environ.setdefault(name, "1")

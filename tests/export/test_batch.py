@@ -3,8 +3,13 @@
 import hashlib
 import multiprocessing
 import os
+import pickle
 import signal
-from collections.abc import Callable
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +20,11 @@ from safetensors.torch import load_file
 from cogtools.checkpoint.index import Checkpoint
 from cogtools.conversion.options import ExportOptions
 from cogtools.errors import OptionError
-from cogtools.export.batch import export_many, plan_batch
+from cogtools.export.batch import BatchItem, export_many, plan_batch
 from cogtools.export.export import ExportReport, export_checkpoint
-from cogtools.export.workers import run_side_by_side
+from cogtools.export.workers import WorkerPool
 from cogtools.layouts.diffusers import FILE_NAME
-from tests.support.command_line import CommandLine, Result
+from tests.support.command_line import CommandLine, Result, surroundings
 from tests.support.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
 
 
@@ -70,11 +75,11 @@ def test_as_many_are_exported_side_by_side_as_there_are_processors(
 ) -> None:
     made = []
 
-    def side_by_side(work: Any, jobs: Any, processes: int) -> Any:
+    def pool(processes: int) -> WorkerPool:
         made.append(processes)
-        return run_side_by_side(work, jobs, processes)
+        return WorkerPool(processes)
 
-    monkeypatch.setattr("cogtools.export.batch.run_side_by_side", side_by_side)
+    monkeypatch.setattr("cogtools.export.workers.WorkerPool", pool)
     monkeypatch.setattr("os.cpu_count", lambda: processors)
     result = cogtools_cli("export-lora", *runs, tmp_path / "out")
     assert (result.code, written(tmp_path / "out")) == (0, [f"{run.name}-1000/{FILE_NAME}" for run in runs])
@@ -140,7 +145,7 @@ def test_what_is_there_and_is_not_right_is_told_and_kept(
     what = {"cut": "does not verify", "bit": "does not verify", "other-options": "was made with other options"}
     errors = [line for line in result.err.splitlines() if line.startswith("failed ")]
     assert len(errors) == failed
-    assert all(f"the output is there already, and {what[damage]} (found: " in error for error in errors)
+    assert all(f"the output exists already and {what[damage]} (found: " in error for error in errors)
     assert result.err.count("         try: replace it with --overwrite") == failed
     assert target.read_bytes() == content
     again = cogtools_cli("export-lora", *runs, tmp_path / "out", *options, "--overwrite")
@@ -195,6 +200,34 @@ def test_two_for_one_place_are_refused_before_anything_is_written(tmp_path: Path
     assert caught.value.what == "two checkpoints would be written to one place"
     assert caught.value.file == str(tmp_path / "out" / "lora-1000" / FILE_NAME)
     assert caught.value.found == " and ".join(f"{source}/1000/mp_rank_00_model_states.pt" for source in sources)
+
+
+@pytest.mark.parametrize(("one", "other"), [("Run", "run"), ("caf\u00e9", "CAFE\u0301")])
+def test_two_outputs_whose_names_differ_by_case_only_are_refused(tmp_path: Path, one: str, other: str) -> None:
+    sources = [str(run(tmp_path / folder / name)) for folder, name in (("a", one), ("b", other))]
+    with pytest.raises(OptionError) as caught:
+        plan_batch(sources, tmp_path / "out", ExportOptions())
+    assert caught.value.what == "two outputs have names that are the same on file systems that ignore case"
+    assert caught.value.file == str(tmp_path / "out" / f"{other}-1000" / FILE_NAME)
+    assert caught.value.found == " and ".join(f"{source}/1000/mp_rank_00_model_states.pt" for source in sources)
+
+
+@pytest.mark.parametrize("there", [["Run-1000"], ["run-1000"], ["Run-1000", "run-1000"]])
+def test_two_output_folders_of_which_one_is_there_may_differ_by_case_only(tmp_path: Path, there: list[str]) -> None:
+    sources = [str(run(tmp_path / folder / name)) for folder, name in (("a", "Run"), ("b", "run"))]
+    for name in there:
+        (tmp_path / "out" / name).mkdir(parents=True)
+    if (tmp_path / "out" / "RUN-1000").exists():
+        pytest.skip("this file system ignores case")
+    jobs = plan_batch(sources, tmp_path / "out", ExportOptions())
+    assert [job.output for job in jobs] == [tmp_path / "out" / f"{name}-1000" / FILE_NAME for name in ("Run", "run")]
+
+
+def test_two_output_folders_that_are_one_by_a_link_are_refused(tmp_path: Path, runs: list[Path]) -> None:
+    (tmp_path / "out" / "cat-1000").mkdir(parents=True)
+    (tmp_path / "out" / "dog-1000").symlink_to("cat-1000")
+    with pytest.raises(OptionError, match="two checkpoints would be written to one place"):
+        plan_batch([str(runs[0]), str(runs[1])], tmp_path / "out", ExportOptions())
 
 
 def test_one_that_is_given_twice_is_exported_once(cogtools_cli: CommandLine, runs: list[Path], tmp_path: Path) -> None:
@@ -270,6 +303,31 @@ def test_a_broken_iteration_does_not_stop_the_others(cogtools_cli: CommandLine, 
     )
 
 
+def test_a_save_folder_is_listed_once_however_many_iterations_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for iteration in range(1, 301):
+        (tmp_path / "run" / str(iteration)).mkdir(parents=True)
+        (tmp_path / "run" / str(iteration) / "mp_rank_00_model_states.pt").touch()
+    listed: Counter[str] = Counter()
+
+    def counting(list_folder: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def list_and_count(folder: Any = ".") -> Any:
+            listed[os.fspath(folder)] += 1
+            return list_folder(folder)
+
+        return list_and_count
+
+    monkeypatch.setattr("os.listdir", counting(os.listdir))
+    monkeypatch.setattr("os.scandir", counting(os.scandir))
+    jobs = plan_batch([str(tmp_path / "run")], tmp_path / "out", ExportOptions(), every=True)
+    assert [job.output for job in jobs] == [
+        tmp_path / "out" / f"run-{iteration}" / FILE_NAME for iteration in range(1, 301)
+    ]
+    assert listed[str(tmp_path / "run")] == 1
+    assert listed.total() < 5 * 300
+
+
 def test_all_iterations_are_found_in_the_folder_around_a_training(cogtools_cli: CommandLine, tmp_path: Path) -> None:
     for iteration in (10, 20):
         run(tmp_path / "ckpts" / "run", iteration=iteration)
@@ -291,7 +349,7 @@ def test_the_folder_for_the_outputs_is_no_source(
         Path("out").mkdir(exist_ok=True)
         result = cogtools_cli("export-lora", "cat/", "dog/", "eel/", "out/", "out/")
         assert result.code == 0
-        assert result.out.splitlines()[0] == "skipped  out/: this is the folder for the outputs"
+        assert result.out.splitlines()[0] == "skipped  out/: this is the output folder"
         assert result.out.splitlines()[-1] == expected
 
 
@@ -303,7 +361,7 @@ def test_several_checkpoints_need_a_folder(
     result = cogtools_cli("export-lora", *runs, tmp_path / out)
     assert (result.code, result.err) == (
         2,
-        "error: the last argument is the folder for all outputs, and this is a file\n"
+        "error: the last argument is the output folder, but this is a file\n"
         f"  file:      {tmp_path / out}\n"
         "  try:       name a folder as the last argument\n",
     )
@@ -314,7 +372,7 @@ def test_a_forgotten_output_is_noticed(cogtools_cli: CommandLine, runs: list[Pat
     result = cogtools_cli("export-lora", *runs[:2], runs[2] / last)
     assert (result.code, written(runs[2])) == (2, written(runs[0]))
     assert result.err == (
-        "error: the last argument is the folder for all outputs, and this is a trainer's\n"
+        "error: the last argument is the output folder, but this folder holds a training\n"
         f"  file:      {runs[2] / last}\n"
         f"  found:     {runs[2] / '1000' / 'mp_rank_00_model_states.pt'}\n"
         "  expected:  cogtools export-lora CHECKPOINT... OUT_DIR\n"
@@ -387,6 +445,155 @@ def test_notices_of_one_have_its_name_and_notices_of_all_are_said_once(
     )
 
 
+# Printing
+
+
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-"])
+@pytest.mark.parametrize("option", ["", "--json", "--overwrite"])
+def test_exports_go_on_when_nothing_can_be_printed(
+    runs: list[Path], tmp_path: Path, redirection: str, option: str
+) -> None:
+    words = " ".join(map(str, [*runs, tmp_path / "out", option]))
+    command = ["sh", "-c", f"{sys.executable} -m cogtools export-lora {words} {redirection}"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, env=surroundings())
+    assert written(tmp_path / "out") == [f"{name}-1000/{FILE_NAME}" for name in ("cat", "dog", "eel")]
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
+    assert (done.returncode, len(errors)) == (2, 1)
+    assert errors[0].startswith("error: the result cannot be printed: ")
+
+
+def test_an_empty_argument_is_an_error(cogtools_cli: CommandLine, runs: list[Path]) -> None:
+    for words in (["", "out"], [runs[0], ""], [runs[0], runs[1], ""], ["--sat_pt_path", runs[0], ""]):
+        result = cogtools_cli("export-lora", *words)
+        assert (result.code, result.out) == (2, "")
+        assert result.err.startswith("error: an argument of export-lora is empty\n")
+
+
+# Executors
+
+
+def outcome(items: Iterator[BatchItem]) -> dict[str, str]:
+    return {Path(item.checkpoint).parts[-3]: item.status for item in items}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: ThreadPoolExecutor(2), id="threads"),
+        pytest.param(lambda: ProcessPoolExecutor(2, multiprocessing.get_context("fork")), id="processes"),
+        pytest.param(lambda: WorkerPool(2), id="workers"),
+        pytest.param(lambda: None, id="default"),
+    ],
+)
+def test_any_executor_can_carry_out_the_exports(
+    make: Callable[[], Executor | None], runs: list[Path], tmp_path: Path
+) -> None:
+    broken = runs[1] / "1000" / "mp_rank_00_model_states.pt"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    options = ExportOptions()
+    jobs = plan_batch([*map(str, runs), str(tmp_path / "nothing")], tmp_path / "out", options)
+    executor = make()
+    items = {item.checkpoint: item for item in export_many(jobs, options, executor)}
+    if executor is not None:
+        executor.shutdown()
+    assert {name: item.status for name, item in items.items()} == {
+        str(runs[0] / "1000" / "mp_rank_00_model_states.pt"): "done",
+        str(broken): "failed",
+        str(runs[2] / "1000" / "mp_rank_00_model_states.pt"): "done",
+        str(tmp_path / "nothing"): "failed",
+    }
+    error = items[str(broken)].error
+    assert error is not None
+    assert (error.kind, error.file, error.found) == ("checkpoint", str(broken), "1,000 bytes")
+    assert written(tmp_path / "out") == [f"{name}-1000/{FILE_NAME}" for name in ("cat", "eel")]
+
+
+def test_jobs_and_results_can_be_sent_to_other_machines(runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    sources = [*map(str, runs), str(tmp_path / "empty"), str(tmp_path / "out")]
+    (tmp_path / "out").mkdir()
+    jobs = plan_batch(sources, tmp_path / "out", ExportOptions())
+    copies = pickle.loads(pickle.dumps(jobs))
+    assert [repr(copy) for copy in copies] == [repr(job) for job in jobs]
+    items = list(export_many(copies, ExportOptions()))
+    assert Counter(item.status for item in items) == {"done": 3, "failed": 1, "skipped": 1}
+    assert [repr(copy) for copy in pickle.loads(pickle.dumps(items))] == [repr(item) for item in items]
+
+
+def test_a_worker_that_an_executor_loses_fails_its_job_with_a_clear_error(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(checkpoint: Path, *words: Any, **options: Any) -> ExportReport:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return export_checkpoint(checkpoint, *words, **options)
+
+    monkeypatch.setattr("cogtools.export.batch.export_checkpoint", export)
+    jobs = plan_batch([*map(str, runs)], tmp_path / "out", ExportOptions())
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as executor:
+        items = list(export_many(jobs, ExportOptions(), executor))
+    assert [item.status for item in items] == ["failed"] * 3
+    for item in items:
+        assert item.error is not None
+        assert item.error.to_dict() == {
+            "kind": "killed",
+            "what": "the worker that exported it did not return a result",
+            "file": item.checkpoint,
+            "found": "BrokenProcessPool: A process in the process pool was terminated abruptly while the future was "
+            "running or pending.",
+            "expected": None,
+            "hint": {
+                "advice": "run the same command again: outputs that exist and verify are skipped",
+                "command": None,
+            },
+            "problems": [],
+        }
+
+
+class Slow(Executor):
+    """Carries out the first job when that is submitted, and none of the others; takes a limited number."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.futures: list[Future[Any]] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        if len(self.futures) == self.most:
+            raise RuntimeError("cannot schedule new futures")
+        future: Future[Any] = Future()
+        self.futures.append(future)
+        if len(self.futures) == 1:
+            future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def test_ending_the_iteration_cancels_what_has_not_begun(runs: list[Path], tmp_path: Path) -> None:
+    executor = Slow(most=3)
+    items = export_many(plan_batch([*map(str, runs)], tmp_path / "out", ExportOptions()), ExportOptions(), executor)
+    assert next(items).status == "done"
+    items.close()
+    assert [future.cancelled() for future in executor.futures] == [False, True, True]
+
+
+def test_an_executor_that_takes_no_more_jobs_fails_the_rest(runs: list[Path], tmp_path: Path) -> None:
+    jobs = plan_batch([*map(str, runs)], tmp_path / "out", ExportOptions())
+    items = list(export_many(jobs, ExportOptions(), Slow(most=1)))
+    assert Counter(item.status for item in items) == {"done": 1, "failed": 2}
+    found = {item.error.found for item in items if item.error is not None}
+    assert found == {"RuntimeError: cannot schedule new futures"}
+
+
+def test_where_no_process_can_be_started_the_exports_run_in_this_one(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("os.fork", refuse)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    jobs = plan_batch([*map(str, runs)], tmp_path / "out", ExportOptions())
+    assert outcome(export_many(jobs, ExportOptions())) == {"cat": "done", "dog": "done", "eel": "done"}
+
+
 # What ends a job from outside
 
 
@@ -395,14 +602,16 @@ def test_notices_of_one_have_its_name_and_notices_of_all_are_said_once(
     [
         pytest.param(
             lambda: os.kill(os.getpid(), signal.SIGKILL),
-            "the process that exported it was killed, perhaps because memory ran out",
+            "the process was killed, perhaps because memory ran out",
             "signal 9 (SIGKILL)",
             id="killed",
         ),
-        pytest.param(lambda: os._exit(3), "the process that exported it was killed, perhaps because memory ran out",
+        pytest.param(lambda: os._exit(3), "the process was killed, perhaps because memory ran out",
                      "exit code 3", id="exit"),
         pytest.param(lambda: [].pop(), "it failed unexpectedly", "IndexError: pop from empty list", id="bug"),
-        pytest.param(lambda: bytearray(1 << 60), "there was not enough memory", "MemoryError: ", id="memory"),
+        pytest.param(lambda: bytearray(1 << 60), "not enough memory", "MemoryError", id="memory"),
+        pytest.param(lambda: os.read(1 << 20, 1), "the system reports an error: Bad file descriptor", None,
+                     id="system"),
     ],
 )  # fmt: skip
 def test_what_ends_one_job_leaves_the_others(

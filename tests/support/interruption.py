@@ -1,13 +1,16 @@
-"""Kill exports at random moments, and look at what is left.
+"""Kill exports at random moments, send them storms of signals, and look at what is left.
 
-    python -m tests.support.interruption [--rounds N] [--seed N]
+    python -m tests.support.interruption [--kills N] [--storms N] [--seed N]
 
 After every kill the target has to be absent, as it was before, or new and whole; and a run that is left alone has to
-clean up what the killed ones left.
+clean up what the killed ones left. After a storm nothing but that may be left at all: no temporary file, no process,
+no traceback, and the exit code is that of an interruption or of the result.
 """
 
 import argparse
+import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,14 +22,34 @@ import torch
 
 from cogtools.conversion.output import leftovers
 from cogtools.layouts.diffusers import FILE_NAME
-from tests.support.command_line import program
+from tests.support.command_line import program, surroundings
 from tests.support.factories import COGVIDEOX_2B, sat_checkpoint, sat_state_dict, save_run
 
 OLD = b"what was there before"
 
+HEARING_CTRL_C = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it
+from cogtools.__main__ import main
+main()
+"""
+
+ENDS = {
+    (0, ""): "ended",
+    (130, "interrupted: nothing was left half-written\n"): "interrupted",
+    (130, "interrupted\n"): "interrupted while it started or ended",
+}
+"""How a run may end that is sent signals: its exit code, what it says, and what to call that."""
+
 
 def export(checkpoint: Path, out: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(program("export-lora", checkpoint, out, "--overwrite", "--quiet"))
+
+
+def make_run(folder: Path, seed: int = 0) -> Path:
+    """A trainer's save folder with a LoRA of 15 MB, which takes a while to copy."""
+    state = sat_state_dict(COGVIDEOX_2B, 16, base="none", seed=seed)
+    return save_run(folder, sat_checkpoint(state), rank=16)
 
 
 def kill_exports(folder: Path, rounds: int, seed: int) -> Counter[str]:
@@ -36,8 +59,7 @@ def kill_exports(folder: Path, rounds: int, seed: int) -> Counter[str]:
     alone writes the whole and removes what the killed ones left.
     """
     chance = random.Random(seed)
-    state = sat_state_dict(COGVIDEOX_2B, 16, base="none")
-    checkpoint = save_run(folder / "run", sat_checkpoint(state), rank=16)
+    checkpoint = make_run(folder / "run")
     out = folder / "out"
     start = time.monotonic()
     assert export(checkpoint, out).wait() == 0
@@ -46,18 +68,13 @@ def kill_exports(folder: Path, rounds: int, seed: int) -> Counter[str]:
     new = target.read_bytes()
     found: Counter[str] = Counter()
     for _ in range(rounds):
-        target.unlink(missing_ok=True)
-        if chance.random() < 0.5:
-            target.write_bytes(OLD)
-        before = target.read_bytes() if target.exists() else None
+        before = set_up(target, chance)
         process = export(checkpoint, out)
         # Later more often than sooner: it is the end that matters.
         time.sleep(whole_seconds * chance.uniform(0.3, 1.1))
         process.kill()
         process.wait()
-        after = target.read_bytes() if target.exists() else None
-        assert after in (before, new), f"{len(after or b'')} bytes, neither what was there nor what should be"
-        found["absent" if after is None else "new" if after == new else "old"] += 1
+        found[what_is_there(target, before, new)] += 1
         found["with a leftover"] += any(leftovers(target))
     assert export(checkpoint, out).wait() == 0
     assert target.read_bytes() == new
@@ -65,15 +82,112 @@ def kill_exports(folder: Path, rounds: int, seed: int) -> Counter[str]:
     return found
 
 
+def set_up(target: Path, chance: random.Random) -> bytes | None:
+    """Remove the target, or put something else there; what is there then."""
+    target.unlink(missing_ok=True)
+    if chance.random() < 0.5:
+        return None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(OLD)
+    return OLD
+
+
+def what_is_there(target: Path, before: bytes | None, new: bytes) -> str:
+    """Assert that it is what was there before, or the whole new file; which of the two."""
+    after = target.read_bytes() if target.exists() else None
+    assert after in (before, new), f"{len(after or b'')} bytes, neither what was there nor what should be"
+    return "absent" if after is None else "new" if after == new else "old"
+
+
+def storm_exports(folder: Path, rounds: int, seed: int, *, most_signals: int = 30) -> Counter[str]:
+    """Send that many exports, of one checkpoint and of three, storms of signals; how often they ended in which way.
+
+    From one signal to `most_signals`, a millisecond apart: to the main process, or to its workers as well as Ctrl-C on
+    a terminal does. Asserts that each ends in a way of `ENDS`, within a minute, and leaves nothing half-written.
+    """
+    chance = random.Random(seed)
+    runs = [make_run(folder / name, seed) for seed, name in enumerate("abc")]
+    wholes = []
+    for run in runs:
+        assert export(run, folder / "whole").wait() == 0
+        wholes.append((folder / "whole" / FILE_NAME).read_bytes())
+    out = folder / "out"
+    ways: dict[int, list[tuple[Path, bytes]]] = {
+        1: [(out / FILE_NAME, wholes[0])],
+        3: [(out / f"{name}-1000" / FILE_NAME, new) for name, new in zip("abc", wholes, strict=True)],
+    }
+    seconds = {count: timed(runs[:count], out) for count in ways}
+    found: Counter[str] = Counter()
+    for _ in range(rounds):
+        count = chance.choice(list(ways))
+        before = [set_up(target, chance) for target, _ in ways[count]]
+        with start_hearing(*runs[:count], out) as process:
+            assert process.stderr is not None
+            time.sleep(seconds[count] * chance.uniform(0.0, 1.1))
+            send_storm(process, chance, most_signals)
+            process.wait(60)
+            said = process.stderr.read()  # up to where the workers have ended too
+        assert (process.returncode, said) in ENDS, f"exit code {process.returncode}: {said}"
+        found[ENDS[process.returncode, said]] += 1
+        for (target, new), old in zip(ways[count], before, strict=True):
+            found[what_is_there(target, old, new)] += 1
+        assert [path.name for path in out.rglob("*.cogtools-tmp")] == []
+    return found
+
+
+def start_hearing(*words: Path) -> subprocess.Popen[str]:
+    """Start an export in a process group of its own, and wait until it hears signals."""
+    command = [sys.executable, "-c", HEARING_CTRL_C, "export-lora", *map(str, words), "--overwrite", "--quiet"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=surroundings())
+    while process.poll() is None and not hears_sigterm(process.pid):
+        time.sleep(0.001)
+    return process
+
+
+def hears_sigterm(pid: int) -> bool:
+    """Whether a process has a handler for SIGTERM (Linux)."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return True
+    caught = next((line.split()[1] for line in lines if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def timed(runs: list[Path], out: Path) -> float:
+    """How long an export takes that is left alone, from where it hears signals."""
+    with start_hearing(*runs, out) as process:
+        start = time.monotonic()
+        assert process.wait() == 0
+        return time.monotonic() - start
+
+
+def send_storm(process: subprocess.Popen[str], chance: random.Random, most_signals: int) -> None:
+    to_all = chance.random() < 0.5
+    for _ in range(chance.randint(1, most_signals)):
+        if process.poll() is not None:
+            return
+        number = chance.choice([signal.SIGINT, signal.SIGTERM])
+        if to_all:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        time.sleep(chance.uniform(0.0, 0.002))
+
+
 def main() -> None:
-    """Run it in a temporary folder and tell what was found."""
+    """Run both in a temporary folder and tell what was found."""
     parser = argparse.ArgumentParser(prog="python -m tests.support.interruption", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--storms", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = kill_exports(Path(folder), options.rounds, options.seed)
-    sys.stdout.write(f"{options.rounds} exports killed; afterwards: {dict(found)}\n")
+        found = kill_exports(Path(folder), options.kills, options.seed)
+    sys.stdout.write(f"{options.kills} exports killed; afterwards: {dict(found)}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        found = storm_exports(Path(folder), options.storms, options.seed)
+    sys.stdout.write(f"{options.storms} exports sent storms of signals; afterwards: {dict(found)}\n")
 
 
 if __name__ == "__main__":
