@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.files import is_file, is_folder, link_target, list_folder
@@ -41,18 +40,15 @@ from cogtools.formatting import MAX_SHOWN_CHARS
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from cogtools.checkpoint.paths import AnyPath
+
 _CHOOSE = "choose one with --iteration, and --ema for those named -ema"
 _ONE_OF_THEM = "give one of them"
 _MAX_SAVE_FOLDERS = 4
 """How many may lie in each other, as global_step500/ does in checkpoint-500/. More is a link to itself."""
 
 
-def iteration_of(file: Path) -> Iteration | None:
-    """The iteration in whose folder a checkpoint file lies, by that folder's name; None if it is not such a name."""
-    return _iteration(file.absolute().parent)
-
-
-def find_file(folder: Path, *, iteration: int | None = None, ema: bool = False) -> Path:
+def find_file(folder: AnyPath, *, iteration: int | None = None, ema: bool = False) -> AnyPath:
     """The file that a folder stands for: weights, an index of shards, or a pipeline's model_index.json.
 
     Where shards have no index it is the folder that they are in.
@@ -68,7 +64,7 @@ def find_file(folder: Path, *, iteration: int | None = None, ema: bool = False) 
     return _find_file(folder, iteration, ema=ema, levels=_MAX_SAVE_FOLDERS)
 
 
-def _find_file(folder: Path, number: int | None, *, ema: bool, levels: int) -> Path:
+def _find_file(folder: AnyPath, number: int | None, *, ema: bool, levels: int) -> AnyPath:
     save_folder = read_save_folder(folder)
     if save_folder.iterations and levels:
         chosen = choose(save_folder, number, ema=ema).folder
@@ -112,7 +108,7 @@ def _no_checkpoint(save_folder: SaveFolder) -> CheckpointError:
     )
 
 
-def _nearest_to(folder: Path) -> str | None:
+def _nearest_to(folder: AnyPath) -> str | None:
     """Where the folder of an iteration is empty: which other one is not."""
     own = iteration_of(folder.absolute())
     if own is None:
@@ -123,7 +119,7 @@ def _nearest_to(folder: Path) -> str | None:
     return None
 
 
-def find_save_folder(folder: Path) -> Path | None:
+def find_save_folder(folder: AnyPath) -> AnyPath | None:
     """The trainer's save folder that a folder is, or the only one in it; None if there is none, or several."""
     save_folder = read_save_folder(folder)
     if save_folder.iterations:
@@ -132,12 +128,12 @@ def find_save_folder(folder: Path) -> Path | None:
     return runs[0] if len(runs) == 1 and find_weights(folder) is None else None
 
 
-def iterations_in(folder: Path) -> list[Iteration]:
+def iterations_in(folder: AnyPath) -> list[Iteration]:
     """The iterations in a trainer's save folder, by number; [] if it is not such a folder."""
     return list(read_save_folder(folder).iterations)
 
 
-def refuse_choice(path: Path, *, iteration: int | None, ema: bool) -> None:
+def refuse_choice(path: AnyPath, *, iteration: int | None, ema: bool) -> None:
     """Raise if `iteration` or `ema` ask for something else than this file is."""
     chosen = iteration_of(path.absolute().parent)
     if iteration is not None and (chosen is None or chosen.number != iteration):
@@ -153,9 +149,9 @@ def refuse_choice(path: Path, *, iteration: int | None, ema: bool) -> None:
     )
 
 
-def pipeline_components(index: Path) -> dict[str, Path]:
+def pipeline_components(index: AnyPath) -> dict[str, AnyPath]:
     """The weights of each component of a diffusers pipeline, by the component's name."""
-    components: dict[str, Path] = {}
+    components: dict[str, AnyPath] = {}
     for name in read_index(index):
         if not name.startswith("_") and re.fullmatch(r"\w+", name):
             folder = index.with_name(name)
@@ -197,7 +193,7 @@ def _named(save_folder: SaveFolder, latest: str, *, ema: bool) -> Iteration:
     if not latest:
         raise _several(folder, "the file `latest` is empty", every, _CHOOSE)
     if latest.endswith(EMA_SUFFIX) and not ema:
-        plain = iteration_of(Path(latest))
+        plain = iteration_of(folder / latest)
         hint = "take them with --ema" + (f", or the plain ones with --iteration {plain.number}" if plain else "")
         raise _several(folder, f"the file `latest` names EMA weights: {latest}", every, hint)
     plain_name = latest.removesuffix(EMA_SUFFIX)
@@ -247,15 +243,15 @@ def _without_weights(save_folder: SaveFolder, item: Iteration, what: str) -> Che
     return CheckpointError(what, file=item.folder, found=what_is_there(item.folder), hint=hint)
 
 
-def _several(folder: Path, what: str, choices: Iterable[Path | Iteration], hint: str) -> CheckpointError:
-    names = [choice.name if isinstance(choice, Path) else str(choice) for choice in choices]
+def _several(folder: AnyPath, what: str, choices: Iterable[AnyPath | Iteration], hint: str) -> CheckpointError:
+    names = [str(choice) if isinstance(choice, Iteration) else choice.name for choice in choices]
     return CheckpointError(what, file=folder, found=listed(names), hint=hint)
 
 
 # What else is in a folder
 
 
-def _runs_in(folder: Path) -> list[Path]:
+def _runs_in(folder: AnyPath) -> list[AnyPath]:
     """The save folders in a folder, but for those that may not be read, and for the folders of iterations."""
     runs = []
     for entry in list_folder(folder):
@@ -266,7 +262,7 @@ def _runs_in(folder: Path) -> list[Path]:
     return runs
 
 
-def _described(path: Path) -> str:
+def _described(path: AnyPath) -> str:
     """The name of what is in a folder, and why it is not a checkpoint where that can be seen."""
     target = link_target(path)
     if target is not None and not (is_file(path) or is_folder(path)):

@@ -13,9 +13,9 @@ from cogtools.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from pathlib import Path
 
     from cogtools.checkpoint.files import SourceFile
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.checkpoint.run import Run
 
 WRAPPERS = ("module", "model", "state_dict")
@@ -55,7 +55,7 @@ class Place(NamedTuple):
 class SmallFile(NamedTuple):
     """A file that was read as a whole: where it is, for messages, and what is in it."""
 
-    path: Path
+    path: AnyPath
     content: bytes
 
 
@@ -80,7 +80,7 @@ class Checkpoint:
         index: the file that names these, where there is one. Like them it is held open until `close`.
     """
 
-    path: Path
+    path: AnyPath
     format: str
     files: list[SourceFile]
     tensors: dict[str, TensorEntry]

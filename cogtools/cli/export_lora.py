@@ -63,6 +63,7 @@ def export_lora_command(
       cogtools export-lora ckpts/*/ loras/
     """
     from cogtools.checkpoint.files import is_folder
+    from cogtools.checkpoint.paths import as_path
     from cogtools.export.export import export_checkpoint
     from cogtools.render.export import show_export
     from cogtools.render.json_object import report_json
@@ -81,7 +82,7 @@ def export_lora_command(
         sha256=sha256,
     )
     # As `cp` has it: a folder that goes into another one keeps a name of its own there.
-    if len(sources) > 1 or every or (is_folder(Path(sources[0])) and out.endswith(("/", os.sep))):
+    if len(sources) > 1 or every or (is_folder(as_path(sources[0])) and out.endswith(("/", os.sep))):
         _export_many(sources, out, options, every=every, json=json, quiet=quiet)
         return
     with Progress("writing", hidden=quiet or json) as progress:

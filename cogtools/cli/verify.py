@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,9 +12,11 @@ from cogtools.render import text
 
 
 def verify_command(
-    out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="The LoRA: a folder or a file.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", show_default=False, help="The LoRA: a folder or a file, or its URL.")
+    ],
     against: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="CHECKPOINT", help="Compare every value, and the scale, with the checkpoint's."),
     ] = None,
     iteration: Iteration = None,

@@ -26,10 +26,9 @@ from cogtools.layouts.family import LoraKey, Module, Transformer, rank_of
 from cogtools.layouts.folded import fold_names
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from cogtools.checkpoint.dtypes import DType
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.checkpoint.tensors import Storage, TensorEntry
     from cogtools.conversion.lora import Lora
     from cogtools.conversion.options import ExportOptions
@@ -116,7 +115,7 @@ class LoraPlan:
     dtype: DType
     names: tuple[LoraKey, ...]
     notices: tuple[str, ...] = ()
-    config: Path | None = None
+    config: AnyPath | None = None
 
     @cached_property
     def modules(self) -> list[Module]:

@@ -20,9 +20,9 @@ from cogtools.layouts.lora import is_lora_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath
 
 _RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt", re.ASCII)
 _FIRST_RANK, *_ = TRAINER_FILES
@@ -45,7 +45,7 @@ def _refuse_tensor_parallel(checkpoint: Checkpoint) -> None:
             raise tensor_parallel(checkpoint, found)
 
 
-def _other_rank(path: Path) -> str | None:
+def _other_rank(path: AnyPath) -> str | None:
     """What a file's name, or the file beside it, says of another tensor-parallel rank."""
     match = _RANK_FILE.fullmatch(path.name)
     if match is None:
@@ -118,7 +118,7 @@ def _what_it_holds(checkpoint: Checkpoint, keys: list[str]) -> tuple[str, Hint]:
     return count + (f": {keys[0]} …" if keys else ""), look
 
 
-def _optimizer(path: Path) -> tuple[str, Hint]:
+def _optimizer(path: AnyPath) -> tuple[str, Hint]:
     found = "an optimizer's state (a zero_pp_rank file of DeepSpeed)"
     weights = path.with_name(_FIRST_RANK)
     if is_file(weights):

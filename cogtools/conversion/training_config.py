@@ -20,9 +20,8 @@ from cogtools.errors import CheckpointError
 from cogtools.layouts.family import MAX_LAYERS
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from cogtools.checkpoint.index import Checkpoint, SmallFile
+    from cogtools.checkpoint.paths import AnyPath
 
 FILE_NAME = "training_config.yaml"
 
@@ -53,7 +52,7 @@ class TrainingConfig:
         layers: `layer_range`, the layers that were trained; negative ones count from the last layer back.
     """
 
-    path: Path
+    path: AnyPath
     rank: int | None
     alpha: float | None
     layers: tuple[int, ...] | None
@@ -143,7 +142,7 @@ def _load(file: SmallFile) -> object:
         raise _unreadable(file.path, reason, "YAML as the trainer writes it") from error
 
 
-def _unreadable(path: Path, found: str, expected: str) -> CheckpointError:
+def _unreadable(path: AnyPath, found: str, expected: str) -> CheckpointError:
     return CheckpointError(
         "the training configuration cannot be read",
         file=path,
@@ -153,7 +152,7 @@ def _unreadable(path: Path, found: str, expected: str) -> CheckpointError:
     )
 
 
-def _invalid(path: Path, name: str, value: object, expected: str) -> CheckpointError:
+def _invalid(path: AnyPath, name: str, value: object, expected: str) -> CheckpointError:
     return CheckpointError(
         f"`{name}` in the training configuration is not valid",
         file=path,

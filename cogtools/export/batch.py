@@ -21,10 +21,11 @@ from cogtools.checkpoint.folder import (
     WEIGHTS_FILES,
     find_file,
     find_save_folder,
-    iteration_of,
     iterations_in,
 )
 from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.checkpoint.paths import as_path
+from cogtools.checkpoint.run import iteration_of
 from cogtools.checkpoint.shards import PIPELINE_INDEX, SHARD_INDEX_SUFFIXES
 from cogtools.conversion.options import CASTS
 from cogtools.conversion.record import ExportRecord, read_record
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
     from concurrent.futures import Executor, Future
 
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.checkpoint.run import Iteration
     from cogtools.conversion.options import ExportOptions
     from cogtools.verification.report import VerifyReport
@@ -54,7 +56,7 @@ class Job(NamedTuple):
     """
 
     given: str
-    file: Path | None = None
+    file: AnyPath | None = None
     output: Path | None = None
     error: CogtoolsError | None = None
     reason: str | None = None
@@ -121,7 +123,7 @@ def plan_batch(sources: Sequence[str], out: Path, options: ExportOptions, *, eve
             if other is None or _are_two_folders(folder, _place(other)[1]):
                 jobs.append(job)
                 taken.update({name: job, folder: job})
-            elif job.output is not None and not _is_same(Path(job.given), Path(other.given)):
+            elif job.output is not None and not _is_same(as_path(job.given), as_path(other.given)):
                 raise _one_place(job, other, is_one=folder == _place(other)[1])
     return jobs
 
@@ -180,7 +182,7 @@ def _refuse_as_output(out: Path) -> None:
 
 
 def _jobs(source: str, out: Path, options: ExportOptions, *, every: bool) -> list[Job]:
-    path = Path(source)
+    path = as_path(source)
     if not is_folder(path):
         return [_job(source, out, lambda: path)]
     if _is_same(path, out):  # `*/ out/` names it, from the second time on
@@ -194,7 +196,7 @@ def _jobs(source: str, out: Path, options: ExportOptions, *, every: bool) -> lis
     return [_job(source, out, lambda: find_file(path, iteration=options.iteration, ema=options.ema))]
 
 
-def _all_iterations(folder: Path) -> list[Iteration]:
+def _all_iterations(folder: AnyPath) -> list[Iteration]:
     """The iterations in a save folder, which is listed once, or in the only save folder in a folder."""
     iterations = iterations_in(folder)
     if iterations:
@@ -203,7 +205,7 @@ def _all_iterations(folder: Path) -> list[Iteration]:
     return [] if save_folder is None else iterations_in(save_folder)
 
 
-def _job(given: str, out: Path, find: Callable[[], Path]) -> Job:
+def _job(given: str, out: Path, find: Callable[[], AnyPath]) -> Job:
     try:
         file = find()
         return Job(str(file), file, out / _name(file) / diffusers.FILE_NAME)
@@ -211,10 +213,10 @@ def _job(given: str, out: Path, find: Callable[[], Path]) -> Job:
         return Job(given, error=error)
 
 
-def _is_same(one: Path, other: Path) -> bool:
+def _is_same(one: AnyPath, other: AnyPath) -> bool:
     """Whether two paths lead to the same file or folder."""
     try:
-        return one == other or one.samefile(other)
+        return one == other or (isinstance(one, Path) and isinstance(other, Path) and one.samefile(other))
     except OSError:
         return False
 
@@ -222,12 +224,12 @@ def _is_same(one: Path, other: Path) -> bool:
 _NAMED_AFTER_THEIR_FOLDER = ("mp_rank_", "z3_rank_", *WEIGHTS_FILES, PIPELINE_INDEX)
 
 
-def _name(file: Path) -> str:
+def _name(file: AnyPath) -> str:
     """The folder for a checkpoint's LoRA: run and iteration, or what the file or its folder is called.
 
     By names alone: to look which iterations there are would take the longer, the more there are.
     """
-    iteration = iteration_of(file)
+    iteration = iteration_of(file.absolute().parent)
     if iteration is not None:
         return f"{_folder_name(iteration.folder.parent)}-{iteration}"
     if file.name.startswith(_NAMED_AFTER_THEIR_FOLDER) or file.name.endswith(SHARD_INDEX_SUFFIXES):
@@ -235,7 +237,7 @@ def _name(file: Path) -> str:
     return file.stem
 
 
-def _folder_name(folder: Path) -> str:
+def _folder_name(folder: AnyPath) -> str:
     name = folder.absolute().name
     return folder.resolve().name if name == ".." else name
 
@@ -367,7 +369,7 @@ class _Made(NamedTuple):
         return f"scale {self.scale}, dtype {self.dtype}, " + (f"--alpha {self.alpha}" if self.alpha else "no --alpha")
 
 
-def _is_done(file: Path, output: Path, options: ExportOptions) -> bool:
+def _is_done(file: AnyPath, output: Path, options: ExportOptions) -> bool:
     """Whether the output exists already, was made with these options, and verifies against the checkpoint.
 
     Raises:
@@ -412,7 +414,7 @@ def _first_failure(report: VerifyReport) -> str:
     return next(f"{check.name}: {check.seen}" for check in report.checks if check.status == "fail")
 
 
-def _not_right(file: Path, output: Path, found: str) -> OutputError:
+def _not_right(file: AnyPath, output: Path, found: str) -> OutputError:
     return OutputError(
         "the output exists already and does not verify",
         file=output,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from cogtools.checkpoint.dtypes import DType
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath, RemotePath
 
 
 class PreparedExport(NamedTuple):
@@ -70,8 +71,8 @@ class ExportReport:
         notices: what the user should know.
     """
 
-    checkpoint: Path
-    output: Path
+    checkpoint: AnyPath
+    output: AnyPath
     written: bool
     model: str
     layers: tuple[int, ...]
@@ -92,7 +93,7 @@ class ExportReport:
 
 
 def export_lora(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | RemotePath,
     out: str | os.PathLike[str],
     *,
     alpha: float | None = None,
@@ -111,7 +112,7 @@ def export_lora(
     Load it at weight 1.0: the file carries the scale.
 
     Args:
-        checkpoint: a file of the trainer, the folder of an iteration, or the save folder.
+        checkpoint: a file of the trainer, the folder of an iteration, or the save folder; or the URL of one.
         out: a folder, in which `pytorch_lora_weights.safetensors` is written, or a file name ending in .safetensors.
         alpha: the training's alpha; None takes it from `training_config.yaml` beside the checkpoint, and 1, SAT's
             default, where that does not say.
@@ -134,7 +135,7 @@ def export_lora(
 
 
 def export_checkpoint(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | RemotePath,
     out: str | os.PathLike[str],
     options: ExportOptions,
     *,

@@ -30,11 +30,11 @@ from cogtools.verification.values import FLOAT_FORMATS, place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.checkpoint.tensors import TensorEntry
     from cogtools.conversion.lora import Lora, LoraTensor
     from cogtools.conversion.plan import LoraPlan
@@ -56,7 +56,7 @@ class Source(NamedTuple):
 
 @contextmanager
 def open_source(
-    path: Path, record: ExportRecord, *, iteration: int | None = None, ema: bool = False
+    path: AnyPath, record: ExportRecord, *, iteration: int | None = None, ema: bool = False
 ) -> Iterator[Source]:
     """Open the checkpoint that a file is to be held against.
 

@@ -10,8 +10,8 @@ from cogtools.layouts.folded import folded_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-    from pathlib import Path
 
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.errors import Hint, ProblemKind
     from cogtools.layouts.family import LoraKey
 
@@ -60,7 +60,7 @@ class VerifyReport:
         verdict: that of the worst check.
     """
 
-    path: Path
+    path: AnyPath
     layout: str
     model: str
     layers: tuple[int, ...]
@@ -69,7 +69,7 @@ class VerifyReport:
     dtype: tuple[str, ...]
     scaling: tuple[float, ...]
     size_bytes: int
-    against: Path | None
+    against: AnyPath | None
     libraries: dict[str, str]
     strict: bool
     checks: tuple[Check, ...]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cogtools.checkpoint.paths import as_path
 from cogtools.conversion.notices import choice_notices
 from cogtools.errors import OptionError
 from cogtools.verification.checks import (
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
 
+    from cogtools.checkpoint.paths import RemotePath
     from cogtools.conversion.lora import Lora
     from cogtools.layouts.family import Module
     from cogtools.verification.against import Source
@@ -41,9 +43,9 @@ if TYPE_CHECKING:
 
 
 def verify_lora(
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | RemotePath,
     *,
-    against: str | os.PathLike[str] | None = None,
+    against: str | os.PathLike[str] | RemotePath | None = None,
     iteration: int | None = None,
     ema: bool = False,
     load: bool = False,
@@ -56,7 +58,7 @@ def verify_lora(
     """Check that a LoRA file is complete, consistent, and states its scale; that it is its checkpoint's; that it loads.
 
     Args:
-        out: the file, or the folder that has it.
+        out: the file, or the folder that has it; or the URL of one.
         against: the checkpoint that it was made of: every value is compared.
         iteration: which iteration of the checkpoint, where that is a save folder; None takes the latest.
         ema: hold it against its EMA weights.
@@ -76,7 +78,7 @@ def verify_lora(
             hint="give the checkpoint with --against",
         )
     with ExitStack() as opened:
-        lora = opened.enter_context(open_written(Path(out)))
+        lora = opened.enter_context(open_written(as_path(out)))
         expected = expect(lora, model=model, layers=layers)
         # Before the long work: a missing checkpoint is an error at once.
         source = None if against is None else opened.enter_context(_open_source(lora, against, iteration, ema=ema))
@@ -118,14 +120,20 @@ class _Case:
 
 
 def _open_source(
-    lora: Lora, against: str | os.PathLike[str], iteration: int | None, *, ema: bool
+    lora: Lora, against: str | os.PathLike[str] | RemotePath, iteration: int | None, *, ema: bool
 ) -> AbstractContextManager[Source]:
     from cogtools.verification.against import open_source
 
-    return open_source(Path(against), lora.record, iteration=iteration, ema=ema)
+    return open_source(as_path(against), lora.record, iteration=iteration, ema=ema)
 
 
 def _load(lora: Lora, expected: Expected, say: Callable[[str], None] | None) -> Loaded:
+    if not isinstance(lora.checkpoint.path, Path):
+        raise OptionError(
+            "--load takes a file of this machine: that is what the libraries load",
+            file=lora.checkpoint.path,
+            hint="download the file, and verify the copy",
+        )
     if say is not None:
         say("loading it with diffusers and PEFT")
     from cogtools.verification.load import load_lora
@@ -183,7 +191,7 @@ def _bytes_to_look_at(lora: Lora) -> int:
     return sum(tensor.entry.size_bytes for tensor in lora.tensors.values())
 
 
-def _as_words(against: str | os.PathLike[str] | None, iteration: int | None, *, ema: bool) -> list[object]:
+def _as_words(against: object, iteration: int | None, *, ema: bool) -> list[object]:
     """The checkpoint as words of a command."""
     if against is None:
         return ["CHECKPOINT"]

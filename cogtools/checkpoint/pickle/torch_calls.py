@@ -30,7 +30,8 @@ from cogtools.formatting import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
+
+    from cogtools.checkpoint.paths import AnyPath
 
 OpenStorage: TypeAlias = "Callable[[str, DType | None, int], Storage]"
 """Gives the storage of a key, for a dtype (None: untyped) and a number of elements."""
@@ -191,7 +192,7 @@ ORDINARY_NAMES = frozenset(
 )
 
 
-def malformed(path: Path, error: MalformedPickleError) -> CheckpointError:
+def malformed(path: AnyPath, error: MalformedPickleError) -> CheckpointError:
     """The error for a file whose pickle is broken."""
     names = [short_name(name) for name in islice(error.foreign, SHOWN_PROBLEMS)]
     return CheckpointError(

@@ -1,0 +1,128 @@
+"""Object stores, the hub and other file systems that fsspec opens, such as s3, gs, hf and ssh.
+
+Only what lists, looks and reads ranges is used of them: their opened files read ahead.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fsspec.core import url_to_fs
+
+from cogtools.checkpoint.files import FolderEntry
+from cogtools.checkpoint.remote.store import Found, Store, TryAgainError, changed, reason
+from cogtools.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Mapping
+    from typing import TypeVar
+
+    from cogtools.checkpoint.paths import RemotePath
+
+    T = TypeVar("T")
+
+_VERSIONS = ("ETag", "etag", "VersionId", "generation", "blob_id", "xet_hash", "LastModified", "mtime", "modified")
+"""What file systems call that which changes with a file's content."""
+
+
+class ObjectStore(Store):
+    """What a file system of fsspec reaches."""
+
+    def __init__(self, scheme: str, url: str) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.fs: Any = url_to_fs(url)[0]
+        self.fs.invalidate_cache()  # an instance lives as long as the process, and keeps what it has listed
+        self._is_asynchronous = bool(getattr(self.fs, "async_impl", False))
+        if not self._is_asynchronous and scheme != "hf":
+            self.parallel = 1
+
+    def inner(self, path: RemotePath) -> str:
+        """What the file system calls a path."""
+        return str(self.fs._strip_protocol(path.url))  # noqa: SLF001 - fsspec has no other name for it
+
+    def ask(self, path: RemotePath) -> Found | None:
+        siblings = self._entries.get(path.parent)
+        if siblings is not None and path not in self._found:
+            return None
+        self.fs.invalidate_cache(self.inner(path))
+        try:
+            return _found(self._call(path, lambda: self.fs.info(self.inner(path))))
+        except FileNotFoundError:
+            return None
+        except PermissionError as error:
+            self._refused[path] = reason(error)
+            return None
+
+    def ask_list(self, folder: RemotePath) -> Iterable[FolderEntry]:
+        own = self.inner(folder).rstrip("/")
+        try:
+            infos = self._call(folder, lambda: self.fs.ls(self.inner(folder), detail=True))
+        except FileNotFoundError:
+            infos = []
+        except PermissionError as error:
+            raise CheckpointError("the folder cannot be read", file=folder, found=reason(error)) from error
+        for info in infos:
+            name = str(info["name"]).rstrip("/")
+            if name == own:  # an object that stands for the folder itself
+                continue
+            path, found = folder / name.rpartition("/")[2], _found(info)
+            self._found[path] = found
+            yield FolderEntry(path, is_file=found.is_file, is_folder=not found.is_file)
+
+    def fetch(self, path: RemotePath, offset_bytes: int, size_bytes: int, found: Found) -> bytes:
+        # Where reading is opening a file, it is not to read ahead.
+        options = {} if self._is_asynchronous else {"cache_type": "none"}
+        start, end = offset_bytes, offset_bytes + size_bytes
+
+        def read() -> bytes:
+            content: bytes = self.fs.cat_file(self.inner(path), start=start, end=end, **options)
+            return content
+
+        try:
+            content = self._call(path, read)
+        except FileNotFoundError as error:
+            raise changed(path) from error
+        except PermissionError as error:
+            raise CheckpointError("the file cannot be read", file=path, found=reason(error)) from error
+        if len(content) != size_bytes:
+            if self.ask(path) != found:
+                raise changed(path)
+            raise CheckpointError(
+                "the store does not serve parts of this file",
+                file=path,
+                found=f"{len(content):,} bytes",
+                expected=f"{size_bytes:,} bytes at offset {offset_bytes:,}",
+            )
+        return content
+
+    def refuse_changed(self, path: RemotePath, found: Found) -> None:
+        self._entries.pop(path.parent, None)
+        if self.ask(path) != found:
+            raise changed(path)
+
+    def _call(self, path: RemotePath, call: Callable[[], T]) -> T:
+        def attempt() -> T:
+            try:
+                return call()
+            except (FileNotFoundError, PermissionError, NotImplementedError):
+                raise
+            except (OSError, TimeoutError) as error:
+                raise TryAgainError(reason(error)) from error
+
+        try:
+            return self.patiently(path, attempt)
+        except (CheckpointError, FileNotFoundError, PermissionError):
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                "the store cannot be read",
+                file=path,
+                found=reason(error),
+                hint=f"look whether the URL is right, and at the credentials and the configuration for {self.scheme}",
+            ) from error
+
+
+def _found(info: Mapping[str, Any]) -> Found:
+    version: tuple[Hashable, ...] = tuple(str(info[name]) for name in _VERSIONS if info.get(name) is not None)
+    return Found(info.get("type") == "file", int(info.get("size") or 0), version)
