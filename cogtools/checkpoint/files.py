@@ -19,7 +19,6 @@ from cogtools.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from contextlib import AbstractContextManager
 
     from cogtools.checkpoint.paths import AnyPath
 
@@ -100,10 +99,14 @@ class SourceFile(ABC):
     def _read_some(self, offset_bytes: int, size_bytes: int) -> bytes:
         """Some bytes from a position on, at most so many; none where the file has come to an end."""
 
-    def window(self, offset_bytes: int, size_bytes: int) -> AbstractContextManager[None]:
-        """Keep a range at hand while it is read in parts. Where reading takes no waiting, this does nothing."""
+    def keep(self, offset_bytes: int, size_bytes: int) -> Callable[[], None]:
+        """Have a range at hand until the function that is returned is called. Where nothing is waited for, do nothing.
+
+        Raises:
+            CheckpointError: if it cannot be read.
+        """
         _ = offset_bytes, size_bytes
-        return contextlib.nullcontext()
+        return lambda: None
 
     def cut_short(self, offset_bytes: int, size_bytes: int) -> CheckpointError:
         """The error for a read beyond the end of the file."""

@@ -81,12 +81,13 @@ def export_lora_command(
         dry_run=dry_run,
         sha256=sha256,
     )
+    source = as_path(sources[0])
     # As `cp` has it: a folder that goes into another one keeps a name of its own there.
-    if len(sources) > 1 or every or (is_folder(as_path(sources[0])) and out.endswith(("/", os.sep))):
+    if len(sources) > 1 or every or (is_folder(source) and out.endswith(("/", os.sep))):
         _export_many(sources, out, options, every=every, json=json, quiet=quiet)
         return
     with Progress("writing", hidden=quiet or json) as progress:
-        report = export_checkpoint(sources[0], out, options, progress=progress.update)
+        report = export_checkpoint(source, out, options, progress=progress.update)
     if json:
         text.emit(report_json("export-lora", "ok", report))
     elif not quiet:

@@ -1,7 +1,7 @@
 """Carrying out a plan: byte ranges of the checkpoint go into a safetensors file, and what is computed comes between.
 
-The CRC-32s that the checkpoint records are computed beside the copying, from what is read a second time; so the
-checkpoint must not have changed in between.
+The CRC-32s that the checkpoint records are computed beside the copying: of a file of this machine from what is read a
+second time, so that it must not have changed in between; of others from what is fetched.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cogtools.checkpoint.files import FileRange
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.conversion.crc32 import Crc32Check
+from cogtools.conversion.fetching import Fetching
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,10 +31,12 @@ class Written(NamedTuple):
     Attributes:
         largest_relative_error: of any tensor, where arithmetic changed values; None where nothing was computed.
         sha256: of the file, if asked for.
+        unchecked: how many storages have a CRC-32 that could not be compared, as parts of them only were needed.
     """
 
     largest_relative_error: float | None = None
     sha256: str | None = None
+    unchecked: int = 0
 
 
 def write(
@@ -60,12 +63,12 @@ def write(
     """
     size_bytes = len(header) + sum(tensor.size_bytes for tensor in tensors)
     computed = _computed(tensors)
-    with output, Crc32Check(storages_of(tensors)) as check:
+    with output, Crc32Check(storages_of(tensors)) as check, Fetching(tensors, check) as fetching:
         output.reserve(size_bytes)
         output.write(header)
         done = len(header)
         for tensor in tensors:
-            for part in _content(tensor, computed):
+            for part in _content(tensor, computed, fetching):
                 if isinstance(part, FileRange):
                     output.copy(part)
                     done += part.size_bytes
@@ -80,7 +83,7 @@ def write(
             source.refuse_changed()
         digest = output.sha256() if sha256 else None
         output.publish()
-    return Written(max(computed.errors, default=None) if computed is not None else None, digest)
+    return Written(max(computed.errors, default=None) if computed is not None else None, digest, len(check.unchecked))
 
 
 def storages_of(tensors: Iterable[Planned]) -> list[Storage]:
@@ -97,8 +100,13 @@ def _computed(tensors: Iterable[Planned]) -> Computed | None:
     return Computed()
 
 
-def _content(tensor: Planned, computed: Computed | None) -> Iterator[FileRange | bytes]:
+def _content(tensor: Planned, computed: Computed | None, fetching: Fetching) -> Iterator[FileRange | bytes]:
     """The bytes of a tensor: ranges of the checkpoint where they can be copied as they are."""
+    with fetching.at_hand(tensor):
+        yield from _content_at_hand(tensor, computed)
+
+
+def _content_at_hand(tensor: Planned, computed: Computed | None) -> Iterator[FileRange | bytes]:
     if tensor.compute is not None and computed is not None:
         yield computed.content(tensor)
         return

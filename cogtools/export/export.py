@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from cogtools.checkpoint.paths import AnyPath, RemotePath
 
 
+Crc32Status = Literal["checked", "not checked", "not recorded"]
+
+
 class PreparedExport(NamedTuple):
     """An export that is ready to be carried out.
 
@@ -65,7 +68,8 @@ class ExportReport:
         source_dtype: of the checkpoint's.
         tensors: how many tensors the output has.
         size_bytes: the size of the output file.
-        crc32: "checked", "not checked" in a dry run, or "not recorded" if the checkpoint has no CRC-32s to check.
+        crc32: "checked"; "not checked" in a dry run, or where only parts of storages were fetched; "not recorded" if
+            the checkpoint has no CRC-32s to check.
         largest_relative_error: of any tensor, where folding or casting changed the values; else None.
         sha256: of the output file, if asked for.
         notices: what the user should know.
@@ -86,7 +90,7 @@ class ExportReport:
     source_dtype: str
     tensors: int
     size_bytes: int
-    crc32: Literal["checked", "not checked", "not recorded"]
+    crc32: Crc32Status
     largest_relative_error: float | None
     sha256: str | None
     notices: tuple[str, ...]
@@ -170,11 +174,19 @@ def export_checkpoint(
         source_dtype=plan.dtype.name,
         tensors=len(prepared.tensors),
         size_bytes=prepared.size_bytes,
-        crc32="not recorded" if not plan.has_crc32 else "not checked" if options.dry_run else "checked",
+        crc32=_crc32(plan, written, options),
         largest_relative_error=written.largest_relative_error,
         sha256=written.sha256,
         notices=export_notices(opened, plan, options.scale),
     )
+
+
+def _crc32(
+    plan: LoraPlan, written: Written, options: ExportOptions
+) -> Literal["checked", "not checked", "not recorded"]:
+    if not plan.has_crc32:
+        return "not recorded"
+    return "not checked" if options.dry_run or written.unchecked else "checked"
 
 
 def output_path(out: Path) -> Path:

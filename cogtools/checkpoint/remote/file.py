@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,7 +11,7 @@ from cogtools.checkpoint.remote.store import BLOCK_BYTES, RANGE_BYTES
 from cogtools.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
     from cogtools.checkpoint.paths import RemotePath
 
@@ -71,7 +70,7 @@ class RemoteFile(SourceFile):
         with self._cache_lock:
             for window in self._windows:
                 start = offset_bytes - window.start
-                if start >= 0 and start + size_bytes <= len(window.content):
+                if 0 <= start < len(window.content):
                     return window.content[start : start + size_bytes]
         if size_bytes > _SMALL_BYTES:
             return self._fetch(offset_bytes, min(size_bytes, RANGE_BYTES))
@@ -100,18 +99,16 @@ class RemoteFile(SourceFile):
     def _fetch(self, offset_bytes: int, size_bytes: int) -> bytes:
         return self._remote.store.fetch(self._remote, offset_bytes, size_bytes, self._found)
 
-    @contextlib.contextmanager
-    def window(self, offset_bytes: int, size_bytes: int) -> Iterator[None]:
-        end = offset_bytes + size_bytes
-        parts = [self._fetch(start, min(RANGE_BYTES, end - start)) for start in range(offset_bytes, end, RANGE_BYTES)]
-        window = _Window(offset_bytes, parts[0] if len(parts) == 1 else b"".join(parts))
+    def keep(self, offset_bytes: int, size_bytes: int) -> Callable[[], None]:
+        window = _Window(offset_bytes, self._fetch(offset_bytes, size_bytes))
         with self._cache_lock:
             self._windows.append(window)
-        try:
-            yield
-        finally:
+
+        def release() -> None:
             with self._cache_lock:
                 self._windows = [other for other in self._windows if other is not window]
+
+        return release
 
     def _now_bytes(self) -> int:
         return self.size_bytes
