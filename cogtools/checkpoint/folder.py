@@ -17,24 +17,27 @@ from __future__ import annotations
 
 import contextlib
 import re
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.files import is_file, is_folder, link_target, list_folder
 from cogtools.checkpoint.names import EMA_SUFFIX, is_companion, spread_over
 from cogtools.checkpoint.names import TRAINER_FILES as TRAINER_FILES
 from cogtools.checkpoint.names import WEIGHTS_FILES as WEIGHTS_FILES
+from cogtools.checkpoint.paths import RemotePath
 from cogtools.checkpoint.run import (
     Iteration,
     SaveFolder,
     is_trainers_name,
     iteration_of,
+    names_of_iteration,
     read_latest,
 )
 from cogtools.checkpoint.run import find_run as find_run
 from cogtools.checkpoint.run import read_save_folder as read_save_folder
 from cogtools.checkpoint.shards import kind_of_index, read_index
 from cogtools.checkpoint.weights import find_weights, listed, spread_error, what_is_there
-from cogtools.errors import SHOWN_PROBLEMS, CheckpointError
+from cogtools.errors import SHOWN_PROBLEMS, CheckpointError, OptionError
 from cogtools.formatting import MAX_SHOWN_CHARS
 
 if TYPE_CHECKING:
@@ -61,6 +64,8 @@ def find_file(folder: AnyPath, *, iteration: int | None = None, ema: bool = Fals
     Raises:
         CheckpointError: if there is no checkpoint in it, or it could be one of several.
     """
+    if iteration is not None and isinstance(folder, RemotePath):
+        folder.store.ask_for(folder, names_of_iteration(iteration))
     return _find_file(folder, iteration, ema=ema, levels=_MAX_SAVE_FOLDERS)
 
 
@@ -271,3 +276,39 @@ def _described(path: AnyPath) -> str:
         if is_folder(path) and iteration_of(path) is not None:
             return f"{path.name} ({what_is_there(path)})"
     return path.name
+
+
+def has_pattern(path: AnyPath) -> bool:
+    """Whether a path is that of a URL with a pattern, which no shell has expanded."""
+    return isinstance(path, RemotePath) and any(map(_PATTERN.search, path.parts[1:]))
+
+
+def matching(path: RemotePath) -> list[RemotePath]:
+    """What there is in a store that a pattern fits, by name; within a name, as a shell has it.
+
+    Raises:
+        OptionError: if that is a server that lists nothing.
+        CheckpointError: if nothing fits, or a folder cannot be read.
+    """
+    if not path.store.lists:
+        raise OptionError(
+            f"{path.scheme}:// lists nothing: a pattern needs a store that lists",
+            found=str(path),
+            hint="give the URLs one by one",
+        )
+    found = [path]
+    while found[0] != found[0].parent:
+        found[0] = found[0].parent
+    for name in path.parts[1:]:
+        if _PATTERN.search(name):
+            entries = [entry.path for folder in found for entry in list_folder(folder)]
+            found = [entry for entry in entries if fnmatchcase(entry.name, name) and isinstance(entry, RemotePath)]
+        else:
+            found = [folder / name for folder in found]
+    found = [one for one in found if is_file(one) or is_folder(one)]
+    if not found:
+        raise CheckpointError("nothing in the store fits this pattern", file=path)
+    return sorted(found)
+
+
+_PATTERN = re.compile(r"[*?\[]")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from cogtools.checkpoint.files import read_whole
 from cogtools.checkpoint.limits import MAX_TENSORS
-from cogtools.checkpoint.pickle.machine import Global, Pickle, Record
-from cogtools.checkpoint.tensors import TensorEntry
+from cogtools.checkpoint.pickle.machine import Global, Pickle, Record, short_name
+from cogtools.checkpoint.tensors import OtherTensor, TensorEntry
 from cogtools.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -69,12 +69,15 @@ class Checkpoint:
         files: its files, held open until `close`.
         tensors: the state dict.
         wrapper: the keys under which the state dict lies; () if it is the top level.
+        module: the class of the module that was pickled as a whole, where the state dict is that of one.
         beside: the tensors outside the state dict, or in dicts and lists in it, by the path that leads to them.
         places: each such path, taken apart.
         values: what lies beside the state dict and beside its wrappers: plain data, tensors and `Record`s.
-        not_tensors: the entries of the state dict that are no tensors.
+        not_tensors: the entries of the state dict that are not described as tensors: plain data, `Record`s, and
+            `OtherTensor`s, such as sparse ones.
         foreign: names in the pickle that are not ordinary, and how often they occur. None was imported or called.
         metadata: the text entries of a safetensors header.
+        left_out: those of them that are too long to be kept, and how many characters they have.
         run: the trainer's save folder that the file lies in.
         parts: where several files make up one checkpoint, each of them by its name.
         index: the file that names these, where there is one. Like them it is held open until `close`.
@@ -85,12 +88,14 @@ class Checkpoint:
     files: list[SourceFile]
     tensors: dict[str, TensorEntry]
     wrapper: tuple[str, ...] = ()
+    module: Global | None = None
     beside: dict[str, TensorEntry] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
     values: dict[str, object] = field(default_factory=dict)
     not_tensors: dict[str, object] = field(default_factory=dict)
     foreign: dict[Global, int] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
     run: Run | None = None
     parts: dict[str, Checkpoint] = field(default_factory=dict)
     index: SourceFile | None = None
@@ -144,20 +149,26 @@ class Checkpoint:
 
 def index_pickle(pickle: Pickle, file: SourceFile, file_format: str) -> Checkpoint:
     """Find the state dict in what a pickle holds, and what lies beside it."""
-    wrapper, state_dict = find_state_dict(pickle.value)
+    state_dict = find_state_dict(pickle.value)
+    wrapper = state_dict.wrapper
+    holder = pickle.value
+    for name in wrapper:
+        holder = holder[name]  # type: ignore[index] # that is how it was found
+    module = class_of_module(holder)
     checkpoint = Checkpoint(
         path=file.path,
-        format=file_format,
+        format=file_format if module is None else f"{file_format}, a whole module ({short_name(module)})",
         files=[file],
         tensors={},
         wrapper=wrapper,
+        module=module,
         values=_values_beside(pickle.value, wrapper),
         foreign=pickle.foreign,
     )
-    if len(state_dict) > MAX_TENSORS:
-        raise _too_many(file, f"{len(state_dict):,} entries in its state dict")
+    if len(state_dict.entries) > MAX_TENSORS:
+        raise _too_many(file, f"{len(state_dict.entries):,} entries in its state dict")
     unused = _UnusedNames()
-    for key, value in state_dict.items():
+    for key, value in state_dict.entries.items():
         name = unused(_name(key))
         if isinstance(value, TensorEntry):
             checkpoint.tensors[name] = value
@@ -175,32 +186,47 @@ def index_pickle(pickle: Pickle, file: SourceFile, file_format: str) -> Checkpoi
 
 def _too_many(file: SourceFile, found: str) -> CheckpointError:
     return CheckpointError(
-        "the checkpoint has more in it than any real one",
+        "the checkpoint has more in it than is read",
         file=file.path,
         found=found,
-        expected=f"at most {MAX_TENSORS:,}",
-        hint="it was made to look like a checkpoint: do not torch.load it",
+        expected=f"at most {MAX_TENSORS:,}: the largest real ones have 3,000",
+        hint="save the state dict on its own, without what lies beside it",
     )
 
 
-def find_state_dict(root: object) -> tuple[tuple[str, ...], dict[object, object]]:
-    """The keys that lead to the state dict, and the state dict: {} if nothing looks like one.
+class StateDict(NamedTuple):
+    """The state dict in what a pickle holds.
 
-    It is the innermost dict that has tensors; where none has, the innermost one that has anything.
+    Attributes:
+        wrapper: the keys that lead to it.
+        entries: its entries; {} if nothing looks like a state dict.
+        holders: the dicts that these entries stand in, which are several for a module.
     """
+
+    wrapper: tuple[str, ...]
+    entries: dict[object, object]
+    holders: tuple[object, ...]
+
+
+def find_state_dict(root: object) -> StateDict:
+    """Find the innermost dict that has tensors, or module; where none has, the innermost dict that has anything."""
     wrapper = _way_to_tensors(root, set(), 0)
     if wrapper is None:
         wrapper = _way_inward(root)
     if wrapper is None:
-        return (), {}
-    state_dict: Any = root
+        return StateDict((), {}, ())
+    found: Any = root
     for name in wrapper:
-        state_dict = state_dict[name]
-    return wrapper, state_dict
+        found = found[name]
+    if class_of_module(found) is not None:
+        return StateDict(wrapper, *state_dict_of_module(found))
+    return StateDict(wrapper, found, (found,))
 
 
 def _way_to_tensors(value: object, visited: set[int], depth: int) -> tuple[str, ...] | None:
-    """The wrappers that lead from here to a dict of tensors; None if none do."""
+    """The wrappers that lead from here to a dict of tensors, or a module; None if none do."""
+    if class_of_module(value) is not None:
+        return ()
     if not isinstance(value, dict) or depth == MAX_WRAPPERS or id(value) in visited:
         return None
     visited.add(id(value))
@@ -208,7 +234,7 @@ def _way_to_tensors(value: object, visited: set[int], depth: int) -> tuple[str, 
         rest = _way_to_tensors(value.get(name), visited, depth + 1)
         if rest is not None:
             return (name, *rest)
-    return () if any(isinstance(item, TensorEntry) for item in value.values()) else None
+    return () if any(isinstance(item, (TensorEntry, OtherTensor)) for item in value.values()) else None
 
 
 def _way_inward(value: object) -> tuple[str, ...] | None:
@@ -223,6 +249,55 @@ def _way_inward(value: object) -> tuple[str, ...] | None:
     return None
 
 
+# Modules that were pickled as a whole, as torch.save(model) does
+
+
+_PARTS_OF_A_MODULE = ("_parameters", "_buffers", "_modules")
+
+
+def class_of_module(value: object) -> Global | None:
+    """The class of a pickled torch.nn.Module; None if this is not one."""
+    if not isinstance(value, Record) or not isinstance(value.state, dict) or not isinstance(value.function, Global):
+        return None
+    return value.function if all(isinstance(value.state.get(part), dict) for part in _PARTS_OF_A_MODULE) else None
+
+
+def state_dict_of_module(module: Record) -> tuple[dict[object, object], tuple[object, ...]]:
+    """The state dict that a pickled module would give, and the dicts that its entries stand in.
+
+    Keys are the names of the modules that lead to an entry, joined with dots (torch/nn/modules/module.py).
+    A module that is reached twice has its entries under both names, as there, unless it holds itself.
+    """
+    entries: dict[object, object] = {}
+    holders: dict[int, object] = {}
+    pending: list[tuple[str, Record, tuple[int, ...]]] = [("", module, ())]
+    for _ in range(MAX_TENSORS):  # a few bytes can hold a module twice, and that one another, and so on
+        if not pending:
+            break
+        prefix, inner, above = pending.pop()
+        state: dict[str, Any] = inner.state  # type: ignore[assignment] # that is what makes it a module
+        unsaved = state.get("_non_persistent_buffers_set")
+        for part in _PARTS_OF_A_MODULE[:2]:
+            holders[id(state[part])] = state[part]
+            for name, value in state[part].items():
+                is_saved = value is not None and not (part == "_buffers" and _is_in(name, unsaved))
+                if is_saved and len(entries) <= MAX_TENSORS:
+                    entries[_shortened(prefix + _name(name))] = value
+        if len(above) == MAX_DEPTH or len(entries) > MAX_TENSORS:
+            continue
+        modules = [
+            (f"{_shortened(prefix + _name(name))}.", value, (*above, id(inner)))
+            for name, value in state["_modules"].items()
+            if class_of_module(value) is not None and id(value) not in above and value is not inner
+        ]
+        pending += reversed(modules)  # last in, first out: in the order of the module
+    return entries, tuple(holders.values())
+
+
+def _is_in(name: object, names: object) -> bool:
+    return isinstance(names, (set, frozenset, dict)) and isinstance(name, str) and name in names
+
+
 def _values_beside(root: object, wrapper: tuple[str, ...]) -> dict[str, object]:
     """What lies beside the wrappers and beside the state dict; of equal names, what is nearest to the state dict."""
     values: dict[str, object] = {}
@@ -233,13 +308,14 @@ def _values_beside(root: object, wrapper: tuple[str, ...]) -> dict[str, object]:
     return values
 
 
-def walk_tensors(root: object, state_dict: object = None) -> Iterator[tuple[Place, TensorEntry]]:
-    """Every tensor in nested containers and records, except those that are entries of the state dict.
+def walk_tensors(root: object, state_dict: StateDict) -> Iterator[tuple[Place, TensorEntry]]:
+    """Every tensor in nested containers and records, except for the entries of the state dict.
 
     A container that occurs more than once, or holds itself, is visited once; one deeper than `MAX_DEPTH` is not. What
     a list repeats is listed once.
     """
     visited: set[int] = set()
+    holders, entries = (set(map(id, values)) for values in (state_dict.holders, state_dict.entries.values()))
     # One iterator a level, and not what is still to be visited: a small file can hold half a million containers.
     levels = [_Level("", iter([("", root)]))]
     while levels:
@@ -248,7 +324,7 @@ def walk_tensors(root: object, state_dict: object = None) -> Iterator[tuple[Plac
             if isinstance(value, TensorEntry):
                 if len(levels) == 1:
                     yield Place("", BARE_TENSOR), value
-                elif level.holder is not state_dict or state_dict is None:
+                elif not (id(level.holder) in holders and id(value) in entries):
                     yield Place(level.path, _name(key)[:MAX_NAME]), value
             elif (
                 isinstance(value, _MAY_HOLD_TENSORS)

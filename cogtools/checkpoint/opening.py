@@ -14,9 +14,10 @@ from cogtools.checkpoint.index import Checkpoint
 from cogtools.checkpoint.names import DISTRIBUTED_METADATA, is_companion, part_of, spread_over
 from cogtools.checkpoint.paths import as_path
 from cogtools.checkpoint.shards import kind_of_index, read_shard_index, shards_by_name
+from cogtools.checkpoint.tensors import OtherTensor
 from cogtools.checkpoint.weights import spread_error
 from cogtools.errors import CheckpointError
-from cogtools.formatting import shown
+from cogtools.formatting import counted, shown
 
 if TYPE_CHECKING:
     import os
@@ -85,7 +86,9 @@ def _index(file: SourceFile) -> Checkpoint:
     found = format_of(start)
     if found is None:
         raise _not_a_checkpoint(file, start)
-    return _OPEN[found](file)
+    checkpoint = _OPEN[found](file)
+    _refuse_without_values(checkpoint)
+    return checkpoint
 
 
 def _refuse_spread(file: SourceFile) -> None:
@@ -95,6 +98,38 @@ def _refuse_spread(file: SourceFile) -> None:
         spread = spread_over(entry.path.name for entry in list_folder(file.path.parent))
     if spread is not None:
         raise spread_error(file.path.parent, *spread, file=file.path)
+
+
+_PLACEHOLDER = OtherTensor(
+    "an empty placeholder, as ZeRO-3 leaves it where a tensor is spread over processes",
+    "gather the weights before they are saved (stage3_gather_16bit_weights_on_model_save), or put them together from "
+    "DeepSpeed's own checkpoint with its script zero_to_fp32.py",
+)
+
+
+def _refuse_without_values(checkpoint: Checkpoint) -> None:
+    """Refuse a file that has the names of its weights only, of most of them; else say of how many."""
+    without: dict[OtherTensor, list[str]] = {}
+    placeholders = [key for key, entry in checkpoint.tensors.items() if entry.shape == (0,)]
+    if 2 * len(placeholders) > len(checkpoint.tensors):  # a single one may be what the tensor is
+        without[_PLACEHOLDER] = placeholders
+    others = {key: value for key, value in checkpoint.not_tensors.items() if isinstance(value, OtherTensor)}
+    for key, tensor in others.items():
+        if tensor.advice is not None:
+            without.setdefault(tensor, []).append(key)
+    count = len(checkpoint.tensors) + len(others)
+    for tensor, keys in without.items():
+        more = f", and {len(keys) - 1:,} more of {counted(count, 'tensor')}" if len(keys) > 1 else ""
+        if 2 * len(keys) > count:
+            raise CheckpointError(
+                "the weights are not in this file, or not all of them",
+                file=checkpoint.path,
+                found=f"{tensor.kind}: {shown(keys[0])}{more}",
+                hint=tensor.advice,
+            )
+    missing = sum(map(len, without.values()))
+    if missing:
+        checkpoint.format += f", {counted(missing, 'tensor')} without values"
 
 
 def _open_shards(index: AnyPath) -> Checkpoint:

@@ -22,9 +22,8 @@ from cogtools.errors import CheckpointError
 if TYPE_CHECKING:
     from cogtools.checkpoint.paths import AnyPath
 
-_ITERATION = re.compile(
-    rf"(?P<before>global_step|checkpoint-|step-|iter_)?(?P<number>[0-9]{{1,12}})(?P<ema>{EMA_SUFFIX})?"
-)
+_STARTS = ("global_step", "checkpoint-", "step-", "iter_")
+_ITERATION = re.compile(rf"(?P<before>{'|'.join(_STARTS)})?(?P<number>[0-9]{{1,12}})(?P<ema>{EMA_SUFFIX})?")
 
 
 class Iteration(NamedTuple):
@@ -151,6 +150,11 @@ def read_save_folder(folder: AnyPath) -> SaveFolder:
         tuple(item for item in found if item in whole),
         tuple(item for item in found if item not in whole),
     )
+
+
+def names_of_iteration(number: int) -> list[str]:
+    """What the folder of an iteration may be called, for where it has to be asked for."""
+    return [f"{start}{number}{end}" for start in ("", *_STARTS) for end in ("", EMA_SUFFIX)]
 
 
 def is_trainers_name(name: str) -> bool:

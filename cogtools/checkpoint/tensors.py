@@ -86,7 +86,7 @@ class TensorEntry:
     @property
     def size_bytes(self) -> int:
         """How many bytes its elements take when they lie one after the other."""
-        return self.numel * self.dtype.itemsize
+        return self.dtype.size_bytes(self.numel)
 
     @property
     def offset_bytes(self) -> int:
@@ -101,7 +101,7 @@ class TensorEntry:
         elements = 1
         for size, stride in zip(self.shape, self.stride, strict=True):
             elements += (size - 1) * stride
-        return elements * self.dtype.itemsize
+        return self.dtype.size_bytes(elements)
 
     @property
     def is_contiguous(self) -> bool:
@@ -120,6 +120,22 @@ class TensorEntry:
             return None
         file, start, _ = self.storage.range()
         return FileRange(file, start + self.offset_bytes, self.size_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class OtherTensor:
+    """A tensor that is not a view of one storage, so that only its kind is told.
+
+    Attributes:
+        kind: what it is, such as "a sparse tensor".
+        advice: how to save it with its values, where they are not in the file, or not all of them; else None.
+    """
+
+    kind: str
+    advice: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind}, which is not described further"
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

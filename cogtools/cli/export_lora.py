@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import closing
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from cogtools.cli.options import COULD_NOT, Ema, Iteration, Json, Quiet
-from cogtools.conversion.options import Cast, ExportOptions, Scale
+from cogtools.conversion.options import Cast, ExportOptions, Format, Scale
 from cogtools.errors import OptionError, PrintError
 from cogtools.render import text
 
@@ -25,23 +24,34 @@ def export_lora_command(
         typer.Argument(
             metavar="CHECKPOINT... OUT_DIR",
             show_default=False,
-            help="A checkpoint (a file, an iteration's folder or the trainer's save folder), and where to write: a "
-            "folder, or a file named .safetensors. With several checkpoints, or a folder and an OUT_DIR that ends "
+            help="A checkpoint or a LoRA (a file, an iteration's folder, a save folder), and where to write: a folder, "
+            "or a file named .safetensors. With several checkpoints, or a folder and an OUT_DIR that ends "
             "in a slash, each gets a folder of its own in OUT_DIR.",
         ),
     ] = None,
+    format: Annotated[  # noqa: A002
+        Format,
+        typer.Option(metavar="|".join(get_args(Format)), help="The program that is to load it."),
+    ] = "diffusers",
     alpha: Annotated[
-        float | None, typer.Option(metavar="A", help="The training's lora_alpha, if training_config.yaml does not say.")
+        float | None, typer.Option(metavar="A", help="The training's lora_alpha, if nothing states it.")
+    ] = None,
+    scaling: Annotated[
+        float | None, typer.Option(metavar="S", help="What the updates are multiplied by, instead of alpha/rank.")
     ] = None,
     scale: Annotated[
-        Scale,
+        Scale | None,
         typer.Option(
             metavar="metadata|fold|none",
-            help="How alpha/rank travels: stated in the header (for diffusers >= 0.34), multiplied into the weights "
-            "(for everything else), or not at all.",
+            show_default=False,
+            help="How alpha/rank travels: stated where the format's program looks for it (the default), multiplied "
+            "into the weights (the default for diffsynth), or not at all.",
         ),
-    ] = "metadata",
+    ] = None,
     dtype: Annotated[Cast, typer.Option(metavar="keep|fp32|fp16|bf16", help="Cast the tensors.")] = "keep",
+    base: Annotated[
+        str | None, typer.Option(metavar="BASE", help="For sat: write the base weights of this checkpoint beside it.")
+    ] = None,
     iteration: Iteration = None,
     ema: Ema = False,
     every: Annotated[bool, typer.Option("--all", help="Export every iteration of a save folder.")] = False,
@@ -49,20 +59,27 @@ def export_lora_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.")] = False,
     sha256: Annotated[bool, typer.Option("--sha256", help="Print the output's SHA-256.")] = False,
+    dask: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Export on the Dask cluster whose scheduler has this address."),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     sat_pt_path: Annotated[str | None, typer.Option("--sat_pt_path", hidden=True)] = None,
     lora_save_directory: Annotated[str | None, typer.Option("--lora_save_directory", hidden=True)] = None,
 ) -> None:
-    """Export the LoRA of a SAT checkpoint as a file that diffusers loads at the right strength.
+    """Write the LoRA of a checkpoint, or of a LoRA file, so that a program loads it at the right strength.
 
     \b
     Examples:
       cogtools export-lora ckpts/lora-disney out
-      cogtools export-lora mp_rank_00_model_states.pt a.safetensors --scale fold
+      cogtools export-lora out ComfyUI/models/loras --format comfyui
+      cogtools export-lora old.safetensors fixed --alpha 1
       cogtools export-lora ckpts/*/ loras/
+      cogtools export-lora 's3://runs/*/' s3://loras/ --dask tcp://10.0.0.1:8786
     """
     from cogtools.checkpoint.files import is_folder
+    from cogtools.checkpoint.folder import has_pattern
     from cogtools.checkpoint.paths import as_path
     from cogtools.export.export import export_checkpoint
     from cogtools.render.export import show_export
@@ -71,9 +88,12 @@ def export_lora_command(
 
     *sources, out = _sources_and_output(paths or [], sat_pt_path, lora_save_directory)
     options = ExportOptions(
+        format=format,
         alpha=alpha,
+        scaling=scaling,
         scale=scale,
         dtype=dtype,
+        base=base,
         iteration=iteration,
         ema=ema,
         allow_partial=allow_partial,
@@ -83,8 +103,14 @@ def export_lora_command(
     )
     source = as_path(sources[0])
     # As `cp` has it: a folder that goes into another one keeps a name of its own there.
-    if len(sources) > 1 or every or (is_folder(source) and out.endswith(("/", os.sep))):
-        _export_many(sources, out, options, every=every, json=json, quiet=quiet)
+    if (
+        len(sources) > 1
+        or every
+        or dask is not None
+        or has_pattern(source)
+        or (out.endswith(("/", os.sep)) and is_folder(source))
+    ):
+        _export_many(sources, out, options, every=every, dask=dask, json=json, quiet=quiet)
         return
     with Progress("writing", hidden=quiet or json) as progress:
         report = export_checkpoint(source, out, options, progress=progress.update)
@@ -122,9 +148,11 @@ def _export_many(
     options: ExportOptions,
     *,
     every: bool,
+    dask: str | None,
     json: bool,
     quiet: bool,
 ) -> None:
+    from cogtools.checkpoint.paths import as_path
     from cogtools.export.batch import batch_report, export_many, plan_batch
     from cogtools.render.export import show_batch, show_batch_item
     from cogtools.render.json_object import report_json
@@ -140,8 +168,14 @@ def _export_many(
         except PrintError as error:
             unprinted = unprinted or error
 
-    with closing(export_many(plan_batch(sources, Path(out), options, every=every), options)) as exports:
-        for item in exports:
+    jobs = plan_batch(sources, as_path(out), options, every=every)
+    with ExitStack() as stack:
+        executor = None
+        if dask is not None:
+            from cogtools.export.cluster import dask_executor
+
+            executor = stack.enter_context(dask_executor(dask))
+        for item in stack.enter_context(closing(export_many(jobs, options, executor))):
             items.append(item)
             if not json:
                 show(show_batch_item, item, quiet=quiet)

@@ -48,7 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("export-lora", cls=_Command, short_help="Export a checkpoint's LoRA for diffusers.")(export_lora_command)
+app.command("export-lora", cls=_Command, short_help="Write a LoRA for a program.")(export_lora_command)
 app.command("inspect", cls=_Command, short_help="Show what a checkpoint holds.")(inspect_command)
 app.command("verify", cls=_Command, short_help="Prove that a LoRA is complete, faithful and loads.")(verify_command)
 

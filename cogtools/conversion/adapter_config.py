@@ -22,7 +22,7 @@ from cogtools.formatting import MAX_SHOWN_CHARS
 from cogtools.layouts.diffusers import module_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from cogtools.layouts.family import Module
 
@@ -377,7 +377,9 @@ def _shown(value: object) -> str:
     return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 1] + "…"
 
 
-def config_fields(ranks: Mapping[Module, int], alphas: Mapping[Module, float]) -> dict[str, object]:
+def config_fields(
+    ranks: Mapping[Module, int], alphas: Mapping[Module, float], parts: Collection[str] = ()
+) -> dict[str, object]:
     """The fields that state a LoRA's scale: all that some release of diffusers from 0.34 to 0.42 needs.
 
     `target_modules` has full module paths: so the file itself tells which layers it adapts, and PEFT does not warn
@@ -386,6 +388,7 @@ def config_fields(ranks: Mapping[Module, int], alphas: Mapping[Module, float]) -
     Args:
         ranks: of every module.
         alphas: of every module, so that the update is alpha / rank * lora_B @ lora_A.
+        parts: the parts that adapters have beside their factors: a bias of lora_B, DoRA's magnitude vector.
     """
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     return {
@@ -394,8 +397,8 @@ def config_fields(ranks: Mapping[Module, int], alphas: Mapping[Module, float]) -
         "rank_pattern": {module_path(module): value for module, value in ranks.items() if value != rank},
         "alpha_pattern": {module_path(module): value for module, value in alphas.items() if value != alpha},
         "target_modules": sorted(map(module_path, ranks)),
-        "use_dora": False,
-        "lora_bias": False,
+        "use_dora": "magnitude" in parts,
+        "lora_bias": "bias" in parts,
     }
 
 

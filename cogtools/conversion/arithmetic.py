@@ -75,6 +75,8 @@ def _factor(fold: Fold, dtype: DType) -> float:
     A power of two is exact as long as the results stay in the dtype's normal range. float16 has a narrow one: there
     the power of two is divided between lora_A and lora_B so that both keep the same distance from its lower end.
     """
+    if fold.part == "bias":  # PEFT's `lora_bias`: the product's scaling multiplies it too
+        return fold.scaling
     for_a, for_b = _divide(fold.scaling, fold.a, fold.b) if dtype.name == "float16" else (1.0, fold.scaling)
     return for_a if fold.part == "A" else for_b
 

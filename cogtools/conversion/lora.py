@@ -6,6 +6,7 @@ keys that mean nothing, keys that are spelled as no program reads them, tensors 
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,10 +16,10 @@ from cogtools.checkpoint.limits import MAX_ADAPTER_CONFIG_BYTES
 from cogtools.checkpoint.tensors import whole_tensor
 from cogtools.conversion import scale as scales
 from cogtools.conversion.adapter_config import Stated, parse_config
-from cogtools.conversion.record import ExportRecord, read_record
+from cogtools.conversion.record import RECORD_KEY, ExportRecord, read_record
 from cogtools.conversion.scale import Factors, Scale, Statement
-from cogtools.conversion.training_config import TrainingConfig, find_training_config, read_training_config
-from cogtools.errors import CheckpointError, ExportError, Problem
+from cogtools.conversion.training_config import TrainingConfig, find_training_config, read_training_config, record_in
+from cogtools.errors import CheckpointError, ExportError, OptionError, Problem
 from cogtools.layouts import diffusers, peft, sat
 from cogtools.layouts.family import LoraKey, Module, Transformer, hidden_of, rank_of, recognise
 from cogtools.layouts.folded import ATTENTION_KINDS, Kind, folded_names
@@ -55,8 +56,9 @@ class Lora:
         unplaced: keys of a LoRA that mean nothing in its layout.
         unreadable: tensors that are there, but not as plain tensors.
         collisions: keys of tensors that another key has already given, by key.
-        record: what cogtools recorded in the file when it wrote it.
+        record: what cogtools recorded in the file, or beside it, when it wrote it.
         stated: what the file states in the places where diffusers and PEFT look, by place.
+        asked: the layout of the program that the user asks about; None leaves it to the file.
     """
 
     checkpoint: Checkpoint
@@ -69,6 +71,7 @@ class Lora:
     collisions: dict[str, LoraKey]
     record: ExportRecord
     stated: dict[ScalePlace, Stated]
+    asked: LoraLayout | None = None
 
     @property
     def foreign(self) -> list[str]:
@@ -105,9 +108,11 @@ class Lora:
     def intended(self) -> LoraLayout:
         """The layout of the program that the file is for.
 
-        The one whose loader looks for a file of this name; else the one that its header or the folder speaks to; else
-        the one whose names it has.
+        The one that the user asks about; else the one whose loader looks for a file of this name, or that its header
+        or the folder speaks to; else the one whose names it has.
         """
+        if self.asked is not None:
+            return self.asked
         path = self.checkpoint.path
         by_name = next((layout for layout in LAYOUTS if layout.file_name == path.name), None)
         if by_name is not None:
@@ -181,6 +186,21 @@ class Lora:
             + [LoraKey(None, name, part) for name, parts in beside.items() for part in parts]
         )
 
+    def stated_names(self, transformer: Transformer) -> frozenset[LoraKey] | None:
+        """The tensors that it should have, as the place states where its program looks; None if that names no modules.
+
+        They are both factors of every module that `target_modules` names, and what else modules of their kind have.
+        """
+        stated = self.stated.get(self.intended.scale)
+        if stated is None or stated.config is None:
+            return None
+        targeted = [module for module in transformer.modules if stated.config.is_targeted(module)]
+        parts: dict[str, set[str]] = {}
+        for name in self.expected(self.layers):
+            parts.setdefault(name.name, {"A", "B"}).add(name.part)
+        found = [LoraKey(*module, part) for module in targeted for part in parts.get(module.name, ("A", "B"))]
+        return frozenset(found) or None
+
     def statements(self) -> dict[ScalePlace, Statement]:
         """What the file states of its scale, by the place where programs look for it."""
         found = [scales.by_config(stated, self.factors) for stated in self.stated.values()]
@@ -211,7 +231,7 @@ def read_lora(checkpoint: Checkpoint) -> Lora:
     stated = _stated(checkpoint)
     if layout is diffusers.LAYOUT and names is not None and names.spelling.prefix == "" and "adapter_config" in stated:
         layout = peft.LAYOUT
-    lora = Lora(checkpoint, names, layout, {}, {}, (), {}, {}, read_record(checkpoint.metadata), stated)
+    lora = Lora(checkpoint, names, layout, {}, {}, (), {}, {}, _record(checkpoint, layout), stated)
     unplaced = []
     for key in keys:
         reading = lora.reading(key)
@@ -241,6 +261,16 @@ def find_other_adapter(checkpoint: Checkpoint) -> OtherAdapter | None:
     return kind if 3 * count >= len(checkpoint.tensors) else None
 
 
+def _record(checkpoint: Checkpoint, layout: LoraLayout | None) -> ExportRecord:
+    """What cogtools recorded: in the header, or in the training configuration beside a file that has none."""
+    metadata = checkpoint.metadata
+    if layout is sat.LAYOUT:
+        with contextlib.suppress(CheckpointError):  # whoever needs the configuration itself will say so
+            config = find_training_config(checkpoint)
+            metadata = {RECORD_KEY: (None if config is None else record_in(config.content)) or "{}"}
+    return read_record(metadata)
+
+
 def _stated(checkpoint: Checkpoint) -> dict[ScalePlace, Stated]:
     """What a file states where diffusers and PEFT look for it."""
     stated: dict[ScalePlace, Stated] = {}
@@ -261,21 +291,32 @@ def _stated(checkpoint: Checkpoint) -> dict[ScalePlace, Stated]:
 # Its scale
 
 
-def find_scale(lora: Lora, *, alpha: float | None = None, config: TrainingConfig | None = None) -> Scale:
+def find_scale(
+    lora: Lora, *, alpha: float | None = None, scaling: float | None = None, config: TrainingConfig | None = None
+) -> Scale:
     """What a LoRA's updates are multiplied by, and who states it.
 
     Args:
         lora: the LoRA.
         alpha: given by the user; None takes what is stated.
+        scaling: the same of the scaling itself.
         config: the training configuration, for a LoRA in SAT's layout.
 
     Raises:
-        OptionError: if alpha is not a number above 0.
+        OptionError: if both are given, or one that is not a number above 0.
         ExportError: if the file states a scale, but not in a way that can be used.
     """
+    if alpha is not None and scaling is not None:
+        raise OptionError(
+            "--alpha and --scaling both say how strong the LoRA is",
+            found=f"--alpha {alpha} --scaling {scaling}",
+            hint="leave one of them out: the scaling is alpha / rank",
+        )
     found = _statements(lora, config)
     if alpha is not None:
         return Scale(scales.by_alpha(alpha, lora.factors), tuple(found))
+    if scaling is not None:
+        return Scale(scales.by_scaling(scaling, lora.factors), tuple(found))
     own = lora.layout.scale if lora.layout is not None else None
     unusable = lora.stated.get(own) if own is not None else None
     if unusable is not None and scales.by_config(unusable, lora.factors) is None:
@@ -283,7 +324,7 @@ def find_scale(lora: Lora, *, alpha: float | None = None, config: TrainingConfig
             "what the file states of its scale cannot be used",
             file=lora.checkpoint.path,
             problems=unusable.problems,
-            hint="state it with --alpha",
+            hint="state it with --alpha or --scaling",
         )
     if not found:
         return Scale(scales.by_nothing(lora.factors))
@@ -298,18 +339,20 @@ def _statements(lora: Lora, config: TrainingConfig | None) -> list[Statement]:
     metadata = lora.checkpoint.metadata
     found = [
         *lora.statements().values(),
+        scales.by_peft_header(metadata, lora.factors) if "adapter_config" not in lora.stated else None,
         scales.by_finetrainers(metadata, lora.factors),
         scales.by_record(lora.record, lora.factors),
     ]
     return [statement for statement in found if statement is not None]
 
 
-def read_config(lora: Lora, alpha: float | None) -> tuple[TrainingConfig | None, list[str]]:
+def read_config(lora: Lora, *, by_hand: str | None) -> tuple[TrainingConfig | None, list[str]]:
     """The training configuration of a LoRA in SAT's layout, as far as it is needed, and notes on one that is not right.
 
     Args:
         lora: the LoRA.
-        alpha: given by the user: then a configuration that cannot be read does not matter.
+        by_hand: the option by which the user states the scale: then a configuration that cannot be read does not
+            matter.
 
     Raises:
         CheckpointError: if it cannot be read.
@@ -321,9 +364,9 @@ def read_config(lora: Lora, alpha: float | None) -> tuple[TrainingConfig | None,
         file = find_training_config(lora.checkpoint)
         return (None if file is None else read_training_config(file)), []
     except CheckpointError as error:
-        if alpha is None:
+        if by_hand is None:
             raise
-        note = f"{error.what}{f' ({error.found})' if error.found else ''}: not used, as --alpha is given."
+        note = f"{error.what}{f' ({error.found})' if error.found else ''}: not used, as {by_hand} is given."
     try:
         return (None if file is None else read_training_config(file, with_alpha=False)), [note]
     except CheckpointError:

@@ -10,16 +10,21 @@ from cogtools.formatting import MAX_SHOWN_CHARS, number
 
 if TYPE_CHECKING:
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.conversion.options import ExportOptions
     from cogtools.conversion.plan import LoraPlan
 
 
-def export_notices(checkpoint: Checkpoint, plan: LoraPlan, scale: str) -> tuple[str, ...]:
+def export_notices(checkpoint: Checkpoint, plan: LoraPlan, options: ExportOptions) -> tuple[str, ...]:
     """What to say of an export: of the checkpoint, of the choices that were made for the user, and of the output."""
+    layout = plan.layout
+    lora_only = [layout.lora_only_note] if layout.lora_only_note is not None and options.base is None else []
     return (
+        *lora_only,
         *_of_dangers(checkpoint),
         *choice_notices(checkpoint),
         *plan.notices,
-        *_of_the_scale(plan, scale),
+        *_of_the_scale(plan, options),
+        *layout.notes,
         *_of_the_crc32s(plan),
     )
 
@@ -41,15 +46,15 @@ def choice_notices(checkpoint: Checkpoint) -> list[str]:
     return [f"Took the plain weights of iteration {run.chosen.number}. Its EMA weights are in {run.twin} beside them."]
 
 
-def _of_the_scale(plan: LoraPlan, scale: str) -> list[str]:
-    if scale == "metadata":
-        return [
-            "The scale is stated in the file's header, which diffusers reads from 0.34 on. "
-            "For ComfyUI and everything else, export with --scale fold."
-        ]
-    if scale == "none":
-        weights = ", ".join(map(number, sorted(set(plan.scalings.values()))))
+def _of_the_scale(plan: LoraPlan, options: ExportOptions) -> list[str]:
+    layout = plan.layout
+    if options.way == "metadata":
+        return [layout.stated_note] if layout.stated_note is not None else []
+    if options.way == "none":
+        weights = ", ".join(map(number, sorted(set(plan.folded.values()))[:SHOWN_PROBLEMS]))
         return [f"The file does not carry its scale: the loader must apply it itself, as weight {weights}."]
+    if options.scale is None:
+        return [f"{layout.reader} reads the scale from no file: it is multiplied into the weights."]
     return []
 
 

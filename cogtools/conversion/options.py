@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
+
+from cogtools.errors import OptionError
+
+if TYPE_CHECKING:
+    import os
+
+    from cogtools.layouts.lora import LoraLayout
+
+Format = Literal["diffusers", "peft", "comfyui", "videox-fun", "diffsynth", "sat"]
+"""The layouts that a LoRA can be written in, by their names."""
+
+FORMATS: dict[str, Format] = {name: name for name in get_args(Format)}
 
 Scale = Literal["metadata", "fold", "none"]
-"""How an exported file carries alpha / rank: stated in its header, multiplied into its weights, or not at all."""
+"""How an exported file carries alpha / rank: stated where its program looks for it, multiplied into its weights, or
+not at all."""
 
 Cast = Literal["keep", "fp32", "fp16", "bf16"]
 """What an exported file's tensors are cast to."""
@@ -20,25 +33,81 @@ class ExportOptions:
     """The options of an export.
 
     Attributes:
-        alpha: the training's alpha; None takes it from `training_config.yaml` beside the checkpoint, and 1, SAT's
-            default, where that does not say.
-        scale: "metadata" states alpha / rank in the header, where diffusers reads it from 0.34 on; "fold" multiplies
-            it into the weights, for everything else; "none" leaves it out.
+        format: the layout of the output.
+        alpha: the training's alpha; None takes what is stated in the file or beside it.
+        scaling: what every update is multiplied by, instead of alpha / rank; None takes what is stated.
+        scale: "metadata" states alpha / rank where the format's program looks for it; "fold" multiplies it into the
+            weights; "none" leaves it out. None takes "metadata", and "fold" for a format that cannot state it.
         dtype: "keep" copies the bytes; the others cast.
+        base: base weights to write beside the LoRA, for a format whose program loads whole models; None writes the
+            LoRA only.
         iteration: which iteration of a save folder; None takes the latest.
         ema: take its EMA weights.
         allow_partial: accept a LoRA that adapts some of the layers only.
-        overwrite: replace a file that is there already.
+        overwrite: replace an output that is there already.
         dry_run: find out everything, write nothing.
         sha256: compute the SHA-256 of the output.
     """
 
+    format: Format = "diffusers"
     alpha: float | None = None
-    scale: Scale = "metadata"
+    scaling: float | None = None
+    scale: Scale | None = None
     dtype: Cast = "keep"
+    base: str | os.PathLike[str] | None = None
     iteration: int | None = None
     ema: bool = False
     allow_partial: bool = False
     overwrite: bool = False
     dry_run: bool = False
     sha256: bool = False
+
+    @property
+    def layout(self) -> LoraLayout:
+        """The layout of the output.
+
+        Raises:
+            OptionError: if there is no such format.
+        """
+        from cogtools.layouts.recognition import BY_NAME
+
+        return BY_NAME[checked_format(self.format)]
+
+    @property
+    def way(self) -> Scale:
+        """How the output carries the scale.
+
+        Raises:
+            OptionError: if there is no such way, or the format has no place for a scale.
+        """
+        layout = self.layout
+        if self.scale is None:
+            return "fold" if layout.scale == "nowhere" else "metadata"
+        if self.scale not in get_args(Scale):
+            expected = ", ".join(get_args(Scale))
+            raise OptionError("there is no such way to carry the scale", found=self.scale, expected=expected)
+        if self.scale == "metadata" and layout.scale == "nowhere":
+            raise OptionError(
+                f"--scale metadata: {layout.reader} reads the scale from no file",
+                expected="--scale fold, the default for this format",
+                hint="leave --scale out",
+            )
+        if self.scale == "none" and layout.unstated_scaling is None:
+            raise OptionError(
+                f"--scale none: {layout.reader} loads nothing where the scale is not stated",
+                expected="--scale metadata, the default, or --scale fold",
+                hint="leave --scale out",
+            )
+        return self.scale
+
+
+def checked_format(name: str) -> Format:
+    """The name of a format.
+
+    Raises:
+        OptionError: if there is none of that name.
+    """
+    if name not in FORMATS:
+        expected = ", ".join(FORMATS)
+        raise OptionError("there is no such format", found=name, expected=expected)
+    return FORMATS[name]

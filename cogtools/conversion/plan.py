@@ -7,6 +7,7 @@ this what it should be?) alike.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections import Counter
 from dataclasses import dataclass
@@ -18,12 +19,23 @@ from cogtools.checkpoint.dtypes import DTYPES
 from cogtools.conversion.lora import find_lora, find_scale, find_transformer, read_config
 from cogtools.conversion.options import CASTS
 from cogtools.conversion.refusals import no_lora, refuse_unexportable, tensor_parallel
-from cogtools.conversion.scale import ALPHA_SOURCES, BY_DEFAULT, BY_HAND, BY_NOTHING, Carried, carry
+from cogtools.conversion.scale import (
+    ALPHA_SOURCES,
+    BY_DEFAULT,
+    BY_HAND,
+    BY_NOTHING,
+    BY_SCALING,
+    Carried,
+    Statement,
+    carry,
+)
 from cogtools.errors import ExportError, OptionError, Problem, command
-from cogtools.formatting import fold_numbers, number
+from cogtools.formatting import counted, fold_numbers, number
 from cogtools.layouts import sat
 from cogtools.layouts.family import LoraKey, Module, Transformer, rank_of
-from cogtools.layouts.folded import fold_names
+from cogtools.layouts.folded import fold_modules, fold_names
+from cogtools.layouts.lora import other_adapter
+from cogtools.layouts.programs import LOSERS
 
 if TYPE_CHECKING:
     from cogtools.checkpoint.dtypes import DType
@@ -41,11 +53,11 @@ FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 
 class Fold(NamedTuple):
-    """Arithmetic on one factor of a module: lora_B @ lora_A comes out multiplied by `scaling`.
+    """Arithmetic on one tensor of a module: lora_B @ lora_A comes out multiplied by `scaling`, and a bias too.
 
     Attributes:
         scaling: the factor.
-        part: which of the two this is.
+        part: which tensor of the module this is.
         a: lora_A.
         b: lora_B.
     """
@@ -83,7 +95,7 @@ class Planned:
     @property
     def size_bytes(self) -> int:
         """How many bytes it takes."""
-        return prod(self.shape) * self.dtype.itemsize
+        return self.dtype.size_bytes(prod(self.shape))
 
     @property
     def storages(self) -> list[Storage]:
@@ -168,12 +180,31 @@ class LoraPlan:
             raise ValueError(f"planned without a key: {name}")
         return key
 
-    def alpha_of(self, module: Module) -> float:
-        """The alpha to state for a module, so that alpha / rank is its scaling; whole numbers as such."""
-        rank, scaling = self.lora.ranks[module], self.scalings[module]
-        stated = self.scale.statement.alphas.get(module)
-        alpha = stated if stated is not None and stated / rank == scaling else scaling * rank
-        return int(alpha) if alpha == int(alpha) else alpha
+    @property
+    def parts(self) -> frozenset[str]:
+        """The parts that adapters have beside their factors."""
+        return frozenset(name.part for name in self.names) - {"A", "B"}
+
+    @property
+    def alphas(self) -> dict[Module, float]:
+        """The alpha to state for each module, so that alpha / rank is its scaling; whole numbers as such."""
+        scalings, stated = self.scalings, self.scale.statement.alphas
+        return {module: _alpha(rank, scalings[module], stated.get(module)) for module, rank in self.ranks.items()}
+
+    @property
+    def folded(self) -> dict[Module, float]:
+        """What to multiply each update by, so that the layout's reader has it right where nothing is stated."""
+        as_read = {module: self.layout.scaling_unstated(rank) or 1.0 for module, rank in self.ranks.items()}
+        return {module: scaling / as_read[module] for module, scaling in self.scalings.items()}
+
+
+def _alpha(rank: int, scaling: float, stated: float | None) -> float:
+    """An alpha that gives a scaling at a rank: the one that is stated, if it does."""
+    alpha = scaling * rank
+    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0))
+    exact = (value for value in (stated, *near) if value is not None and value / rank == scaling)
+    alpha = next(exact, alpha)
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def plan_lora(
@@ -181,6 +212,7 @@ def plan_lora(
     layout: LoraLayout,
     *,
     alpha: float | None = None,
+    scaling: float | None = None,
     allow_partial: bool = False,
 ) -> LoraPlan:
     """Plan what the LoRA in a checkpoint becomes in another layout. None of its weights are read.
@@ -189,12 +221,14 @@ def plan_lora(
         checkpoint: the checkpoint, open.
         layout: what it is to become.
         alpha: the training's alpha; None takes what is stated in the file or beside it.
+        scaling: the same of the scaling itself.
         allow_partial: accept a LoRA that adapts some of the layers only.
 
     Raises:
         ExportError: if there is no LoRA, or not a right one: all that is wrong is listed.
-        CheckpointError: if the training configuration cannot be read. With `alpha` given, a notice says so instead.
-        OptionError: if alpha is not a number above 0.
+        CheckpointError: if the training configuration cannot be read. With `alpha` or `scaling` given, a notice says
+            so instead.
+        OptionError: if both are given, or one that is not a number above 0.
     """
     refuse_unexportable(checkpoint)
     lora = find_lora(checkpoint)
@@ -208,14 +242,15 @@ def plan_lora(
     _refuse_tensor_parallel(lora)
     transformer, notices = _transformer(lora, common)
     problems = [*_unusable_keys(lora), *_differing(lora, transformer, common), *_without_place(lora, layout)]
-    config, config_notices = read_config(lora, alpha)
+    by_hand = BY_HAND if alpha is not None else BY_SCALING if scaling is not None else None
+    config, config_notices = read_config(lora, by_hand=by_hand)
     if config is not None and config.rank not in (None, common.rank):
         problems.append(Problem("rank", str(config.path), f"r: {config.rank}", f"r: {common.rank}, as the shapes say"))
     layers, layer_problems, layer_notices = _layers(lora, transformer, config, allow_partial=allow_partial)
     if problems or layer_problems:
         helps = not (problems or allow_partial) and not _layers(lora, transformer, config, allow_partial=True)[1]
         raise _wrong(checkpoint, [*problems, *layer_problems], _partial(config) if helps else None)
-    scale = find_scale(lora, alpha=alpha, config=config)
+    scale = find_scale(lora, alpha=alpha, scaling=scaling, config=config)
     return LoraPlan(
         lora=lora,
         layout=layout,
@@ -224,7 +259,15 @@ def plan_lora(
         scale=scale,
         dtype=common.dtype,
         names=tuple(sorted(lora.tensors, key=lambda name: layout.key(name) or "")),
-        notices=(*notices, *_prefix_notice(lora), *layer_notices, *config_notices, *_scale_notices(scale, config)),
+        notices=(
+            *notices,
+            *_prefix_notice(lora),
+            *layer_notices,
+            *config_notices,
+            *_scale_notices(scale, config),
+            *_left_out_notice(lora),
+            *_size_notice(layout, transformer),
+        ),
         config=None if config is None else config.path,
     )
 
@@ -237,12 +280,13 @@ def planned_tensors(plan: LoraPlan, options: ExportOptions) -> list[Planned]:
     """
     dtype = target_dtype(plan, options)
     planned = [_planned_alpha(plan, module, alpha) for module, alpha in carried(plan, options).alphas.items()]
+    folded = plan.folded if options.way == "fold" else {}
     for name in plan.names:
         entry = plan.entry(name)
         compute: Fold | Cast | None = None
-        if options.scale == "fold" and name.part in ("A", "B"):
+        if folded.get(name.module, 1.0) != 1.0 and name.part in ("A", "B", "bias"):
             a, b = (plan.entry(name._replace(part=part)) for part in "AB")
-            compute = Fold(plan.scalings[name.module], name.part, a, b)
+            compute = Fold(folded[name.module], name.part, a, b)
         elif dtype != entry.dtype:
             compute = Cast()
         source = plan.lora.tensors[name].key
@@ -250,19 +294,52 @@ def planned_tensors(plan: LoraPlan, options: ExportOptions) -> list[Planned]:
     return sorted(planned, key=lambda tensor: tensor.key)
 
 
+MIN_FLOAT32, MAX_FLOAT32 = 2.0**-126, 3.4e38
+"""Between these an alpha keeps its precision as a float32."""
+
+
 def _planned_alpha(plan: LoraPlan, module: Module, alpha: float) -> Planned:
-    return Planned(plan.key(LoraKey(*module, "alpha")), DTYPES["float32"], (), (struct.pack("<f", alpha),))
+    key = plan.key(LoraKey(*module, "alpha"))
+    if not MIN_FLOAT32 <= alpha <= MAX_FLOAT32:
+        raise ExportError(
+            "an alpha does not fit into the float32 that states it",
+            file=plan.lora.checkpoint.path,
+            found=f"{number(alpha)} for {key}",
+            expected=f"{MIN_FLOAT32:.3g} to {MAX_FLOAT32:.3g}",
+            hint="export with --scale fold",
+        )
+    return Planned(key, DTYPES["float32"], (), (struct.pack("<f", alpha),))
 
 
-def carried(plan: LoraPlan, options: ExportOptions) -> Carried:
-    """How the output carries the scale: stated where its layout states it, as 1 if it is folded in, or not at all."""
-    if options.scale == "none":
+def carried(plan: LoraPlan, options: ExportOptions, record: str | None = None) -> Carried:
+    """How the output carries the scale: stated where its layout states it, as 1 if it is folded in, or not at all.
+
+    Args:
+        plan: what is exported.
+        options: how.
+        record: how it is made, for a layout whose file has no header.
+
+    Raises:
+        ExportError: if the layout's place has one alpha for all modules, and they have different ones.
+    """
+    layout, ranks = plan.layout, plan.ranks
+    if options.way == "none":
         return Carried()
-    ranks = plan.ranks
-    is_folded = options.scale == "fold"
-    if is_folded and plan.layout.unstated_scaling == 1.0 and plan.layout.scale != "header":
-        return Carried()
-    return carry(plan.layout, ranks, ranks if is_folded else {module: plan.alpha_of(module) for module in ranks})
+    alphas = plan.alphas
+    if options.way == "fold":
+        if layout.unstated_scaling is not None and layout.scale in ("alpha_tensors", "nowhere"):
+            return Carried()
+        alphas = {module: rank * (layout.scaling_unstated(rank) or 1.0) for module, rank in ranks.items()}
+        alphas = {module: _alpha(1, alpha, None) for module, alpha in alphas.items()}
+    if layout.one_rank and len(set(alphas.values())) > 1:
+        raise ExportError(
+            f"{layout.reader} has one alpha for all modules, and this LoRA has different ones",
+            file=plan.lora.checkpoint.path,
+            found=", ".join(map(number, sorted(set(alphas.values())))),
+            hint="export with --scale fold",
+        )
+    layers = plan.layers if len(plan.layers) < plan.transformer.layers else ()
+    return carry(layout, ranks, alphas, parts=plan.parts, layers=layers, record=record)
 
 
 def target_dtype(plan: LoraPlan, options: ExportOptions) -> DType:
@@ -382,9 +459,21 @@ def _shape_text(expected: tuple[int | None, ...]) -> str:
 
 
 def _without_place(lora: Lora, layout: LoraLayout) -> list[Problem]:
-    """The tensors that the target layout has no place for."""
+    """The tensors that the target layout has no place for, or cannot be together in it."""
+    expected = f"a module and a part that {layout.reader} has, for --format {layout.name}"
     lost = [name for name in lora.tensors if layout.key(name) is None]
-    return lora.problems("unexpected", lost, expected=f"a module and a part that {layout.reader} has")
+    convolutions = [name for name, tensor in lora.tensors.items() if len(tensor.entry.shape) == 4]
+    if layout.reads_convolutions:
+        convolutions = []
+    problems = lora.problems("unexpected", lost, expected=expected)
+    problems += lora.problems("unexpected", set(convolutions) - set(lost), "a convolution's LoRA", "that of a Linear")
+    by_rank: dict[int, list[Module]] = {}
+    for module, rank in lora.ranks.items():
+        by_rank.setdefault(rank, []).append(module)
+    if layout.one_rank and len(by_rank) > 1 and (lora.layout is None or not lora.layout.one_rank):
+        one = f"one rank throughout, as {layout.reader} has it"
+        problems += [Problem("rank", fold_modules(found), str(rank), one) for rank, found in sorted(by_rank.items())]
+    return problems
 
 
 def _refuse_tensor_parallel(lora: Lora) -> None:
@@ -413,12 +502,16 @@ def _layers(
     """The layers to export, what is wrong with them, and what to note of them."""
     everything = range(transformer.layers)
     expected, declared_by = tuple(everything), ""
+    wanted = None if allow_partial else lora.stated_names(transformer)
     if allow_partial:
         expected, declared_by = lora.layers, " (--allow-partial)"
     elif config is not None and config.layers is not None:
         expected, declared_by = config.layers_of(transformer.layers), " (layer_range in training_config.yaml)"
+    elif wanted is not None:
+        stated = {name.layer for name in wanted if name.layer is not None}
+        expected, declared_by = tuple(sorted(stated)), " (target_modules)"
     declared = "" if allow_partial else declared_by
-    wanted = lora.expected(expected)
+    wanted = wanted if wanted is not None else lora.expected(expected)
     kinds = {(name.name, name.part) for name in wanted if name.layer is not None}
     missing = sorted(wanted - lora.tensors.keys() - lora.unreadable.keys(), key=lambda name: name.order)
     problems = [
@@ -434,7 +527,7 @@ def _layers(
     beside = [name for name in lora.tensors if name.layer is None and not transformer.has(name.module)]
     problems += lora.problems("unexpected", beside, expected=f"a module of {transformer.name}")
     notices = []
-    if len(expected) < transformer.layers:
+    if expected and len(expected) < transformer.layers:
         layers = fold_numbers(expected)
         notices.append(f"The LoRA adapts {len(expected)} of {transformer.layers} layers: {layers}{declared_by}.")
     return expected, problems, notices
@@ -442,7 +535,6 @@ def _layers(
 
 def _scale_notices(scale: Scale, config: TrainingConfig | None) -> list[str]:
     """What to note if nothing states the scale, or two places do and differ."""
-    alpha = scale.alpha
     if scale.source == BY_DEFAULT:
         why = (
             "training_config.yaml sets no lora_alpha"
@@ -452,25 +544,68 @@ def _scale_notices(scale: Scale, config: TrainingConfig | None) -> list[str]:
         doubt = "" if config else " If the training had another one, state it with --alpha."
         return [f"{why}, so alpha is {sat.DEFAULT_ALPHA}, SAT's default.{doubt}"]
     if scale.source == BY_NOTHING:
-        return ["Nothing states the scale: taken as 1, as diffusers takes it. If the training had another one, state "
-                "it with --alpha."]  # fmt: skip
-    if scale.source == BY_HAND and alpha is not None:
-        stated = [other for other in scale.others if other.alpha is not None and other.source != BY_DEFAULT]
+        losers = ", ".join(f"{name} {scaling}" for name, scaling in LOSERS)
         return [
-            f"alpha is {number(alpha)}, as --alpha states; {other.source} states {number(other.alpha)}."
-            for other in stated
-            if other.alpha is not None and other.alpha != alpha
+            "Nothing states the scale: taken as 1, as diffusers does. Trainers that lose it, with the scaling of their "
+            f"defaults: {losers}. State it with --scaling, or --alpha."
         ]
+    differing = [
+        other for other in scale.others if other.source != BY_DEFAULT and not _is_same_scale(scale.statement, other)
+    ]
+    if scale.source in (BY_HAND, BY_SCALING):
+        kind, value = _value(scale.statement)
+        return [
+            f"{kind} is {value}, as {scale.source} states; {other.source} states {_value_as(kind, other)}."
+            for other in differing
+        ]
+    kind, value = _value(scale.statement)
     return [
-        f"alpha is {_alpha_text(scale.alpha)}, {ALPHA_SOURCES[scale.source]}; {ALPHA_SOURCES[other.source]}: "
-        f"{_alpha_text(other.alpha)}."
-        for other in scale.others
-        if other.scalings != scale.scalings
+        f"{kind} is {value}, {ALPHA_SOURCES[scale.source]}; {ALPHA_SOURCES[other.source]}: {_value_as(kind, other)}."
+        for other in differing
     ]
 
 
-def _alpha_text(alpha: float | None) -> str:
-    return "different by module" if alpha is None else number(alpha)
+def _is_same_scale(one: Statement, other: Statement) -> bool:
+    return all(
+        scaling == value or (scaling is not None and value is not None and math.isclose(scaling, value, rel_tol=1e-9))
+        for module, scaling in one.scalings.items()
+        for value in [other.scalings.get(module)]
+    )
+
+
+def _value(statement: Statement) -> tuple[str, str]:
+    """What a place states: an alpha or a scaling, and which."""
+    if statement.source == BY_SCALING or not statement.alphas:
+        value = statement.scaling
+        return "scaling", "different by module" if value is None else number(value)
+    return "alpha", "different by module" if statement.alpha is None else number(statement.alpha)
+
+
+def _value_as(kind: str, statement: Statement) -> str:
+    """The same, where a reader has just read of an alpha or of a scaling."""
+    own, value = _value(statement)
+    return value if own == kind else f"{own} {value}"
+
+
+def _left_out_notice(lora: Lora) -> list[str]:
+    """What to note of tensors beside the LoRA that change weights too, as ComfyUI's trainer writes them."""
+    found = Counter(kind for key in lora.foreign if (kind := other_adapter(key)) is not None)
+    return [
+        f"Not exported: {counted(count, 'tensor')} of {kind.name}, which only {kind.readers} applies."
+        for kind, count in found.items()
+    ]
+
+
+def _size_notice(layout: LoraLayout, transformer: Transformer) -> list[str]:
+    """What to note of a transformer that is no CogVideoX, or that the layout's reader does not have."""
+    if transformer.others is not None:
+        return [f"No CogVideoX has hidden size {transformer.hidden}: {transformer.others} have, which SAT trains too."]
+    if layout.only_size in (None, (transformer.layers, transformer.hidden)):
+        return []
+    return [
+        f"{layout.reader} has CogVideoX with {layout.only_size[0]} layers of hidden size {layout.only_size[1]} only: "
+        f"it cannot load this LoRA, of {transformer.layers} layers of hidden size {transformer.hidden}."
+    ]
 
 
 def _partial(config: TrainingConfig | None) -> str:

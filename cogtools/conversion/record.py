@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.dtypes import DTYPES
 from cogtools.checkpoint.plausible import is_positive
-from cogtools.conversion.scale import BY_HAND
+from cogtools.conversion.scale import BY_HAND, BY_SCALING
 from cogtools.layouts.family import MAX_LAYERS
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ class ExportRecord:
         hidden_size: of the transformer.
         rank: of every module; None if they differ.
         alpha: the training's, of every module; None if they differ.
-        alpha_source: where that comes from, as `Alpha.source`.
+        scaling: what the training multiplied every update by; None if modules have different ones.
+        alpha_source: where these come from, a key of `ALPHA_SOURCES`.
+        format: the layout of the file.
         scale: how the file carries the scale: "metadata", "fold" or "none".
         source_dtype: of the checkpoint's tensors.
         dtype: of the file's.
@@ -50,7 +52,9 @@ class ExportRecord:
     hidden_size: int | None = None
     rank: int | None = None
     alpha: float | None = None
+    scaling: float | None = None
     alpha_source: str | None = None
+    format: str | None = None
     scale: str | None = None
     source_dtype: str | None = None
     dtype: str | None = None
@@ -59,6 +63,17 @@ class ExportRecord:
     def alpha_by_hand(self) -> float | None:
         """Alpha, if it was given by --alpha."""
         return self.alpha if self.alpha_source == BY_HAND else None
+
+    @property
+    def scaling_by_hand(self) -> float | None:
+        """The scaling, if it was given by --scaling."""
+        return self.scaling if self.alpha_source == BY_SCALING else None
+
+    def scaling_of(self, rank: int) -> float | None:
+        """What the training multiplied the update of a module of this rank by; None if it is not recorded."""
+        if self.alpha is not None and self.alpha_source != BY_SCALING and rank:
+            return self.alpha / rank
+        return self.scaling
 
     def text(self) -> str:
         """The record as it stands in the header."""
@@ -81,7 +96,11 @@ def read_record(metadata: Mapping[str, str]) -> ExportRecord:
         value = content.get(name)
         return value if type(value) is int and 0 < value <= most else None
 
-    alpha, models, ema = content.get("alpha"), content.get("models"), content.get("ema")
+    def positive(name: str) -> float | None:
+        value = content.get(name)
+        return value if is_positive(value) else None
+
+    models, ema = content.get("models"), content.get("ema")
     return ExportRecord(
         version=text("version"),
         source=text("source"),
@@ -91,8 +110,10 @@ def read_record(metadata: Mapping[str, str]) -> ExportRecord:
         transformer_layers=count("transformer_layers", MAX_LAYERS),
         hidden_size=count("hidden_size", MAX_HIDDEN),
         rank=count("rank"),
-        alpha=alpha if is_positive(alpha) else None,
+        alpha=positive("alpha"),
+        scaling=positive("scaling"),
         alpha_source=text("alpha_source"),
+        format=text("format"),
         scale=text("scale"),
         source_dtype=dtype("source_dtype"),
         dtype=dtype("dtype"),

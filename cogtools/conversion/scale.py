@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from cogtools.checkpoint.gather import scalar
 from cogtools.checkpoint.plausible import is_positive
 from cogtools.conversion.adapter_config import Stated, config_fields, parse_config
+from cogtools.conversion.training_config import FILE_NAME as TRAINING_CONFIG
+from cogtools.conversion.training_config import config_text
 from cogtools.errors import OptionError
 from cogtools.layouts import diffusers, peft
 from cogtools.layouts.sat import DEFAULT_ALPHA
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from cogtools.checkpoint.tensors import TensorEntry
     from cogtools.conversion.record import ExportRecord
@@ -30,8 +32,9 @@ if TYPE_CHECKING:
     from cogtools.layouts.family import Module
     from cogtools.layouts.lora import LoraLayout, ScalePlace
 
-BY_HAND, BY_SCALING, BY_CONFIG, BY_DEFAULT = "--alpha", "--scaling", "training_config.yaml", "default"
+BY_HAND, BY_SCALING, BY_CONFIG, BY_DEFAULT = "--alpha", "--scaling", TRAINING_CONFIG, "default"
 BY_HEADER, BY_ADAPTER_CONFIG = diffusers.METADATA_KEY, peft.CONFIG_NAME
+BY_PEFT_HEADER = f"{BY_HEADER} ({peft.PREFIX})"
 BY_TENSORS, BY_FINETRAINERS, BY_RECORD, BY_NOTHING = "alpha tensors", "lora_config", "cogtools", "nothing"
 
 ALPHA_SOURCES = {
@@ -41,6 +44,7 @@ ALPHA_SOURCES = {
     BY_DEFAULT: "SAT's default",
     BY_HEADER: "stated in the header",
     BY_ADAPTER_CONFIG: "from adapter_config.json",
+    BY_PEFT_HEADER: "stated in the header, under PEFT's prefix",
     BY_TENSORS: "stated in alpha tensors",
     BY_FINETRAINERS: "stated in the header entry lora_config of finetrainers, which diffusers ignores",
     BY_RECORD: "recorded by cogtools when it was exported",
@@ -75,6 +79,12 @@ class Statement(NamedTuple):
     def alpha(self) -> float | None:
         """The alpha that all modules have; None if they differ, or none is stated."""
         found = set(self.alphas.values())
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def scaling(self) -> float | None:
+        """What every module's update is multiplied by; None if that differs, or is not known."""
+        found = set(self.scalings.values())
         return found.pop() if len(found) == 1 else None
 
     @property
@@ -191,16 +201,42 @@ def by_finetrainers(metadata: Mapping[str, str], factors: Factors) -> Statement 
     return Statement(BY_FINETRAINERS, dict.fromkeys(factors.ranks, scaling), dict.fromkeys(factors.ranks, config.alpha))
 
 
-def by_record(record: ExportRecord, factors: Factors) -> Statement | None:
-    """What cogtools recorded of an export that left the scale out; None if it did not."""
-    if record.scale != "none" or record.alpha is None:
+def by_peft_header(metadata: Mapping[str, str], factors: Factors) -> Statement | None:
+    """What the header of a PEFT folder's file states, for one that has lost its adapter_config.json; None if nothing.
+
+    diffusers' `load_lora_adapter` reads it, if it is called with PEFT's prefix.
+    """
+    if diffusers.METADATA_KEY not in metadata:
         return None
-    return by_alpha(record.alpha, factors, BY_RECORD)
+    return by_config(parse_config(metadata[diffusers.METADATA_KEY], BY_PEFT_HEADER, peft.PREFIX), factors)
+
+
+def by_record(record: ExportRecord, factors: Factors) -> Statement | None:
+    """What cogtools recorded of an export whose file does not state the scale; None if it did not.
+
+    A scale that was multiplied into the weights is 1 from then on.
+    """
+    if record.scale == "fold":
+        return Statement(BY_RECORD, dict.fromkeys(factors.ranks, 1.0), {})
+    if record.scale != "none":
+        return None
+    scalings = {module: record.scaling_of(rank) for module, rank in factors.ranks.items()}
+    if None in scalings.values():
+        return None
+    return Statement(BY_RECORD, scalings, dict.fromkeys(factors.ranks, record.alpha))
 
 
 def by_nothing(factors: Factors) -> Statement:
     """What is taken where nothing states a scale: 1, as every program but SAT takes it."""
     return Statement(BY_NOTHING, dict.fromkeys(factors.ranks, 1.0), {})
+
+
+def by_reader(layout: LoraLayout, factors: Factors) -> Statement | None:
+    """What the program of a layout takes where nothing states a scale; None if it loads nothing."""
+    if layout.unstated_scaling is None:
+        return None
+    scalings = {module: layout.scaling_unstated(rank) if rank else None for module, rank in factors.ranks.items()}
+    return Statement(BY_NOTHING, scalings, {})
 
 
 def scaling_as_run(
@@ -214,9 +250,7 @@ def scaling_as_run(
         factors: the LoRA's ranks.
     """
     own = statements.get(layout.scale)
-    if own is not None:
-        return own
-    return None if layout.unstated_scaling is None else by_nothing(factors)
+    return own if own is not None else by_reader(layout, factors)
 
 
 def checked(name: str, value: float) -> float:
@@ -244,24 +278,40 @@ class Carried(NamedTuple):
     alphas: dict[Module, float] = {}  # noqa: RUF012
 
 
-def carry(layout: LoraLayout, ranks: Mapping[Module, int], alphas: Mapping[Module, float]) -> Carried:
+def carry(
+    layout: LoraLayout,
+    ranks: Mapping[Module, int],
+    alphas: Mapping[Module, float],
+    *,
+    parts: Collection[str] = (),
+    layers: Sequence[int] = (),
+    record: str | None = None,
+) -> Carried:
     """State a scale in the place where a layout's reader looks for it.
 
     Args:
-        layout: the layout.
+        layout: the layout. Where it has one alpha for all modules, they have one.
         ranks: of every module.
         alphas: of every module: its scaling is alpha / rank.
+        parts: the parts that adapters of the LoRA have beside their factors.
+        layers: those that it adapts, where that is not all; () if it is.
+        record: how the file was made, for a file beside it that has no header.
     """
     match layout.scale:
         case "header":
-            return Carried({diffusers.METADATA_KEY: _header_text(config_fields(ranks, alphas), diffusers.PREFIX)})
+            fields = config_fields(ranks, alphas, parts)
+            return Carried({diffusers.METADATA_KEY: _header_text(fields, diffusers.PREFIX)})
         case "adapter_config":
-            fields = config_fields(ranks, alphas)
+            fields = config_fields(ranks, alphas, parts)
             text = json.dumps({**peft.CONFIG_DEFAULTS, **fields}, indent=2, sort_keys=True) + "\n"
             header = {diffusers.METADATA_KEY: _header_text(fields, layout.written.prefix)}
             return Carried(header, {peft.CONFIG_NAME: text.encode()})
         case "alpha_tensors":
             return Carried(alphas=dict(alphas))
+        case "training_config":
+            rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+            text = config_text(rank, alpha, layers, record)
+            return Carried(files={TRAINING_CONFIG: text.encode()})
         case _:
             return Carried()
 

@@ -20,6 +20,8 @@ from cogtools.errors import CheckpointError
 from cogtools.layouts.family import MAX_LAYERS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cogtools.checkpoint.index import Checkpoint, SmallFile
     from cogtools.checkpoint.paths import AnyPath
 
@@ -60,6 +62,39 @@ class TrainingConfig:
     def layers_of(self, count: int) -> tuple[int, ...]:
         """The layers that were trained of a transformer of so many: SAT takes the numbers as indices of a list."""
         return tuple(sorted({layer + count if layer < 0 else layer for layer in self.layers or ()}))
+
+
+_RECORD_LINE = "# cogtools: "
+"""Begins the first line of a file that cogtools wrote; the rest of the line is the record of the export."""
+
+
+def config_text(rank: int, alpha: float, layers: Sequence[int] = (), record: str | None = None) -> str:
+    """A training configuration with nothing but a LoRA in it: SAT does not read it there, cogtools does.
+
+    Args:
+        rank: of every module.
+        alpha: of every module.
+        layers: those that are adapted, where that is not all.
+        record: how the LoRA was made.
+    """
+    params = [f"r: {rank}", f"lora_alpha: {_yaml_number(alpha)}"]
+    params += [f"layer_range: [{', '.join(map(str, layers))}]"] if layers else []
+    lines = [_RECORD_LINE + record] if record is not None else []
+    lines += ["  " * depth + f"{name}:" for depth, name in enumerate(_PATH)]
+    return "\n".join([*lines, *("  " * len(_PATH) + param for param in params)]) + "\n"
+
+
+def _yaml_number(value: float) -> str:
+    """A number as YAML 1.1 has it: with a dot before an exponent, or it would be text."""
+    mantissa, e, exponent = repr(value).partition("e")
+    return mantissa + (".0" if e and "." not in mantissa else "") + e + exponent
+
+
+def record_in(content: bytes) -> str | None:
+    """How the LoRA beside a training configuration was made, where cogtools wrote both; None if it did not."""
+    first, newline, _ = content.partition(b"\n")
+    text = first.decode(errors="replace")
+    return text.removeprefix(_RECORD_LINE) if newline and text.startswith(_RECORD_LINE) else None
 
 
 def find_training_config(checkpoint: Checkpoint) -> SmallFile | None:

@@ -12,26 +12,19 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from cogtools.checkpoint.files import is_file, is_folder
-from cogtools.checkpoint.folder import (
-    TRAINER_FILES,
-    WEIGHTS_FILES,
-    find_file,
-    find_save_folder,
-    iterations_in,
-)
+from cogtools.checkpoint.folder import TRAINER_FILES, find_file, find_save_folder, has_pattern, iterations_in, matching
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.checkpoint.paths import as_path
-from cogtools.checkpoint.run import iteration_of
-from cogtools.checkpoint.shards import PIPELINE_INDEX, SHARD_INDEX_SUFFIXES
+from cogtools.checkpoint.paths import RemotePath, as_path
+from cogtools.conversion.lora import read_lora
 from cogtools.conversion.options import CASTS
-from cogtools.conversion.record import ExportRecord, read_record
 from cogtools.errors import CheckpointError, CogtoolsError, KilledError, OptionError, OutputError, command
 from cogtools.export.export import ExportReport, export_checkpoint
-from cogtools.layouts import diffusers
+from cogtools.export.names import Target, run_name, target_in
 from cogtools.system import as_cogtools_error
 
 if TYPE_CHECKING:
@@ -41,6 +34,7 @@ if TYPE_CHECKING:
     from cogtools.checkpoint.paths import AnyPath
     from cogtools.checkpoint.run import Iteration
     from cogtools.conversion.options import ExportOptions
+    from cogtools.conversion.record import ExportRecord
     from cogtools.verification.report import VerifyReport
 
 
@@ -50,16 +44,21 @@ class Job(NamedTuple):
     Attributes:
         given: the path that the user gave.
         file: the checkpoint file that it stands for; None if there is none.
-        output: the file to write.
+        target: where its LoRA is written.
         error: why there is no checkpoint.
         reason: why it is skipped.
     """
 
     given: str
     file: AnyPath | None = None
-    output: Path | None = None
+    target: Target | None = None
     error: CogtoolsError | None = None
     reason: str | None = None
+
+    @property
+    def output(self) -> AnyPath | None:
+        """The file of tensors to write."""
+        return None if self.target is None else self.target.file
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +75,7 @@ class BatchItem:
     """
 
     checkpoint: str
-    output: Path | None
+    output: AnyPath | None
     status: Literal["done", "skipped", "failed"]
     report: ExportReport | None = None
     error: CogtoolsError | None = None
@@ -99,11 +98,11 @@ def batch_report(items: Sequence[BatchItem]) -> BatchReport:
     return BatchReport(tuple(items), counts["done"], counts["skipped"], counts["failed"])
 
 
-def plan_batch(sources: Sequence[str], out: Path, options: ExportOptions, *, every: bool = False) -> list[Job]:
+def plan_batch(sources: Sequence[str], out: AnyPath, options: ExportOptions, *, every: bool = False) -> list[Job]:
     """Find the checkpoint that each source stands for, and the folder in `out` that its LoRA goes to.
 
     Args:
-        sources: checkpoint files and folders.
+        sources: checkpoint files and folders; URLs may have patterns.
         out: the folder for all of them.
         options: among them, which iteration of a save folder to take.
         every: take every iteration of a save folder.
@@ -116,7 +115,7 @@ def plan_batch(sources: Sequence[str], out: Path, options: ExportOptions, *, eve
     _refuse_as_output(out)
     jobs: list[Job] = []
     taken: dict[object, Job] = {}
-    for source in sources:
+    for source in chain.from_iterable(map(_expanded, sources)):
         for job in _jobs(source, out, options, every=every):
             name, folder = _place(job)
             other = taken.get(folder) or taken.get(name)
@@ -133,10 +132,12 @@ def _place(job: Job) -> tuple[str, object]:
 
     Where there is no such folder yet, the second is the path; without an output, both are what was given.
     """
-    if job.output is None:
+    if job.target is None:
         return job.given, job.given
-    folder = job.output.parent
+    folder = job.target.folder
     name = unicodedata.normalize("NFC", unicodedata.normalize("NFC", str(folder)).casefold())
+    if isinstance(folder, RemotePath):
+        return str(folder), folder
     try:
         status = folder.stat()
     except (OSError, ValueError):
@@ -161,7 +162,7 @@ def _one_place(job: Job, other: Job, *, is_one: bool) -> OptionError:
     )
 
 
-def _refuse_as_output(out: Path) -> None:
+def _refuse_as_output(out: AnyPath) -> None:
     """Raise if the last argument cannot be the output folder: it is a file, or holds a training."""
     if is_file(out) or (out.suffix == ".safetensors" and not is_folder(out)):
         raise OptionError(
@@ -181,10 +182,33 @@ def _refuse_as_output(out: Path) -> None:
         )
 
 
-def _jobs(source: str, out: Path, options: ExportOptions, *, every: bool) -> list[Job]:
+def _expanded(source: str) -> list[AnyPath | Job]:
+    """The paths that a pattern in a URL fits; of a path of this machine a shell has done that."""
     path = as_path(source)
-    if not is_folder(path):
-        return [_job(source, out, lambda: path)]
+    if not isinstance(path, RemotePath) or not has_pattern(path):
+        return [path]
+    try:
+        return [*matching(path)]
+    except CheckpointError as error:
+        return [Job(source, error=error)]
+
+
+def _jobs(path: AnyPath | Job, out: AnyPath, options: ExportOptions, *, every: bool) -> list[Job]:
+    if isinstance(path, Job):
+        return [path]
+    source = str(path)
+    try:
+        is_one_file = not is_folder(path)
+    except CheckpointError as error:  # a server that does not answer
+        return [Job(source, error=error)]
+    if is_one_file:
+        return [_job(source, out, options, lambda: path)]
+    if every and isinstance(path, RemotePath) and not path.store.lists:
+        raise OptionError(
+            f"{path.scheme}:// lists nothing: --all needs a store that lists",
+            found=source,
+            hint="name the iterations one by one",
+        )
     if _is_same(path, out):  # `*/ out/` names it, from the second time on
         return [Job(source, reason="this is the output folder")]
     try:
@@ -192,8 +216,8 @@ def _jobs(source: str, out: Path, options: ExportOptions, *, every: bool) -> lis
     except CheckpointError as error:
         return [Job(source, error=error)]
     if chosen:
-        return [_job(str(folder), out, partial(find_file, folder)) for folder in chosen]
-    return [_job(source, out, lambda: find_file(path, iteration=options.iteration, ema=options.ema))]
+        return [_job(str(folder), out, options, partial(find_file, folder)) for folder in chosen]
+    return [_job(source, out, options, lambda: find_file(path, iteration=options.iteration, ema=options.ema))]
 
 
 def _all_iterations(folder: AnyPath) -> list[Iteration]:
@@ -205,10 +229,10 @@ def _all_iterations(folder: AnyPath) -> list[Iteration]:
     return [] if save_folder is None else iterations_in(save_folder)
 
 
-def _job(given: str, out: Path, find: Callable[[], AnyPath]) -> Job:
+def _job(given: str, out: AnyPath, options: ExportOptions, find: Callable[[], AnyPath]) -> Job:
     try:
         file = find()
-        return Job(str(file), file, out / _name(file) / diffusers.FILE_NAME)
+        return Job(str(file), file, target_in(out / run_name(file), options.layout, file))
     except CheckpointError as error:
         return Job(given, error=error)
 
@@ -219,27 +243,6 @@ def _is_same(one: AnyPath, other: AnyPath) -> bool:
         return one == other or (isinstance(one, Path) and isinstance(other, Path) and one.samefile(other))
     except OSError:
         return False
-
-
-_NAMED_AFTER_THEIR_FOLDER = ("mp_rank_", "z3_rank_", *WEIGHTS_FILES, PIPELINE_INDEX)
-
-
-def _name(file: AnyPath) -> str:
-    """The folder for a checkpoint's LoRA: run and iteration, or what the file or its folder is called.
-
-    By names alone: to look which iterations there are would take the longer, the more there are.
-    """
-    iteration = iteration_of(file.absolute().parent)
-    if iteration is not None:
-        return f"{_folder_name(iteration.folder.parent)}-{iteration}"
-    if file.name.startswith(_NAMED_AFTER_THEIR_FOLDER) or file.name.endswith(SHARD_INDEX_SUFFIXES):
-        return _folder_name(file.parent)
-    return file.stem
-
-
-def _folder_name(folder: AnyPath) -> str:
-    name = folder.absolute().name
-    return folder.resolve().name if name == ".." else name
 
 
 def export_many(
@@ -294,7 +297,7 @@ def _side_by_side(jobs: Sequence[Job], options: ExportOptions, executor: Executo
     running: dict[Future[BatchItem], Job] = {}
     try:
         for job in jobs:
-            running[_submitted(executor, job, options)] = job
+            running[_submitted(executor, _absolute(job), options)] = job
         while running:
             with contextlib.suppress(TimeoutError):
                 for future in as_completed(running, timeout=_HEARD_SECONDS):
@@ -302,6 +305,14 @@ def _side_by_side(jobs: Sequence[Job], options: ExportOptions, executor: Executo
     finally:
         for future in running:
             future.cancel()
+
+
+def _absolute(job: Job) -> Job:
+    """The same job for whoever carries it out: on another machine, another folder is the current one."""
+    if job.file is None or job.target is None:
+        return job
+    target = job.target._replace(folder=job.target.folder.absolute(), file=job.target.file.absolute())
+    return job._replace(file=job.file.absolute(), target=target)
 
 
 def _submitted(executor: Executor, job: Job, options: ExportOptions) -> Future[BatchItem]:
@@ -339,13 +350,13 @@ def _failed(job: Job, error: CogtoolsError) -> BatchItem:
 
 def export_one(job: Job, options: ExportOptions) -> BatchItem:
     """Export one checkpoint of a batch. An error is in the result, not raised."""
-    if job.file is None or job.output is None:
+    if job.file is None or job.target is None:
         raise ValueError("this job has no checkpoint")
     try:
-        if not options.overwrite and _is_done(job.file, job.output, options):
+        if not options.overwrite and _is_done(job.file, job.target.file, options):
             return BatchItem(job.given, job.output, "skipped", reason="exists already and verifies")
         # The file says which iteration it is.
-        report = export_checkpoint(job.file, job.output, replace(options, iteration=None, ema=False))
+        report = export_checkpoint(job.file, job.target, replace(options, iteration=None, ema=False))
     except Exception as error:  # noqa: BLE001 - a bug, or no memory: that ends this job, and not the others
         known = as_cogtools_error(error) or _bug(error)
         known.file = known.file or str(job.file)
@@ -361,15 +372,19 @@ def _bug(error: Exception) -> CogtoolsError:
 class _Made(NamedTuple):
     """The options that an output was made with."""
 
+    format: str | None
     scale: str | None
     dtype: str | None
     alpha: float | None
+    scaling: float | None
 
     def __str__(self) -> str:
-        return f"scale {self.scale}, dtype {self.dtype}, " + (f"--alpha {self.alpha}" if self.alpha else "no --alpha")
+        by_hand = [f"--{name} {value}" for name, value in (("alpha", self.alpha), ("scaling", self.scaling)) if value]
+        made = f"format {self.format}, scale {self.scale}, dtype {self.dtype}"
+        return ", ".join([made, *(by_hand or ["no --alpha"])])
 
 
-def _is_done(file: AnyPath, output: Path, options: ExportOptions) -> bool:
+def _is_done(file: AnyPath, output: AnyPath, options: ExportOptions) -> bool:
     """Whether the output exists already, was made with these options, and verifies against the checkpoint.
 
     Raises:
@@ -381,7 +396,7 @@ def _is_done(file: AnyPath, output: Path, options: ExportOptions) -> bool:
 
     try:
         with open_checkpoint(output) as written:
-            record = read_record(written.metadata)
+            record = read_lora(written).record
         found, wanted = _made(record), _wanted(record, options)
         if found != wanted:
             raise OutputError(
@@ -402,19 +417,19 @@ def _is_done(file: AnyPath, output: Path, options: ExportOptions) -> bool:
 
 
 def _made(record: ExportRecord) -> _Made:
-    return _Made(record.scale, record.dtype, record.alpha_by_hand)
+    return _Made(record.format, record.scale, record.dtype, record.alpha_by_hand, record.scaling_by_hand)
 
 
 def _wanted(record: ExportRecord, options: ExportOptions) -> _Made:
     dtype = record.source_dtype if options.dtype == "keep" else CASTS.get(options.dtype)
-    return _Made(options.scale, dtype, options.alpha)
+    return _Made(options.format, options.way, dtype, options.alpha, options.scaling)
 
 
 def _first_failure(report: VerifyReport) -> str:
     return next(f"{check.name}: {check.seen}" for check in report.checks if check.status == "fail")
 
 
-def _not_right(file: AnyPath, output: Path, found: str) -> OutputError:
+def _not_right(file: AnyPath, output: AnyPath, found: str) -> OutputError:
     return OutputError(
         "the output exists already and does not verify",
         file=output,

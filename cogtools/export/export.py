@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from cogtools.checkpoint.files import is_folder
 from cogtools.checkpoint.formats.safetensors import safetensors_header
+from cogtools.checkpoint.formats.torch_zip_writer import TorchArchive
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.conversion.carry_out import Written, write
+from cogtools.checkpoint.paths import as_path
+from cogtools.conversion.base import base_tensors
+from cogtools.conversion.carry_out import PlannedFile, Written, write
+from cogtools.conversion.lora import read_lora
 from cogtools.conversion.notices import export_notices
-from cogtools.conversion.options import Cast, ExportOptions, Scale
-from cogtools.conversion.output import AtomicFile, refuse_unwritable
+from cogtools.conversion.options import Cast, ExportOptions, Format, Scale
+from cogtools.conversion.output import AtomicFile, AtomicFolder, refuse_unwritable
 from cogtools.conversion.plan import LoraPlan, Planned, carried, plan_lora, planned_tensors, target_dtype
 from cogtools.conversion.record import RECORD_KEY, ExportRecord
 from cogtools.errors import OptionError
-from cogtools.layouts import diffusers
+from cogtools.export.names import Target, target_of
 from cogtools.version import __version__
 
 if TYPE_CHECKING:
@@ -25,6 +32,8 @@ if TYPE_CHECKING:
     from cogtools.checkpoint.dtypes import DType
     from cogtools.checkpoint.index import Checkpoint
     from cogtools.checkpoint.paths import AnyPath, RemotePath
+    from cogtools.conversion.upload import Upload
+    from cogtools.layouts.lora import LoraLayout
 
 
 Crc32Status = Literal["checked", "not checked", "not recorded"]
@@ -35,17 +44,23 @@ class PreparedExport(NamedTuple):
 
     Attributes:
         plan: what it means.
-        tensors: what is written.
+        files: what is written, the file of tensors first.
         dtype: of the LoRA's tensors in the output.
-        header: the output up to where its tensors begin.
-        size_bytes: of the whole output.
     """
 
     plan: LoraPlan
-    tensors: tuple[Planned, ...]
+    files: tuple[PlannedFile, ...]
     dtype: DType
-    header: bytes
-    size_bytes: int
+
+    @property
+    def tensors(self) -> tuple[Planned, ...]:
+        """The tensors of the output."""
+        return self.files[0].tensors
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of the output."""
+        return sum(file.size_bytes for file in self.files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +69,13 @@ class ExportReport:
 
     Attributes:
         checkpoint: the file that was read.
-        output: the file that was written, or would be.
+        output: the file of tensors that was written, or would be.
+        folder: the folder that the format's program is given, where it is given one.
+        files: the files that were written, or would be.
+        format: the layout of the output.
         written: false for a dry run.
         model: name of the model, or of what can be said of it.
+        pipeline: the class of its pipeline in diffusers; None if that is not known.
         layers: the adapted layers.
         modules: how many modules are adapted.
         rank: the rank of every module; None if they differ.
@@ -64,21 +83,27 @@ class ExportReport:
         alpha_source: where the scale comes from: "--alpha", "training_config.yaml", "default" …
         scaling: what every module's update is multiplied by: alpha / rank; None if that differs.
         scale: how the output carries it: "metadata", "fold" or "none".
-        dtype: of the output's tensors.
+        weight: the strength at which the format's program has to load it; None if that differs by module.
+        dtype: of the LoRA's tensors in the output.
         source_dtype: of the checkpoint's.
+        has_base: whether the output has base weights beside the LoRA.
         tensors: how many tensors the output has.
-        size_bytes: the size of the output file.
+        size_bytes: the size of the output.
         crc32: "checked"; "not checked" in a dry run, or where only parts of storages were fetched; "not recorded" if
             the checkpoint has no CRC-32s to check.
         largest_relative_error: of any tensor, where folding or casting changed the values; else None.
-        sha256: of the output file, if asked for.
+        sha256: of the file of tensors, if asked for.
         notices: what the user should know.
     """
 
     checkpoint: AnyPath
     output: AnyPath
+    folder: AnyPath
+    files: tuple[AnyPath, ...]
+    format: Format
     written: bool
     model: str
+    pipeline: str | None
     layers: tuple[int, ...]
     modules: int
     rank: int | None
@@ -86,8 +111,10 @@ class ExportReport:
     alpha_source: str
     scaling: float | None
     scale: Scale
+    weight: float | None
     dtype: str
     source_dtype: str
+    has_base: bool
     tensors: int
     size_bytes: int
     crc32: Crc32Status
@@ -98,11 +125,14 @@ class ExportReport:
 
 def export_lora(
     checkpoint: str | os.PathLike[str] | RemotePath,
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | RemotePath,
     *,
+    format: Format = "diffusers",  # noqa: A002 - the option's name
     alpha: float | None = None,
-    scale: Scale = "metadata",
+    scaling: float | None = None,
+    scale: Scale | None = None,
     dtype: Cast = "keep",
+    base: str | os.PathLike[str] | None = None,
     iteration: int | None = None,
     ema: bool = False,
     allow_partial: bool = False,
@@ -111,22 +141,27 @@ def export_lora(
     sha256: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportReport:
-    """Export the LoRA in a SAT checkpoint as a file that diffusers loads at the right strength.
+    """Write the LoRA in a checkpoint or a LoRA file so that a program loads it at the right strength.
 
-    Load it at weight 1.0: the file carries the scale.
+    Load it at weight 1.0: the output carries the scale.
 
     Args:
-        checkpoint: a file of the trainer, the folder of an iteration, or the save folder; or the URL of one.
-        out: a folder, in which `pytorch_lora_weights.safetensors` is written, or a file name ending in .safetensors.
-        alpha: the training's alpha; None takes it from `training_config.yaml` beside the checkpoint, and 1, SAT's
-            default, where that does not say.
-        scale: "metadata" states alpha / rank in the header, where diffusers reads it from 0.34 on; "fold" multiplies
-            it into the weights, for everything else; "none" leaves it out.
+        checkpoint: a file or folder with a LoRA in any layout: of SAT's trainer, diffusers, PEFT, ComfyUI, VideoX-Fun
+            or DiffSynth-Studio.
+        out: a folder, in which the file gets the name that the format's program looks for; or a file name ending in
+            .safetensors, but for the formats that are folders: "peft" and "sat".
+        format: for which program: "diffusers", "peft", "comfyui", "videox-fun", "diffsynth" or "sat".
+        alpha: the training's alpha; None takes what is stated in the file or beside it. Where nothing is, it is 1 for
+            SAT's checkpoints, its default, and the scaling is 1 for all others.
+        scaling: what every update is multiplied by, instead of alpha / rank.
+        scale: "metadata" states alpha / rank where the format's program looks for it; "fold" multiplies it into the
+            weights; "none" leaves it out. None takes "metadata", and "fold" for "diffsynth", which cannot state it.
         dtype: "keep" copies the bytes; the others cast.
+        base: for "sat": a checkpoint of SAT with the base weights, which are written beside the LoRA.
         iteration: which iteration of a save folder; None takes the latest.
         ema: take its EMA weights.
         allow_partial: accept a LoRA that adapts some of the layers only.
-        overwrite: replace a file that is there already.
+        overwrite: replace an output that is there already.
         dry_run: find out everything, write nothing.
         sha256: compute the SHA-256 of the output.
         progress: called with the bytes written so far and the bytes in all.
@@ -134,99 +169,156 @@ def export_lora(
     Raises:
         CogtoolsError: if it cannot be done. The target is then as it was before.
     """
-    options = ExportOptions(alpha, scale, dtype, iteration, ema, allow_partial, overwrite, dry_run, sha256)
+    options = ExportOptions(
+        format=format,
+        alpha=alpha,
+        scaling=scaling,
+        scale=scale,
+        dtype=dtype,
+        base=base,
+        iteration=iteration,
+        ema=ema,
+        allow_partial=allow_partial,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        sha256=sha256,
+    )
     return export_checkpoint(checkpoint, out, options, progress=progress)
 
 
 def export_checkpoint(
     checkpoint: str | os.PathLike[str] | RemotePath,
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | RemotePath | Target,
     options: ExportOptions,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportReport:
     """The same as `export_lora`, with the options as one record."""
-    target = output_path(Path(out))
-    output = AtomicFile(target, overwrite=options.overwrite)
-    with open_checkpoint(checkpoint, iteration=options.iteration, ema=options.ema) as opened:
+    layout = options.layout
+    _refuse_base(options)
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_checkpoint(checkpoint, iteration=options.iteration, ema=options.ema))
+        target = out if isinstance(out, Target) else target_of(as_path(out), layout, opened.path)
+        output = _output(target, layout, overwrite=options.overwrite)
         output.refuse_existing()
-        prepared = prepare_export(opened, options)
-        output.refuse_source(opened.files)
-        refuse_unwritable(target, prepared.size_bytes)
+        base = None if options.base is None else stack.enter_context(open_checkpoint(options.base))
+        sources = [*opened.files, *(base.files if base is not None else ())]
+        prepared = prepare_export(opened, options, base)
+        output.refuse_source(sources)
+        refuse_unwritable(output.target, prepared.size_bytes)
         written = Written()
         if not options.dry_run:
-            tensors = prepared.tensors
-            written = write(output, prepared.header, tensors, opened.files, progress, sha256=options.sha256)
+            written = write(output, prepared.files, sources, progress, sha256=options.sha256)
     plan = prepared.plan
+    weights = set(plan.folded.values()) if options.way == "none" else {1.0}
     return ExportReport(
         checkpoint=opened.path,
-        output=target,
+        output=target.file,
+        folder=target.folder,
+        files=tuple(target.folder / file.path if target.is_folder else target.file for file in prepared.files),
+        format=options.format,
         written=not options.dry_run,
         model=plan.transformer.name,
+        pipeline=plan.transformer.pipeline,
         layers=plan.layers,
         modules=len(plan.modules),
         rank=plan.rank,
         alpha=plan.scale.alpha,
         alpha_source=plan.scale.source,
         scaling=plan.scaling,
-        scale=options.scale,
+        scale=options.way,
+        weight=weights.pop() if len(weights) == 1 else None,
         dtype=prepared.dtype.name,
         source_dtype=plan.dtype.name,
+        has_base=base is not None,
         tensors=len(prepared.tensors),
         size_bytes=prepared.size_bytes,
         crc32=_crc32(plan, written, options),
         largest_relative_error=written.largest_relative_error,
         sha256=written.sha256,
-        notices=export_notices(opened, plan, options.scale),
+        notices=export_notices(opened, plan, options),
     )
 
 
-def _crc32(
-    plan: LoraPlan, written: Written, options: ExportOptions
-) -> Literal["checked", "not checked", "not recorded"]:
+def _refuse_base(options: ExportOptions) -> None:
+    if options.base is not None and options.layout.lora_only_note is None:
+        raise OptionError(
+            f"--base does not go with --format {options.format}, which holds a LoRA only",
+            expected="--format sat, whose program loads whole models",
+            hint="leave --base out",
+        )
+
+
+def _output(target: Target, layout: LoraLayout, *, overwrite: bool) -> AtomicFile | AtomicFolder | Upload:
+    place = target.folder if target.is_folder else target.file
+    if not isinstance(place, Path):
+        from cogtools.conversion.upload import Upload
+
+        return Upload(place, overwrite=overwrite, is_folder=target.is_folder)
+    if not target.is_folder:
+        return AtomicFile(place, overwrite=overwrite)
+    return AtomicFolder(place, overwrite=overwrite, is_ours=partial(is_ours, layout=layout))
+
+
+def _crc32(plan: LoraPlan, written: Written, options: ExportOptions) -> Crc32Status:
     if not plan.has_crc32:
         return "not recorded"
     return "not checked" if options.dry_run or written.unchecked else "checked"
 
 
-def output_path(out: Path) -> Path:
-    """The file that an export writes: `out` itself if it is named .safetensors, else the usual name in that folder."""
-    return out if out.suffix == ".safetensors" else out / diffusers.FILE_NAME
+def is_ours(folder: Path, layout: LoraLayout) -> bool:
+    """Whether cogtools wrote all of a folder, in this layout."""
+    file = folder / (layout.path or "")
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not is_folder(path)}
+    if layout.path not in names or not names <= {layout.path, *layout.beside}:
+        return False
+    with open_checkpoint(file) as opened:
+        return read_lora(opened).record.version is not None
 
 
-def prepare_export(checkpoint: Checkpoint, options: ExportOptions) -> PreparedExport:
+def prepare_export(checkpoint: Checkpoint, options: ExportOptions, base: Checkpoint | None = None) -> PreparedExport:
     """Find out all about an export without reading weights.
 
     Raises:
         CogtoolsError: if it cannot be done.
     """
-    scale = options.scale
-    if scale not in get_args(Scale):
-        raise OptionError("there is no such way to carry the scale", found=scale, expected=", ".join(get_args(Scale)))
-    plan = plan_lora(checkpoint, diffusers.LAYOUT, alpha=options.alpha, allow_partial=options.allow_partial)
-    tensors = planned_tensors(plan, options)
+    _ = options.way  # before the long work: an option that makes no sense is an error at once
+    layout = options.layout
+    plan = plan_lora(
+        checkpoint, layout, alpha=options.alpha, scaling=options.scaling, allow_partial=options.allow_partial
+    )
     dtype = target_dtype(plan, options)
-    header = safetensors_header(tensors, _metadata(plan, checkpoint, options, dtype))
-    size_bytes = len(header) + sum(tensor.size_bytes for tensor in tensors)
-    return PreparedExport(plan, tuple(tensors), dtype, header, size_bytes)
+    tensors = (*planned_tensors(plan, options), *(base_tensors(base, plan.transformer) if base is not None else ()))
+    record = _record(plan, checkpoint, options, dtype)
+    carries = carried(plan, options, record)
+    path = layout.path or ""
+    if layout.container == "torch":
+        file = PlannedFile(path, tensors=tensors, archive=TorchArchive(tensors, "module"))
+    else:
+        metadata = {"format": "pt", RECORD_KEY: record, **carries.header}
+        file = PlannedFile(path, safetensors_header(tensors, metadata), tensors)
+    beside = {**layout.beside_content, **carries.files}
+    files = (file, *(PlannedFile(name, content) for name, content in beside.items()))
+    return PreparedExport(plan, files, dtype)
 
 
-def _metadata(plan: LoraPlan, checkpoint: Checkpoint, options: ExportOptions, dtype: DType) -> dict[str, str]:
-    """The text entries of the output's header: the scale, and how the file was made."""
-    iteration, run = checkpoint.values.get("iteration"), checkpoint.run
-    record = ExportRecord(
+def _record(plan: LoraPlan, checkpoint: Checkpoint, options: ExportOptions, dtype: DType) -> str:
+    """How the output was made."""
+    iteration, run, before = checkpoint.values.get("iteration"), checkpoint.run, plan.lora.record
+    return ExportRecord(
         version=__version__,
         source=checkpoint.path.name,
-        iteration=iteration if isinstance(iteration, int) else None,
-        ema=None if run is None else run.chosen.ema,
+        iteration=iteration if isinstance(iteration, int) else before.iteration,
+        ema=before.ema if run is None else run.chosen.ema,
         models=tuple(model.slug for model in plan.transformer.models),
         transformer_layers=plan.transformer.layers,
         hidden_size=plan.transformer.hidden,
         rank=plan.rank,
         alpha=plan.scale.alpha,
+        scaling=plan.scaling,
         alpha_source=plan.scale.source,
-        scale=options.scale,
+        format=options.format,
+        scale=options.way,
         source_dtype=plan.dtype.name,
         dtype=dtype.name,
-    )
-    return {"format": "pt", RECORD_KEY: record.text(), **carried(plan, options).header}
+    ).text()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cogtools.checkpoint.pickle.dangers import danger_of
 from cogtools.checkpoint.pickle.machine import Global, Record
 from cogtools.checkpoint.plausible import is_number
-from cogtools.checkpoint.tensors import TensorEntry
+from cogtools.checkpoint.tensors import OtherTensor, TensorEntry
 from cogtools.inspection.report import EntryReport, FileReport, GlobalReport, IterationReport
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ def kind_of(value: object) -> str:
         case Record():
             function = value.function if isinstance(value.function, Global) else "something that is no name"
             return f"a call of {str(function)[:MAX_KIND_CHARS]}, not made"
+        case OtherTensor():
+            return str(value)
         case dict() | list() | tuple() | set() | frozenset():
             return f"{type(value).__name__} of {len(value):,}"
         case _:

@@ -100,7 +100,7 @@ def scale_of(lora: Lora) -> Scale | None:
     if lora.layout is None:
         return None
     try:
-        config, _ = read_config(lora, None)
+        config, _ = read_config(lora, by_hand=None)
         return find_scale(lora, config=config)
     except CogtoolsError:
         return None

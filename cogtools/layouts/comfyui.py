@@ -18,6 +18,7 @@ from cogtools.layouts.lora import (
     LoraLayout,
     Names,
     Spelling,
+    Usage,
 )
 
 PREFIX = "diffusion_model."
@@ -56,6 +57,15 @@ LAYOUT = LoraLayout(
     reader="ComfyUI",
     written=Spelling(NAMES, PEFT_STYLE, PREFIX),
     scale="alpha_tensors",
+    usage=Usage(
+        "Copy it to ComfyUI/models/loras, and load it with the node LoraLoaderModelOnly:",
+        ("lora_name {name}, strength_model {weight}",),
+    ),
+    reads_convolutions=True,
+    notes=(
+        "ComfyUI itself has CogVideoX since 0.20.1 (April 2026). kijai's wrapper does not read this layout: for that, "
+        "export with --format diffusers or videox-fun.",
+    ),
     also_read=(
         *(Spelling(NAMES, style, PREFIX) for style in _STYLES),
         *(Spelling(UNDERSCORES, style, "lora_unet_") for style in _STYLES),

@@ -12,7 +12,7 @@ them.
 
 from __future__ import annotations
 
-from cogtools.layouts.lora import PEFT_STYLE, LoraLayout, Names, Spelling
+from cogtools.layouts.lora import PEFT_STYLE, LoraLayout, Names, Spelling, Usage
 
 NAMES = Names(
     "DiffSynth-Studio's names",
@@ -36,15 +36,15 @@ NAMES = Names(
 )
 NAMES_WITH_ZERO = Names("DiffSynth-Studio's names but to_out.0 for to_out", NAMES.layer, {"out": "attn1.to_out.0"})
 
-LAYERS, HIDDEN = 42, 3072
-"""The only size that it has."""
-
 LAYOUT = LoraLayout(
     name="diffsynth",
     reader="DiffSynth-Studio",
     written=Spelling(NAMES, PEFT_STYLE, "", "default"),
     scale="nowhere",
+    usage=Usage("Load it at lora_alpha {weight}:", ("model_manager.load_lora({path}, lora_alpha={weight})",)),
     ignores_alphas=True,
+    only_size=(42, 3072),
+    notes=("DiffSynth-Studio has CogVideoX up to its version 1.1.9 only.",),
     also_read=tuple(
         Spelling(NAMES, PEFT_STYLE, prefix, adapter)
         for prefix in ("", "diffusion_model.")

@@ -16,7 +16,7 @@ import re
 from typing import TYPE_CHECKING
 
 from cogtools.layouts.family import LAYER_NUMBER, Transformer, recognise
-from cogtools.layouts.lora import OLD_DIFFUSERS_STYLE, PEFT_STYLE, LoraLayout, Names, Spelling
+from cogtools.layouts.lora import OLD_DIFFUSERS_STYLE, PEFT_STYLE, LoraLayout, Names, Spelling, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,8 +61,17 @@ LAYOUT = LoraLayout(
     reader="diffusers",
     written=Spelling(NAMES, PEFT_STYLE, PREFIX),
     scale="header",
-    file_name=FILE_NAME,
+    usage=Usage(
+        "Load it at weight 1.0: the scale is already in the file (no set_adapters or fuse_lora with 1/rank):",
+        ('pipe.load_lora_weights({folder}, weight_name={name}, adapter_name="lora")',),
+        ('pipe.set_adapters("lora", {weight})',),
+    ),
+    path=FILE_NAME,
     also_read=(Spelling(NAMES, OLD_DIFFUSERS_STYLE, PREFIX),),
+    parts=("A", "B", "bias", "magnitude"),
+    reads_convolutions=True,
+    stated_note="The scale is stated in the file's header, which diffusers reads from 0.34 on. For older ones, export "
+    "with --scale fold; for other programs, with --format.",
 )
 
 _BASE_LAYER = re.compile(rf"transformer_blocks\.{LAYER_NUMBER}\.norm1\.norm\.weight", re.ASCII)

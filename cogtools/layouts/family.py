@@ -188,6 +188,11 @@ class Model(NamedTuple):
         return self.in_channels > LATENT_CHANNELS
 
     @property
+    def pipeline(self) -> str:
+        """The class of its pipeline in diffusers."""
+        return "CogVideoXImageToVideoPipeline" if self.is_image_to_video else "CogVideoXPipeline"
+
+    @property
     def config(self) -> dict[str, object]:
         """The fields of diffusers' config.json, as the model was released with them.
 
@@ -242,6 +247,10 @@ MODELS = (
 SLUGS = tuple(model.slug for model in MODELS)
 
 
+OTHER_SAT_MODELS = {4096: "VisualGLM-6B and CogVLM"}
+"""Models beside CogVideoX that SAT trains LoRAs of, by their hidden size: no CogVideoX has it."""
+
+
 class Transformer(NamedTuple):
     """What is known of the transformer that a LoRA belongs to.
 
@@ -266,7 +275,20 @@ class Transformer(NamedTuple):
             slugs = ", ".join(model.slug for model in self.models)
             same_size = all(model.size == size for model in self.models)
             return f"CogVideoX {size} family ({slugs})" if same_size else f"one of the CogVideoX models {slugs}"
+        if self.others is not None:
+            return f"not a CogVideoX: hidden size {self.hidden}, which {self.others} have"
         return f"CogVideoX of no published size: {self.layers} layers, hidden size {self.hidden}"
+
+    @property
+    def others(self) -> str | None:
+        """The models of other families that have its hidden size, where no CogVideoX has it."""
+        return None if self.models else OTHER_SAT_MODELS.get(self.hidden)
+
+    @property
+    def pipeline(self) -> str | None:
+        """The class of its pipeline in diffusers; None if that depends on which of the models it is."""
+        found = {model.pipeline for model in self.models}
+        return found.pop() if len(found) == 1 else None
 
     @property
     def modules(self) -> list[Module]:

@@ -15,7 +15,7 @@ Real files mix these: diffusers' names under another program's prefix, an adapte
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 ScalePlace = Literal["header", "adapter_config", "alpha_tensors", "training_config", "nowhere"]
 """Where a layout states its scale: in an entry of the file's header, in adapter_config.json or training_config.yaml
 beside the file, in a tensor per module, or not at all."""
+
+
+Container = Literal["safetensors", "torch"]
+"""What kind of file a layout's tensors are in: a safetensors file, or a zip file of torch.save."""
 
 
 @dataclass(frozen=True, eq=False)  # a table is itself: compared and hashed by identity
@@ -225,6 +229,25 @@ class Spelling(NamedTuple):
         return name if name is not None and self.key(name) == key else None
 
 
+class Usage(NamedTuple):
+    """How a program loads a file of its layout.
+
+    In the lines, {path}, {folder} and {name} stand for the file as literals of Python, {weight} for the strength,
+    {rank} and {alpha} for what the user has to state.
+
+    Attributes:
+        advice: what to do, in a sentence that ends with a colon.
+        lines: how it is done.
+        unscaled: lines that follow where the file does not carry its scale; () if {weight} is in the others.
+        whole: advice and lines for a file that has the base weights too.
+    """
+
+    advice: str
+    lines: tuple[str, ...]
+    unscaled: tuple[str, ...] = ()
+    whole: tuple[str, tuple[str, ...]] | None = None
+
+
 @dataclass(frozen=True, eq=False)  # a table is itself: compared and hashed by identity
 class LoraLayout:
     """How one program's LoRAs are laid out.
@@ -234,29 +257,63 @@ class LoraLayout:
         reader: the program that loads such a file.
         written: how keys are spelled in what cogtools writes.
         scale: where it states its scale.
+        usage: how its reader loads a file.
         unstated_scaling: what its reader multiplies lora_B @ lora_A by where nothing is stated; None if it then
             loads nothing.
-        file_name: the name that its reader looks for; None if it takes any.
+        unstated_alpha: what its reader takes for alpha there, so that the scaling is that over the rank; None if it
+            knows no alpha of its own.
+        path: where its reader looks for the file in a folder; None if it takes any name.
+        is_folder: whether the file is not enough, and others lie beside it.
+        beside: these files: their names, and what is always in them; None for one that states the scale.
+        container: what kind of file it is.
         also_read: other spellings that its reader loads, as `written` but for what is replaced.
+        parts: the tensors of a module that its reader applies.
         ignores_alphas: whether its reader passes over tensors of alphas, where it does not take them.
+        reads_convolutions: whether its reader applies a LoRA of four dimensions: that of the patch embedding of the
+            1.0 models.
         always: the kinds of modules that its trainer always adapts; () if any.
-        one_rank: whether its trainer gives all modules one rank.
+        one_rank: whether all modules have one rank, and one alpha.
+        only_size: the layers and the hidden size of the only model that its reader has; None if it has all.
+        notes: what users of such a file should know.
+        stated_note: the same, of a file that states its scale.
+        lora_only_note: the same, of a file with nothing but the LoRA, where its reader takes it for a whole model.
     """
 
     name: str
     reader: str
     written: Spelling
     scale: ScalePlace
+    usage: Usage
     unstated_scaling: float | None = 1.0
-    file_name: str | None = None
+    unstated_alpha: float | None = None
+    path: str | None = None
+    is_folder: bool = False
+    beside: Mapping[str, bytes | None] = field(default_factory=dict)
+    container: Container = "safetensors"
     also_read: tuple[Spelling, ...] = ()
+    parts: tuple[str, ...] = ("A", "B")
     ignores_alphas: bool = False
+    reads_convolutions: bool = False
     always: tuple[str, ...] = ()
     one_rank: bool = False
+    only_size: tuple[int, int] | None = None
+    notes: tuple[str, ...] = ()
+    stated_note: str | None = None
+    lora_only_note: str | None = None
+
+    @property
+    def beside_content(self) -> dict[str, bytes]:
+        """The files beside it whose content is always the same."""
+        return {name: content for name, content in self.beside.items() if content is not None}
+
+    @property
+    def file_name(self) -> str | None:
+        """The name that its reader looks for; None if it takes any."""
+        return None if self.path is None else self.path.rpartition("/")[2]
 
     def key(self, key: LoraKey) -> str | None:
         """The key of a tensor as it is written; None if the layout has no place for it."""
-        return self.written.key(key)
+        return self.written.key(key) if key.part in self.parts or key.part == "alpha" else None
 
     def parse(self, key: str) -> LoraKey | None:
         """Which tensor a key is of, spelled as it is written; None if none."""
@@ -265,6 +322,10 @@ class LoraLayout:
     def reads(self, spelling: Spelling) -> bool:
         """Whether its reader loads keys that are spelled so."""
         return spelling == self.written or spelling in self.also_read
+
+    def scaling_unstated(self, rank: int) -> float | None:
+        """What its reader multiplies a module of this rank by where nothing is stated; None if it loads nothing."""
+        return self.unstated_scaling if self.unstated_alpha is None else self.unstated_alpha / rank
 
     @property
     def title(self) -> str:

@@ -9,7 +9,7 @@ Source: peft, utils/save_and_load.py (`get_peft_model_state_dict`), peft_model.p
 from __future__ import annotations
 
 from cogtools.layouts import diffusers
-from cogtools.layouts.lora import PEFT_STYLE, LoraLayout, Spelling
+from cogtools.layouts.lora import PEFT_STYLE, LoraLayout, Spelling, Usage
 
 FILE_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -33,8 +33,19 @@ LAYOUT = LoraLayout(
     reader="PEFT",
     written=Spelling(diffusers.NAMES, PEFT_STYLE, PREFIX),
     scale="adapter_config",
+    usage=Usage(
+        "Load the folder with PEFT, or with diffusers; both apply the scale:",
+        (
+            "PeftModel.from_pretrained(pipe.transformer, {folder})",
+            'pipe.transformer.load_lora_adapter({folder}, prefix="base_model.model", weight_name={name})',
+        ),
+    ),
     unstated_scaling=None,
-    file_name=FILE_NAME,
-    ignores_alphas=True,
+    path=FILE_NAME,
+    is_folder=True,
+    beside={CONFIG_NAME: None},
     also_read=(Spelling(diffusers.NAMES, PEFT_STYLE, PREFIX, "default"),),
+    parts=("A", "B", "bias", "magnitude"),
+    ignores_alphas=True,
+    reads_convolutions=True,
 )

@@ -19,7 +19,7 @@ import re
 from typing import TYPE_CHECKING
 
 from cogtools.layouts.family import ATTENTION, LAYER_NUMBER, LoraKey, Transformer, hidden_of, recognise
-from cogtools.layouts.lora import SAT_STYLE, LoraLayout, Names, Spelling
+from cogtools.layouts.lora import SAT_STYLE, LoraLayout, Names, Spelling, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,18 +39,40 @@ NAMES = Names(
     },
 )
 
+DEFAULT_ALPHA = 1
+"""SAT's alpha where the user set none (sat/model/finetune/lora2.py, `LoraMixin.__init__`)."""
+
+LATEST_NAME, ITERATION = "latest", "1"
+"""A folder that SAT loads has a file `latest`, which names the folder of an iteration: a number above 0. EMA weights
+have to be in such a folder too (sat/training/model_io.py, `get_checkpoint_iteration`)."""
+
+FILE_NAME = "mp_rank_00_model_states.pt"
+
 LAYOUT = LoraLayout(
     name="sat",
     reader="SAT",
     written=Spelling(NAMES, SAT_STYLE, PREFIX),
     scale="training_config",
+    usage=Usage(
+        "Load it into SAT after the base weights, with r: {rank} and lora_alpha: {alpha} in lora_config of the yaml:",
+        ('load_checkpoint(model, args, "BASE_FOLDER")', "load_checkpoint(model, args, {folder})"),
+        whole=(
+            "Load it into SAT with r: {rank} and lora_alpha: {alpha} in lora_config of the yaml:",
+            ("load_checkpoint(model, args, {folder})",),
+        ),
+    ),
+    unstated_alpha=DEFAULT_ALPHA,
+    path=f"{ITERATION}/{FILE_NAME}",
+    is_folder=True,
+    beside={LATEST_NAME: ITERATION.encode(), "training_config.yaml": None},
+    container="torch",
     also_read=tuple(Spelling(NAMES, SAT_STYLE, prefix) for prefix in ("diffusion_model.", "model.", "")),
     always=ATTENTION,
     one_rank=True,
+    lora_only_note="This folder holds the LoRA only. SAT loads it without a word and leaves the base weights random: "
+    "the videos are noise. Load the base weights before it, by a load_checkpoint of their own, or export with --base.",
 )
-
-DEFAULT_ALPHA = 1
-"""SAT's alpha where the user set none (sat/model/finetune/lora2.py, `LoraMixin.__init__`)."""
+"""Its reader ignores keys that are missing and does not look for others."""
 
 WRAPPERS = frozenset({"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module"})
 """Segments that wrappers of modules put into keys, at the front or further in: DistributedDataParallel and DeepSpeed,
@@ -79,6 +101,14 @@ def unwrapped_key(key: str) -> str:
 def bare_key(key: str) -> str:
     """A key of the transformer without what the trainer and wrappers put before it."""
     return unwrapped_key(key).removeprefix("model.").removeprefix("diffusion_model.")
+
+
+_TRANSFORMER_STARTS = ("transformer.", "mixins.", "time_embed.", "ofs_embed.")
+
+
+def is_transformer_key(key: str) -> bool:
+    """Whether a key is one of the transformer's, not of the text encoder or the VAE."""
+    return bare_key(key).startswith(_TRANSFORMER_STARTS)
 
 
 def is_lora_key(key: str) -> bool:

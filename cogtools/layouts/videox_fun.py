@@ -13,7 +13,7 @@ Source: VideoX-Fun, videox_fun/utils/lora_utils.py (`LoRANetwork`, `merge_lora`)
 from __future__ import annotations
 
 from cogtools.layouts import diffusers
-from cogtools.layouts.lora import KOHYA_STYLE, OLD_DIFFUSERS_STYLE, PEFT_STYLE, LoraLayout, Names, Spelling
+from cogtools.layouts.lora import KOHYA_STYLE, OLD_DIFFUSERS_STYLE, PEFT_STYLE, LoraLayout, Names, Spelling, Usage
 
 PREFIX = "lora_unet__"
 
@@ -33,6 +33,10 @@ LAYOUT = LoraLayout(
     reader="VideoX-Fun",
     written=Spelling(NAMES, KOHYA_STYLE, PREFIX),
     scale="alpha_tensors",
+    usage=Usage(
+        "Load it at lora_weight {weight} (VideoX-Fun's examples have 0.55):",
+        ("pipeline = merge_lora(pipeline, {path}, {weight})",),
+    ),
     also_read=(
         *(Spelling(NAMES, style, prefix) for style in _STYLES for prefix in (PREFIX, "lora_unet_")),
         *(Spelling(diffusers.NAMES, style, prefix) for style in _STYLES for prefix in ("", "diffusion_model.")),

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 from cogtools.conversion.scale import ALPHA_SOURCES
 from cogtools.formatting import number, size
+from cogtools.layouts.recognition import BY_NAME
 from cogtools.render.text import notice, shortened, show, talk
 
 if TYPE_CHECKING:
     from cogtools.errors import CogtoolsError
     from cogtools.export.batch import BatchItem, BatchReport
     from cogtools.export.export import ExportReport
+    from cogtools.layouts.lora import ScalePlace
 
 
 def show_export(report: ExportReport) -> None:
@@ -33,6 +35,7 @@ def summary(report: ExportReport) -> list[str]:
             "written" if report.written else "to write",
             f"{report.output}: {report.tensors} tensors, {report.dtype}, {size(report.size_bytes)}",
         ),
+        *(("", str(file)) for file in report.files if file != report.output),
     ]
     if report.largest_relative_error is not None:
         rows.append(("rounding", f"largest relative error of any tensor {report.largest_relative_error:.2g}"))
@@ -51,10 +54,17 @@ def _scale(report: ExportReport) -> str:
     alpha = "different by module" if report.alpha is None else number(report.alpha)
     if report.alpha is None and report.scaling is not None:
         alpha = "not stated"
-    return f"{alpha} ({ALPHA_SOURCES[report.alpha_source]}), scaling {_scaling(report)}, {_CARRIED[report.scale]}"
+    carried = {"fold": "multiplied in", "none": "not in the file"}.get(report.scale)
+    carried = carried or _STATED[BY_NAME[report.format].scale]
+    return f"{alpha} ({ALPHA_SOURCES[report.alpha_source]}), scaling {_scaling(report)}, {carried}"
 
 
-_CARRIED = {"metadata": "stated in the header", "fold": "multiplied in", "none": "not in the file"}
+_STATED: dict[ScalePlace, str] = {
+    "header": "stated in the header",
+    "adapter_config": "stated in adapter_config.json",
+    "alpha_tensors": "stated in alpha tensors",
+    "training_config": "stated in training_config.yaml",
+}
 
 
 def _scaling(report: ExportReport) -> str:
@@ -67,14 +77,23 @@ def _scaling(report: ExportReport) -> str:
 
 
 def _how_to_load(report: ExportReport) -> list[str]:
-    folder, name = _literal(str(report.output.parent)), _literal(report.output.name)
-    call = f'pipe.load_lora_weights({folder}, weight_name={name}, adapter_name="lora")'
-    weight = "…" if report.scaling is None else number(report.scaling)
-    if report.scale == "none":
-        return ["Load it and apply the scale:", f"    {call}",
-                f'    pipe.set_adapters("lora", {weight})']  # fmt: skip
-    return ["Load it at weight 1.0: the scale is already in the file (no set_adapters or fuse_lora with 1/rank):",
-            f"    {call}"]  # fmt: skip
+    usage = BY_NAME[report.format].usage
+    is_scaled = report.scale != "none"
+    facts = {
+        "path": _literal(str(report.output)),
+        "folder": _literal(str(report.folder)),
+        "name": _literal(report.output.name),
+        "weight": "1.0" if is_scaled else "…" if report.weight is None else number(report.weight),
+        "rank": report.rank,
+        "alpha": 1 if report.scale == "fold" else "…" if report.alpha is None else number(report.alpha),
+    }
+    advice, templates = usage.whole if report.has_base and usage.whole is not None else usage[:2]
+    if not is_scaled and usage.unscaled:
+        advice, templates = "Load it and apply the scale:", (*templates, *usage.unscaled)
+    lines = [line.format_map(facts) for line in templates]
+    if report.pipeline is not None and any("pipe." in line for line in lines):
+        lines.insert(0, f"pipe = {report.pipeline}.from_pretrained(...)")
+    return [advice.format_map(facts), *(f"    {line}" for line in lines)]
 
 
 def _literal(text: str) -> str:

@@ -110,8 +110,7 @@ def _on_this_machine(file: SourceFile) -> Iterator[AnyPath]:
     import tempfile
 
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as copy:
-        _, data_offset = safetensors.read_header(file)
-        copy.write(file.read(0, data_offset))
+        copy.write(file.read(0, safetensors.read_header(file).data_offset))
         copy.truncate(file.size_bytes)
         copy.flush()
         yield Path(copy.name)

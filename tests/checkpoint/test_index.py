@@ -10,7 +10,7 @@ import torch
 
 from cogtools.checkpoint.index import MAX_CONTAINER, MAX_DEPTH, MAX_NAME, Checkpoint
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.checkpoint.pickle.machine import Global, Record
+from cogtools.checkpoint.pickle.machine import Global
 from cogtools.errors import CheckpointError
 from tests.support.factories import TOY_2B, sat_checkpoint, sat_state_dict, zero3_checkpoint
 from tests.support.oracles import tied, torch_load
@@ -166,16 +166,6 @@ def test_attributes_come_with_their_parameter_and_not_with_what_shares_its_tenso
 
     assert {key: entry.attributes for key, entry in checkpoint.tensors.items()} == {"a": {"ds_shape": (2, 3)}, "b": {}}
     assert torch_load(tmp_path / "x.pt")["a"].ds_shape == (2, 3)
-
-
-def test_a_tensor_that_is_not_dense_is_no_tensor_of_the_index(tmp_path: Path) -> None:
-    checkpoint = opened({"a": torch.eye(2).to_sparse(), "b": torch.arange(2)}, tmp_path)
-
-    assert list(checkpoint.tensors) == ["b"]
-    record = checkpoint.not_tensors["a"]
-    assert isinstance(record, Record)
-    assert record.function == Global("torch._utils", "_rebuild_sparse_tensor")
-    assert Global("torch._utils", "_rebuild_sparse_tensor") in checkpoint.foreign
 
 
 def described(

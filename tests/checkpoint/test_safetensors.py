@@ -1,6 +1,8 @@
 """Safetensors files: read as the safetensors library reads them, or refused as it refuses them."""
 
 import json
+import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from cogtools.checkpoint.limits import MAX_HEADER_BYTES
+from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.errors import CheckpointError
 from tests.support.factories import ZOO_DTYPES
@@ -57,7 +59,6 @@ def test_a_header_may_end_in_spaces(padding: int, tmp_path: Path) -> None:
         pytest.param(raw("{"), "a header that cannot be read: ", None, id="no-json"),
         pytest.param(raw(b'{"\xff": 1}'), "a header that cannot be read: ", None, id="not-utf-8"),
         pytest.param(raw('{"a":' + "[" * 100_000), "a header that cannot be read: ", None, id="deep"),
-        pytest.param(raw(of(__metadata__={"a": 1})), "__metadata__ with values that are not text", None, id="metadata"),
         pytest.param(
             raw(b'{"__metadata__": {"a": "\\ud800"}}'),
             "a header that cannot be read: 'utf-8' codec can't encode character '\\ud800' in position 24: "
@@ -132,7 +133,12 @@ def test_a_dtype_that_is_not_known_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
-    assert caught.value.found == "tensor 'a' of dtype 'F31'"
+    error = caught.value
+    assert (error.what, error.found, str(error.hint)) == (
+        "this safetensors file has a dtype that this version of cogtools does not know",
+        "tensor 'a' of dtype 'F31'",
+        "a newer version may know it: pip install --upgrade cogtools",
+    )
 
 
 def test_a_header_longer_than_the_library_reads_is_no_safetensors_file(tmp_path: Path) -> None:
@@ -145,16 +151,67 @@ def test_a_header_longer_than_the_library_reads_is_no_safetensors_file(tmp_path:
         open_checkpoint(path)
 
 
-def test_a_header_longer_than_that_of_any_checkpoint_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("metadata", [{"a": 1}, {"a": {}}, [], "a", 1])
+def test_metadata_that_the_format_does_not_allow_is_refused_with_what_helps(metadata: object, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    path.write_bytes(raw(of(a=f32([1], 0, 4)) + " " * MAX_HEADER_BYTES, bytes(4)))
+    path.write_bytes(raw(of(__metadata__=metadata)))
 
+    with pytest.raises(SafetensorError), safe_open(path, "pt"):
+        pass
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
-    assert (caught.value.what, caught.value.expected) == (
-        "this safetensors file says more of itself than any checkpoint does",
-        "at most 8,388,608",
+    assert (caught.value.what, str(caught.value.hint)) == (
+        "the metadata of this safetensors file has values that are not text, which the format does not allow",
+        "save it again with every value of the metadata as text, such as the JSON of it",
     )
+
+
+def test_metadata_may_be_null(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(raw(of(__metadata__=None, a=f32([1], 0, 4)), bytes(4)))
+
+    with open_checkpoint(path) as checkpoint:
+        assert (list(checkpoint.tensors), checkpoint.metadata) == (list(load_file(path)), {})
+
+
+DTYPE_CODES = (
+    *("BOOL", "U8", "I8", "U16", "I16", "F16", "BF16", "U32", "I32", "F32", "U64", "I64", "F64", "C64"),
+    *("F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2"),
+)
+
+
+def test_every_dtype_of_the_library_is_read_with_as_many_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(raw(of(a={"dtype": "?", "shape": [0], "data_offsets": [0, 0]})))
+    with pytest.raises(SafetensorError) as caught, safe_open(path, "pt"):
+        pass
+    known = set(re.findall(r"`(\w+)`", str(caught.value).partition("expected one of")[2]))
+    assert known <= set(DTYPE_CODES)
+    for code in known:
+        by_library, by_cogtools = set(), set()
+        for size in range(1, 65):
+            path.write_bytes(raw(of(a={"dtype": code, "shape": [2, 4], "data_offsets": [0, size]}), bytes(size)))
+            with suppress(SafetensorError), safe_open(path, "pt"):
+                by_library.add(size)
+            with suppress(CheckpointError), open_checkpoint(path) as checkpoint:
+                (entry,) = checkpoint.tensors.values()
+                assert (entry.shape, entry.size_bytes, entry.span_bytes) == ((2, 4), size, size)
+                assert b"".join(tensor_chunks(entry)) == bytes(size)
+                by_cogtools.add(size)
+        assert (code, len(by_library), by_library) == (code, 1, by_cogtools)
+
+
+@pytest.mark.parametrize(("code", "size", "count"), [("F4", 2, 3), ("F6_E2M3", 1, 1), ("F6_E3M2", 3, 3)])
+def test_elements_that_end_within_a_byte_are_refused_as_the_library_does(
+    code: str, size: int, count: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(raw(of(a={"dtype": code, "shape": [count], "data_offsets": [0, size]}), bytes(size)))
+
+    with pytest.raises(SafetensorError), safe_open(path, "pt"):
+        pass
+    with pytest.raises(CheckpointError, match="this safetensors file is damaged"):
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-32-le"])

@@ -6,6 +6,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from cogtools.checkpoint.files import SourceFile
 from cogtools.checkpoint.formats.zip_archive import read_directory, unpacked_range
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.errors import CheckpointError
+from tests.support import hostile
 from tests.support.factories import SAVERS, TOY_5B, WRAPPERS, sat_checkpoint, sat_state_dict
 from tests.support.oracles import described_by_cogtools, described_by_torch, torch_load
 
@@ -203,7 +205,7 @@ GOOD = {"x/data.pkl": pickle.dumps({"a": 1}, 2), "x/byteorder": b"little"}
             message(
                 "the checkpoint's pickle cannot be read",
                 found="it ends too early, or uses what is not there",
-                hint=AGAIN + "; if it stays so, it was made to look like a checkpoint: do not torch.load it",
+                hint="it is not damaged, but not as torch.save writes it: save the weights again, with torch.save",
             ),
             id="pickle-cut",
         ),
@@ -349,7 +351,65 @@ def test_a_storage_that_is_not_as_its_tensors_say_is_refused(
     assert error_of(path) == message(
         "the checkpoint's pickle cannot be read",
         found=found,
-        hint=AGAIN + "; if it stays so, it was made to look like a checkpoint: do not torch.load it",
+    )
+
+
+WRITTEN_SO = "it is not damaged, but not as torch.save writes it: save the weights again, with torch.save"
+FORGED = "it is not damaged: it was made to look like a checkpoint. Do not torch.load it"
+
+
+def bomb(identifier: str) -> bytes:
+    return next(row.pickle for row in hostile.bombs() if row.id == identifier)
+
+
+@pytest.mark.parametrize(
+    ("pickled", "hint"),
+    [
+        (lambda: hostile.checkpoint(module={hostile.KEY: hostile.tensor(offset=9)}), FORGED),
+        (lambda: bomb("colliding-keys"), FORGED),
+        (lambda: bomb("amplify-encode"), FORGED),
+        (lambda: hostile.checkpoint()[:-1], WRITTEN_SO),
+        (lambda: pickle.dumps({"a": 1}, 0), WRITTEN_SO),
+    ],
+    ids=["beyond-its-storage", "keys-of-one-hash", "amplified", "no-end", "protocol-0"],
+)
+def test_only_what_is_proved_to_be_forged_is_called_so(pickled: Callable[[], bytes], hint: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(hostile.torch_zip(pickled()))
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    assert (caught.value.what, str(caught.value.hint)) == ("the checkpoint's pickle cannot be read", hint)
+
+    # Without a CRC-32 nothing tells damage from forgery.
+    members = (replace(member, local={"crc": 0}, central={"crc": 0}) for member in hostile.members(pickled()).values())
+    path.write_bytes(hostile.zip_file(members))
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    assert str(caught.value.hint) == AGAIN
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_archives_before_the_last_one_are_never_skipped(count: int, tmp_path: Path) -> None:
+    # As in a file of a distributed checkpoint: the directory of the last one fits the first, if both are as large.
+    first = saved(torch.zeros(4))
+    (tmp_path / "x.pt").write_bytes(first * count + saved(torch.ones(4)))
+
+    assert error_of(tmp_path / "x.pt") == message(
+        "this file is more than one zip archive",
+        found=f"{count * len(first):,} bytes that its last archive does not count, such as other archives before it",
+        expected="the file of one torch.save",
+        hint="a part of a distributed checkpoint looks like this: convert the whole of that with "
+        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch; any other file: copy or download it again",
+    )
+
+
+def test_bytes_before_an_archive_that_counts_them_are_not_skipped_either(tmp_path: Path) -> None:
+    before = hostile.torch_zip(hostile.checkpoint())
+    (tmp_path / "x.pt").write_bytes(hostile.zip_file(hostile.members(hostile.checkpoint()).values(), prefix=before))
+
+    assert error_of(tmp_path / "x.pt").startswith(
+        "this file is more than one zip archive\n  file:      x.pt\n"
+        f"  found:     {len(before):,} bytes that its last archive does not count"
     )
 
 

@@ -1,7 +1,7 @@
 """Safetensors files: a header that names every tensor, then the tensors' bytes.
 
     8 bytes       the length of the header, little-endian
-    the header    JSON: {key: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {text: text}}
+    the header    JSON: {key: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {text: text} or null}
     the rest      the tensors, little-endian and row-major, one after the other without holes
 
 Format: the safetensors README; the limits are those of its Rust reader (safetensors/src/tensor.rs).
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 from math import prod
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
 from cogtools.checkpoint.dtypes import BY_SAFETENSORS_CODE
 from cogtools.checkpoint.files import FileRange, SourceFile
+from cogtools.checkpoint.formats.long_header import METADATA_KEY, CutHeader, cut_metadata
 from cogtools.checkpoint.index import Checkpoint
 from cogtools.checkpoint.limits import MAX_HEADER_BYTES, MAX_TENSORS
 from cogtools.checkpoint.plausible import can_be_shape, can_be_steps
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from cogtools.checkpoint.dtypes import DType
 
 FORMAT = "safetensors"
-METADATA_KEY = "__metadata__"
 
 
 def open_safetensors(file: SourceFile) -> Checkpoint:
@@ -37,40 +37,87 @@ def open_safetensors(file: SourceFile) -> Checkpoint:
     Raises:
         CheckpointError: if it is damaged.
     """
-    header, data_offset = read_header(file)
-    metadata = header.pop(METADATA_KEY, {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        _damaged(file, found=f"{METADATA_KEY} with values that are not text")
-    if len(header) > MAX_TENSORS:
-        raise _too_large(file, f"{len(header):,} tensors", MAX_TENSORS)
+    header = read_header(file)
+    if len(header.tensors) > MAX_TENSORS:
+        raise CheckpointError(
+            "this safetensors file has more tensors than are read",
+            file=file.path,
+            found=f"{len(header.tensors):,} tensors",
+            expected=f"at most {MAX_TENSORS:,}: the largest real ones have 3,000",
+        )
     tensors: dict[str, TensorEntry] = {}
     ranges: list[tuple[int, int, str]] = []
-    for key, description in header.items():
-        tensors[key], begin, end = _tensor(file, data_offset, key, description)
+    for key, description in header.tensors.items():
+        tensors[key], begin, end = _tensor(file, header.data_offset, key, description)
         ranges.append((begin, end, key))
-    _refuse_holes(file, sorted(ranges), file.size_bytes - data_offset)
-    return Checkpoint(path=file.path, format=FORMAT, files=[file], tensors=tensors, metadata=metadata)
+    _refuse_holes(file, sorted(ranges), file.size_bytes - header.data_offset)
+    return Checkpoint(
+        path=file.path,
+        format=_format(header),
+        files=[file],
+        tensors=tensors,
+        metadata=header.metadata,
+        left_out=header.left_out,
+    )
 
 
-def read_header(file: SourceFile) -> tuple[dict[str, object], int]:
-    """The header's entries, and the offset in bytes at which the tensors begin.
+def _format(header: Header) -> str:
+    if not header.left_out:
+        return FORMAT
+    return f"{FORMAT}, without its metadata {shown(next(iter(header.left_out)))}{' …' * (len(header.left_out) > 1)}"
+
+
+class Header(NamedTuple):
+    """What a header says.
+
+    Attributes:
+        tensors: the description of each tensor, not yet looked at.
+        metadata: the text entries under `__metadata__`.
+        left_out: those of them that are too long to be kept, and how many characters they have.
+        data_offset: the offset in bytes at which the tensors begin.
+    """
+
+    tensors: dict[str, object]
+    metadata: dict[str, str]
+    left_out: dict[str, int]
+    data_offset: int
+
+
+def read_header(file: SourceFile) -> Header:
+    """Read the header of a safetensors file. Of a long one, metadata that is too long is left out.
 
     Raises:
-        CheckpointError: if the header is not complete, no JSON, or names a key twice.
+        CheckpointError: if the header is not complete, not JSON, or names a key twice.
     """
     header_bytes = int.from_bytes(file.read(0, 8), "little")
-    if header_bytes > MAX_HEADER_BYTES:
-        raise _too_large(file, f"a header of {header_bytes:,} bytes", MAX_HEADER_BYTES)
     try:
-        text = file.read(8, header_bytes).decode()
-        header = json.loads(text, object_pairs_hook=_unique_keys)
-        if "\\u" in text:  # refuse half a surrogate pair, as the safetensors library does
-            json.dumps(header, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a huge number, a key twice
+        cut = CutHeader(file.read(8, header_bytes), {}, {})
+        if header_bytes > MAX_HEADER_BYTES:
+            cut = cut_metadata(cut.text)
+        if len(cut.text) > MAX_HEADER_BYTES:
+            raise _too_long(file, len(cut.text))
+        header = _json(cut.text.decode())
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, a huge number, a key twice
         _damaged(file, found=f"a header that cannot be read: {error}", cause=error)
     if not isinstance(header, dict):
-        _damaged(file, found="a header that is no JSON object")
-    return header, 8 + header_bytes
+        _damaged(file, found="a header that is not a JSON object")
+    metadata = header.pop(METADATA_KEY, None)
+    if metadata is None:  # also where null stands there: the library reads that
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(
+            "the metadata of this safetensors file has values that are not text, which the format does not allow",
+            file=file.path,
+            hint="save it again with every value of the metadata as text, such as the JSON of it",
+        )
+    return Header(header, metadata | cut.metadata, cut.left_out, 8 + header_bytes)
+
+
+def _json(text: str) -> object:
+    value = json.loads(text, object_pairs_hook=_unique_keys)
+    if "\\u" in text:  # refuse half a surrogate pair, as the safetensors library does
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -82,6 +129,16 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return result
 
 
+def _too_long(file: SourceFile, size_bytes: int) -> CheckpointError:
+    return CheckpointError(
+        "the header of this safetensors file is longer than is read",
+        file=file.path,
+        found=f"{size_bytes:,} bytes beside its {METADATA_KEY}",
+        expected=f"at most {MAX_HEADER_BYTES:,}: the largest real ones have 0.2 MB",
+        hint="load it with the safetensors library, and save it again",
+    )
+
+
 def _tensor(file: SourceFile, data_offset: int, key: str, description: object) -> tuple[TensorEntry, int, int]:
     match description:
         case {"dtype": str(code), "shape": list(sizes), "data_offsets": [begin, end]} if can_be_steps((begin, end)):
@@ -90,11 +147,17 @@ def _tensor(file: SourceFile, data_offset: int, key: str, description: object) -
             _damaged(file, found=f"tensor {shown(key)} is described as {shown(description)}")
     dtype = BY_SAFETENSORS_CODE.get(code)
     if dtype is None:
-        _damaged(file, found=f"tensor {shown(key)} of dtype {shown(code)}", expected=_listed(BY_SAFETENSORS_CODE))
+        raise CheckpointError(
+            "this safetensors file has a dtype that this version of cogtools does not know",
+            file=file.path,
+            found=f"tensor {shown(key)} of dtype {shown(code)}",
+            expected=_listed(BY_SAFETENSORS_CODE),
+            hint="a newer version may know it: pip install --upgrade cogtools",
+        )
     if not can_be_shape(shape, dtype.itemsize):
         _damaged(file, found=f"tensor {shown(key)} of shape {shown(sizes)}, which no tensor of {code} can have")
-    size_bytes = prod(shape) * dtype.itemsize
-    if end - begin != size_bytes:
+    size_bytes = dtype.size_bytes(prod(shape))
+    if end - begin != size_bytes or prod(shape) * dtype.bits % 8:
         _damaged(
             file,
             found=f"tensor {shown(key)} of shape {shown(sizes)} at {[begin, end]}",
@@ -115,15 +178,6 @@ def _refuse_holes(file: SourceFile, ranges: list[tuple[int, int, str]], data_byt
         position = end
     if position != data_bytes:
         _damaged(file, found=f"{data_bytes:,} bytes of tensors", expected=f"{position:,}, as the header says")
-
-
-def _too_large(file: SourceFile, found: str, limit: int) -> CheckpointError:
-    return CheckpointError(
-        "this safetensors file says more of itself than any checkpoint does",
-        file=file.path,
-        found=found,
-        expected=f"at most {limit:,}",
-    )
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ from cogtools.checkpoint.formats.zip_archive import (
 )
 from cogtools.checkpoint.index import Checkpoint, index_pickle
 from cogtools.checkpoint.limits import MAX_PICKLE_BYTES
-from cogtools.checkpoint.pickle.machine import MalformedPickleError, read_pickle
+from cogtools.checkpoint.pickle.machine import MalformedPickleError, MismatchError, read_pickle
 from cogtools.checkpoint.pickle.torch_calls import malformed, torch_vocabulary
 from cogtools.checkpoint.tensors import Storage
 from cogtools.errors import CheckpointError
@@ -72,14 +72,14 @@ def open_torch_zip(file: SourceFile) -> Checkpoint:
             raise lacking(key, size_bytes, f"has {storage.size_bytes:,}")
         return storage
 
-    def lacking(key: str, size_bytes: int, found: str) -> MalformedPickleError:
-        return MalformedPickleError(f"storage {shown(key)} should have {size_bytes:,} bytes and {found}")
+    def lacking(key: str, size_bytes: int, found: str) -> MismatchError:
+        return MismatchError(f"storage {shown(key)} should have {size_bytes:,} bytes and {found}")
 
     data = read_small(archive, f"{root}/data.pkl", MAX_PICKLE_BYTES)
     try:
         pickle = read_pickle(data, torch_vocabulary(open_storage))
     except MalformedPickleError as error:
-        raise malformed(file.path, error) from error
+        raise malformed(file.path, error, intact=archive.has_crc32) from error
     return index_pickle(pickle, file, FORMAT)
 
 

@@ -30,16 +30,19 @@ _CHUNK_BYTES = 1 << 20
 _STORED, _DEFLATED = 0, 8
 _ENCRYPTED = 1  # bit 0 of an entry's flags
 
-_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
-_DIRECTORY_HEADER = struct.Struct("<4s6H3L5H2L")
-_END = struct.Struct("<4s4H2LH")
-_END64_LOCATOR = struct.Struct("<4sLQL")
-_END64 = struct.Struct("<4sQ2H2L4Q")
+DIRECTORY_MAGIC, END_MAGIC = b"PK\x01\x02", b"PK\x05\x06"
+END64_MAGIC, END64_LOCATOR_MAGIC = b"PK\x06\x06", b"PK\x06\x07"
+LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+DIRECTORY_HEADER = struct.Struct("<4s6H3L5H2L")
+END = struct.Struct("<4s4H2LH")
+END64_LOCATOR = struct.Struct("<4sLQL")
+END64 = struct.Struct("<4sQ2H2L4Q")
+_END64_HEAD_BYTES = 12  # its magic and its size, which is that of what follows
 _MAX_COMMENT_BYTES = 0xFFFF
 _MOST_PADDING_BYTES = 256
 """What PyTorch puts into an entry's own header at most, to align what follows: 64 bytes, and the sizes of zip64."""
-_EXTRA_ZIP64 = 1
-_IN_EXTRA_ZIP64 = 0xFFFFFFFF
+EXTRA_ZIP64 = 1
+IN_EXTRA_ZIP64 = 0xFFFFFFFF
 
 
 class ZipEntry(NamedTuple):
@@ -67,7 +70,7 @@ class ZipArchive(NamedTuple):
         No header is read for that: where an entry's bytes begin is not known before.
         """
         start = entry.header_offset
-        most = _LOCAL_HEADER.size + len(entry.name.encode()) + _MOST_PADDING_BYTES + entry.packed_bytes
+        most = LOCAL_HEADER.size + len(entry.name.encode()) + _MOST_PADDING_BYTES + entry.packed_bytes
         return FileRange(self.file, start, min(most, self.file.size_bytes - start))
 
 
@@ -88,9 +91,9 @@ def packed_range(archive: ZipArchive, entry: ZipEntry) -> FileRange:
             expected="stored or deflated entries",
             hint="unpack the archive and pack it again without compression (zip -0)",
         )
-    header = archive.file.read(entry.header_offset, _LOCAL_HEADER.size)
-    magic, *_, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
-    name_offset = entry.header_offset + _LOCAL_HEADER.size
+    header = archive.file.read(entry.header_offset, LOCAL_HEADER.size)
+    magic, *_, name_bytes, extra_bytes = LOCAL_HEADER.unpack(header)
+    name_offset = entry.header_offset + LOCAL_HEADER.size
     if magic != ZIP_MAGIC or _decoded(archive.file.read(name_offset, name_bytes)) != entry.name:
         raise damaged(
             archive.file, found=f"no entry {shown(entry.name)} at {entry.header_offset:,}, where the directory has it"
@@ -177,9 +180,11 @@ def read_directory(file: SourceFile) -> ZipArchive:
     Raises:
         CheckpointError: if there is none, or it contradicts itself.
     """
-    count, size_bytes, offset_bytes = _find_directory(file)
+    count, size_bytes, offset_bytes, end = _find_directory(file)
     if offset_bytes + size_bytes > file.size_bytes:
         raise file.cut_short(offset_bytes, size_bytes)
+    if offset_bytes + size_bytes != end:
+        raise _bytes_between(file, end - size_bytes - offset_bytes)
     if size_bytes > MAX_DIRECTORY_BYTES:
         raise CheckpointError(
             "this zip archive has more entries than any checkpoint",
@@ -193,49 +198,71 @@ def read_directory(file: SourceFile) -> ZipArchive:
             raise damaged(file, found=f"two entries {shown(entry.name)}: readers disagree on which one counts")
         entries[entry.name] = entry
     _refuse_overlaps(file, entries.values(), offset_bytes)
+    first = min((entry.header_offset for entry in entries.values()), default=0)
+    if first:
+        raise _bytes_between(file, first)
     return ZipArchive(file, entries, has_crc32=any(entry.crc32 for entry in entries.values()))
 
 
-def _find_directory(file: SourceFile) -> tuple[int, int, int]:
-    """How many entries the directory has, its size and its offset in bytes."""
-    tail_bytes = min(file.size_bytes, _END.size + _MAX_COMMENT_BYTES)
+def _bytes_between(file: SourceFile, count: int) -> CheckpointError:
+    """The error for an archive that is not all of its file: readers disagree on what such a file holds."""
+    if count < 0:
+        return damaged(file, found="a directory that is not where the archive says it is")
+    return CheckpointError(
+        "this file is more than one zip archive",
+        file=file.path,
+        found=f"{count:,} bytes that its last archive does not count, such as other archives before it",
+        expected="the file of one torch.save",
+        hint="a part of a distributed checkpoint looks like this: convert the whole of that with "
+        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch; any other file: copy or download it again",
+    )
+
+
+def _find_directory(file: SourceFile) -> tuple[int, int, int, int]:
+    """How many entries the directory has, its size and its offset in bytes, and the offset at which it has to end."""
+    tail_bytes = min(file.size_bytes, END.size + _MAX_COMMENT_BYTES)
     tail = file.read(file.size_bytes - tail_bytes, tail_bytes)
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or at + _END.size > len(tail):
+    at = tail.rfind(END_MAGIC)
+    if at < 0 or at + END.size > len(tail):
         raise CheckpointError(
             "the file is cut short: this zip archive has no directory at its end",
             file=file.path,
             found=f"{file.size_bytes:,} bytes",
             hint="copy or download it again; a checkpoint that is still being written looks like this too",
         )
-    _, _, _, _, count, size_bytes, offset_bytes, comment_bytes = _END.unpack_from(tail, at)
+    _, _, _, _, count, size_bytes, offset_bytes, comment_bytes = END.unpack_from(tail, at)
     end_offset = file.size_bytes - tail_bytes + at
-    if end_offset + _END.size + comment_bytes != file.size_bytes:
+    if end_offset + END.size + comment_bytes != file.size_bytes:
         raise damaged(file, found="bytes after the end of the zip archive")
-    if at >= _END64_LOCATOR.size:
-        magic, _, end64_offset, _ = _END64_LOCATOR.unpack_from(tail, at - _END64_LOCATOR.size)
+    directory_end = end_offset
+    if at >= END64_LOCATOR.size:
+        magic, _, end64_offset, _ = END64_LOCATOR.unpack_from(tail, at - END64_LOCATOR.size)
         if magic == b"PK\x06\x07":
-            record = _END64.unpack(file.read(end64_offset, _END64.size))
+            record = END64.unpack(file.read(end64_offset, END64.size))
             if record[0] != b"PK\x06\x06":
                 raise damaged(file, found="no zip64 record where the archive says it is")
+            locator_offset, record_end = end_offset - END64_LOCATOR.size, end64_offset + _END64_HEAD_BYTES + record[1]
+            if record_end != locator_offset:
+                raise _bytes_between(file, locator_offset - record_end)
             count, size_bytes, offset_bytes = record[7:]
-    return count, size_bytes, offset_bytes
+            directory_end = end64_offset
+    return count, size_bytes, offset_bytes, directory_end
 
 
 def _directory_entries(file: SourceFile, directory: bytes, count: int) -> Iterator[ZipEntry]:
     position = 0
     for _ in range(count):
-        if position + _DIRECTORY_HEADER.size > len(directory):
+        if position + DIRECTORY_HEADER.size > len(directory):
             raise damaged(file, found=f"a directory that ends before its {count:,} entries do")
-        fields = _DIRECTORY_HEADER.unpack_from(directory, position)
+        fields = DIRECTORY_HEADER.unpack_from(directory, position)
         magic, _, _, flags, method, _, _, crc32, packed, size, name_bytes, extra_bytes, comment_bytes = fields[:13]
         header_offset = fields[-1]
-        name_at = position + _DIRECTORY_HEADER.size
+        name_at = position + DIRECTORY_HEADER.size
         extra_at = name_at + name_bytes
         position = extra_at + extra_bytes + comment_bytes
-        if magic != b"PK\x01\x02" or position > len(directory):
+        if magic != DIRECTORY_MAGIC or position > len(directory):
             raise damaged(file, found="a broken entry in the zip directory")
-        if _IN_EXTRA_ZIP64 in (packed, size, header_offset):
+        if IN_EXTRA_ZIP64 in (packed, size, header_offset):
             extra = directory[extra_at : extra_at + extra_bytes]
             size, packed, header_offset = _zip64_fields(file, extra, (size, packed, header_offset))
         if method == _STORED and packed != size:
@@ -251,12 +278,12 @@ def _zip64_fields(file: SourceFile, extra: bytes, fields: tuple[int, int, int]) 
     position = 0
     while position + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, position)
-        if kind == _EXTRA_ZIP64:
-            missing = sum(value == _IN_EXTRA_ZIP64 for value in fields)
+        if kind == EXTRA_ZIP64:
+            missing = sum(value == IN_EXTRA_ZIP64 for value in fields)
             if length < 8 * missing or position + 4 + length > len(extra):
                 break
             wide = iter(struct.unpack_from(f"<{missing}Q", extra, position + 4))
-            size, packed, offset = (next(wide) if value == _IN_EXTRA_ZIP64 else value for value in fields)
+            size, packed, offset = (next(wide) if value == IN_EXTRA_ZIP64 else value for value in fields)
             return size, packed, offset
         position += 4 + length
     raise damaged(file, found="an entry whose 64-bit size or offset is missing")
@@ -265,7 +292,7 @@ def _zip64_fields(file: SourceFile, extra: bytes, fields: tuple[int, int, int]) 
 def _refuse_overlaps(file: SourceFile, entries: Iterable[ZipEntry], directory_offset: int) -> None:
     """Refuse entries that share bytes, or reach out of the archive: that is how zip bombs are made."""
     spans = sorted(
-        (entry.header_offset, entry.header_offset + _LOCAL_HEADER.size + entry.packed_bytes) for entry in entries
+        (entry.header_offset, entry.header_offset + LOCAL_HEADER.size + entry.packed_bytes) for entry in entries
     )
     spans.append((directory_offset, directory_offset))
     for (_, end), (next_start, _) in pairwise(spans):

@@ -1,7 +1,8 @@
 """Which names in a pickle are known and harmless, and which can run code when the file is unpickled.
 
 `torch.load(weights_only=False)` and `pickle.load` import and call what a pickle names. cogtools does neither; it
-lists the names and says what loading them elsewhere would mean. A name in none of the tables is unknown.
+lists the names and says what loading them elsewhere would mean. A name in none of the tables is unknown. What
+`torch.load(weights_only=True)` allows is never called dangerous.
 
 Python's standard library is dangerous as a whole, except for what is known to be harmless: most of its modules can be
 made to run code, open files for writing, or reach a module that can.
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import sys
 from typing import Literal
+
+from cogtools.checkpoint.pickle.torch_names import TORCH_NAMES
 
 Danger = Literal["harmless", "unknown", "dangerous"]
 
@@ -33,8 +36,8 @@ HARMLESS = {
     "omegaconf.dictconfig": {"DictConfig"},
     "omegaconf.listconfig": {"ListConfig"},
     "omegaconf.nodes": {"AnyNode"},
-    "torch": {"device", "dtype"},
-    "torch._utils": {"_rebuild_device_tensor_from_numpy", "_rebuild_qtensor", "_rebuild_sparse_tensor"},
+    "torch": {"dtype"},
+    "torch._utils": {"_rebuild_xla_tensor"},
     # Plain data
     "builtins": _PLAIN_BUILTINS,
     "__builtin__": _PLAIN_BUILTINS,
@@ -51,7 +54,7 @@ HARMLESS = {
     "typing": {"Any", "Dict", "List", "Optional", "Tuple", "Union"},
     "uuid": {"SafeUUID", "UUID"},
 }
-"""By module: classes and functions that make data when they are called, whatever the arguments."""
+"""By module: classes and functions that make data when they are called, whatever the arguments. So do `TORCH_NAMES`."""
 
 HARMLESS_MODULES = frozenset(
     {
@@ -118,7 +121,7 @@ DANGEROUS_NAMES = {
 
 def danger_of(module: str, name: str) -> Danger:
     """What importing and calling this name can do."""
-    if name in HARMLESS.get(module, ()):
+    if name in HARMLESS.get(module, ()) or name in TORCH_NAMES.get(module, ()):
         return "harmless"
     if name in DANGEROUS_NAMES.get(module, ()):
         return "dangerous"

@@ -76,6 +76,14 @@ class MalformedPickleError(Exception):
         self.foreign: dict[Global, int] = {}
 
 
+class ForgedPickleError(MalformedPickleError):
+    """A pickle asks for what no writer does: to exhaust its reader, or to read beyond what it describes itself."""
+
+
+class MismatchError(MalformedPickleError):
+    """A pickle does not fit the rest of its file: either may be what is wrong."""
+
+
 class Pickle(NamedTuple):
     """What a pickle holds.
 
@@ -275,7 +283,7 @@ class PickleMachine:
         """Count items that are copied."""
         self._copied += items
         if self._copied > limits.MAX_COPIED_ITEMS:
-            raise MalformedPickleError(f"it copies more than {limits.MAX_COPIED_ITEMS:,} items")
+            raise ForgedPickleError(f"it copies more than {limits.MAX_COPIED_ITEMS:,} items")
 
     def hashable(self, items: list[object]) -> list[object]:
         """The items, if each can be a key without its hash taking long or being of the file's choice."""
@@ -293,7 +301,7 @@ class PickleMachine:
     def _spend_on_keys(self, items: int) -> None:
         self._chosen_key_items += items
         if self._chosen_key_items > limits.MAX_CHOSEN_KEY_ITEMS:
-            raise MalformedPickleError("it has more keys of tuples and large numbers than any checkpoint")
+            raise ForgedPickleError("it has more keys of tuples and large numbers than any checkpoint")
 
     # Plain data
 
@@ -441,7 +449,7 @@ def _items_in_key(item: tuple[object, ...]) -> int:
         current = pending.pop()
         visited += 1
         if visited > limits.MAX_TUPLE_KEY_ITEMS:
-            raise MalformedPickleError("it uses a tuple as a key")
+            raise ForgedPickleError("it uses a tuple as a key")
         if isinstance(current, tuple) and not isinstance(current, Global):
             pending.extend(current[: limits.MAX_TUPLE_KEY_ITEMS])
             visited += max(len(current) - limits.MAX_TUPLE_KEY_ITEMS, 0)

@@ -5,21 +5,25 @@ Only what lists, looks and reads ranges is used of them: their opened files read
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from fsspec.core import url_to_fs
 
 from cogtools.checkpoint.files import FolderEntry
 from cogtools.checkpoint.remote.store import Found, Store, TryAgainError, changed, reason
-from cogtools.errors import CheckpointError
+from cogtools.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping
+    from pathlib import Path
     from typing import TypeVar
 
     from cogtools.checkpoint.paths import RemotePath
 
     T = TypeVar("T")
+
+_READ_ONLY = ("hf",)
 
 _VERSIONS = ("ETag", "etag", "VersionId", "generation", "blob_id", "xet_hash", "LastModified", "mtime", "modified")
 """What file systems call that which changes with a file's content."""
@@ -100,6 +104,62 @@ class ObjectStore(Store):
         self._entries.pop(path.parent, None)
         if self.ask(path) != found:
             raise changed(path)
+
+    def refuse_put(self, path: RemotePath) -> None:
+        if self.scheme in _READ_ONLY:
+            super().refuse_put(path)
+
+    def put(self, local: Path, path: RemotePath, *, overwrite: bool) -> None:
+        mode, inner = "overwrite" if overwrite else "create", self.inner(path)
+        try:
+            if self._is_asynchronous:
+                self.fs.put_file(str(local), inner, mode=mode)
+            else:
+                self._put_in_steps(local, inner, overwrite=overwrite)
+        except FileExistsError:
+            raise
+        except Exception as error:
+            raise OutputError(
+                "the output cannot be put there",
+                file=path,
+                found=reason(error),
+                hint=f"look whether the URL is right, and at the credentials and the configuration for {self.scheme}",
+            ) from error
+        finally:
+            self._forget(path)
+        found = self.look(path)
+        if found is None or found.size_bytes != local.stat().st_size:
+            raise OutputError("the output was put there and is not there whole", file=path, hint="try again")
+
+    def _put_in_steps(self, local: Path, inner: str, *, overwrite: bool) -> None:
+        """Where a file grows under its name while it is put there: under another name first."""
+        folder, _, name = inner.rpartition("/")
+        growing = f"{folder}/.{name}.cogtools-tmp"
+        if not overwrite and self.fs.exists(inner):
+            raise FileExistsError(inner)
+        self.fs.makedirs(folder, exist_ok=True)
+        try:
+            self.fs.put_file(str(local), growing)
+            self.fs.mv(growing, inner)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.fs.rm_file(growing)
+            raise
+
+    def remove(self, path: RemotePath) -> None:
+        try:
+            self.fs.rm_file(self.inner(path))
+        except Exception as error:
+            raise OutputError("the output cannot be removed", file=path, found=reason(error)) from error
+        finally:
+            self._forget(path)
+
+    def _forget(self, path: RemotePath) -> None:
+        self._found.pop(path, None)
+        while path not in (path.parent, None):
+            path = path.parent
+            self._entries.pop(path, None)
+            self._found.pop(path, None)
 
     def _call(self, path: RemotePath, call: Callable[[], T]) -> T:
         def attempt() -> T:

@@ -13,10 +13,11 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.checkpoint.paths import HTTP_SCHEMES
-from cogtools.errors import CheckpointError, OptionError
+from cogtools.errors import CheckpointError, OptionError, OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
+    from pathlib import Path
     from typing import TypeVar
 
     from cogtools.checkpoint.files import FolderEntry
@@ -135,6 +136,31 @@ class Store(ABC):
         Raises:
             CheckpointError: if they cannot be had.
         """
+
+    def refuse_put(self, path: RemotePath) -> None:
+        """Raise an `OutputError` if nothing can be put at a path, as far as that is known before."""
+        raise OutputError(
+            f"nothing can be written to {path.scheme}://",
+            file=path,
+            hint="write to a folder of this machine, or to an object store such as s3://",
+        )
+
+    def put(self, local: Path, path: RemotePath, *, overwrite: bool) -> None:
+        """Put a file of this machine at a path, in one step.
+
+        Raises:
+            FileExistsError: if there is something already that may not be replaced.
+            OutputError: if it cannot be done.
+        """
+        raise NotImplementedError
+
+    def remove(self, path: RemotePath) -> None:
+        """Remove what was put at a path.
+
+        Raises:
+            OutputError: if it cannot be done.
+        """
+        raise NotImplementedError
 
     def patiently(self, path: RemotePath, request: Callable[[], T]) -> T:
         """What a request answers, made again where it fails in a way that may not last."""

@@ -21,6 +21,18 @@ PYTHON = f"open({MARKER!r}, 'w').close()"
 CANARY = "pwned_canary"
 CANARY_SOURCE = f"{PYTHON}\ndef canary(*args): pass\n"
 
+# The functions by which PyTorch writes tensors that are not a view of one storage.
+OTHER_TENSORS = (
+    "_rebuild_sparse_tensor",
+    "_rebuild_qtensor",
+    "_rebuild_nested_tensor",
+    "_rebuild_meta_tensor_no_storage",
+    "_rebuild_wrapper_subclass",
+    "_rebuild_device_tensor_from_cpu_tensor",
+    "_rebuild_device_tensor_from_numpy",
+    "_rebuild_xla_tensor",
+)
+
 # The globals that honest checkpoints name. Every other one is to be listed by `inspect`.
 VOCABULARY = frozenset(
     {
@@ -46,6 +58,10 @@ VOCABULARY = frozenset(
         "builtins.bytes",
         "torch.Tensor",
         "torch._tensor._rebuild_from_type_v2",
+        *(f"torch._utils.{name}" for name in OTHER_TENSORS),
+        "torch.nested._internal.nested_tensor._rebuild_njt",
+        "torch.distributed.tensor.DTensor",
+        "torch.serialization._get_layout",
     }
 )
 

@@ -247,7 +247,7 @@ torch.ops: load_library
 torch._dynamo.guards: GuardBuilder.get
 torch._dynamo.package: DynamoCache.load
 torch._inductor.codecache: compile_file
-torch._utils: _rebuild_qtensor _rebuild_wrapper_subclass _import_dotted_name
+torch._utils: _import_dotted_name
 torch.package: PackageImporter
 torch.utils.bottleneck.__main__: run_cprofile run_autograd_prof
 torch.utils.cpp_extension: load load_inline

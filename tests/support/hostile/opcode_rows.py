@@ -16,6 +16,7 @@ from tests.support.hostile.assembler import (
     MAP,
     NO_HOOKS,
     ORDERED_DICT,
+    OTHER_TENSORS,
     PYTHON,
     REBUILD_V2,
     SHELL,
@@ -65,6 +66,7 @@ def _get(index: int) -> Code:
     return Code(pickle.LONG_BINGET + u32(index))
 
 
+TENSOR = text_global("torch", "Tensor")
 NAMESPACE = text_global("types", "SimpleNamespace")
 TYPE = text_global("builtins", "type")
 SET_STATE = build(build(newobj(NAMESPACE), {"__setstate__": SYSTEM}), COMMAND)
@@ -426,6 +428,10 @@ def _calls(function: Code, variants: Mapping[str, tuple[object, ...]]) -> dict[s
     return {name: call(function, *arguments) for name, arguments in variants.items()}
 
 
+def _from_type(function: Code, *arguments: object) -> Code:
+    return call(text_global("torch._tensor", "_rebuild_from_type_v2"), function, TENSOR, arguments, {"a": SHELL})
+
+
 def odd_opcodes() -> Iterator[HostilePickle]:
     """Opcodes on values that they are not meant for. Nothing is claimed to fire."""
     yield from _odd("ext", {"1": b"\x82\x2a", "2": b"\x83\x2a\x2a", "4": b"\x84\x2a\x2a\x2a\x2a"}, "either")
@@ -579,6 +585,21 @@ def odd_opcodes() -> Iterator[HostilePickle]:
         },
         "either",
     )
+
+    for name in OTHER_TENSORS:
+        function = text_global("torch._utils", name)
+        other: dict[str, tuple[object, ...]] = {
+            "nothing": (),
+            "none": (None,) * 8,
+            "tensors": (tensor(),) * 8,
+            "lists": ([],) * 8,
+        }
+        yield from _odd(f"honest{name}", _calls(function, other), "open")
+        calling = {"a-payload": call(function, SHELL, SHELL), "a-payload-in-a-type": _from_type(function, SHELL)}
+        yield from _odd(f"honest{name}-of", calling, "open", "os.system")
+    layout = text_global("torch.serialization", "_get_layout")
+    layouts: dict[str, tuple[object, ...]] = {"nothing": (), "none": (None,), "two": ("a", "b"), "text": ("pwned",)}
+    yield from _odd("layout", _calls(layout, layouts), "open")
 
     # BUILD, APPEND and the like on what they do not fit
     states: dict[str, tuple[object, object]] = {
