@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from cogtools.checkpoint.paths import RemotePath
 from cogtools.conversion.scale import ALPHA_SOURCES
 from cogtools.formatting import number, size
 from cogtools.layouts.recognition import BY_NAME
@@ -91,6 +92,8 @@ def _how_to_load(report: ExportReport) -> list[str]:
     if not is_scaled and usage.unscaled:
         advice, templates = "Load it and apply the scale:", (*templates, *usage.unscaled)
     lines = [line.format_map(facts) for line in templates]
+    if isinstance(report.output, RemotePath):
+        lines.insert(0, "# download it first: no program loads it from there")
     if report.pipeline is not None and any("pipe." in line for line in lines):
         lines.insert(0, f"pipe = {report.pipeline}.from_pretrained(...)")
     return [advice.format_map(facts), *(f"    {line}" for line in lines)]

@@ -119,6 +119,9 @@ class ObjectStore(Store):
         except FileExistsError:
             raise
         except Exception as error:
+            self._forget(path)
+            if not overwrite and self.look(path) is not None:  # stores have several errors for that
+                raise FileExistsError(inner) from error
             raise OutputError(
                 "the output cannot be put there",
                 file=path,
