@@ -1,4 +1,4 @@
-"""Export, inspect and verify CogVideoX LoRA checkpoints.
+"""Export, inspect and verify CogVideoX checkpoints, LoRAs and whole models.
 
     >>> import cogtools
     >>> report = cogtools.export_lora("ckpts/lora-disney/1000/mp_rank_00_model_states.pt", "out")
@@ -14,8 +14,12 @@ from cogtools.version import __version__
 
 if TYPE_CHECKING:
     from cogtools.checkpoint.opening import open_checkpoint
+    from cogtools.conversion.summary import LoraModule, LoraSummary, read_lora
     from cogtools.errors import CogtoolsError
     from cogtools.export.export import ExportReport, export_lora
+    from cogtools.export.export_model import export_model
+    from cogtools.export.merge import MergeReport, merge
+    from cogtools.export.model_report import ModelExportReport
     from cogtools.inspection.inspect import inspect_checkpoint
     from cogtools.inspection.report import CheckpointReport
     from cogtools.inspection.selection import Selection
@@ -26,11 +30,18 @@ _HOME = {
     "CheckpointReport": "cogtools.inspection.report",
     "CogtoolsError": "cogtools.errors",
     "ExportReport": "cogtools.export.export",
+    "MergeReport": "cogtools.export.merge",
+    "LoraModule": "cogtools.conversion.summary",
+    "LoraSummary": "cogtools.conversion.summary",
     "VerifyReport": "cogtools.verification.report",
+    "ModelExportReport": "cogtools.export.model_report",
     "Selection": "cogtools.inspection.selection",
     "export_lora": "cogtools.export.export",
+    "merge": "cogtools.export.merge",
+    "export_model": "cogtools.export.export_model",
     "inspect_checkpoint": "cogtools.inspection.inspect",
     "open_checkpoint": "cogtools.checkpoint.opening",
+    "read_lora": "cogtools.conversion.summary",
     "verify_lora": "cogtools.verification.verify",
 }
 
@@ -38,12 +49,19 @@ __all__ = [
     "CheckpointReport",
     "CogtoolsError",
     "ExportReport",
+    "LoraModule",
+    "LoraSummary",
+    "MergeReport",
+    "ModelExportReport",
     "Selection",
     "VerifyReport",
     "__version__",
     "export_lora",
+    "export_model",
     "inspect_checkpoint",
+    "merge",
     "open_checkpoint",
+    "read_lora",
     "verify_lora",
 ]
 

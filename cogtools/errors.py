@@ -191,6 +191,12 @@ class KilledError(CogtoolsError):
     kind = "killed"
 
 
+class LibraryError(CogtoolsError):
+    """A library that is needed cannot be imported: it is not installed, or its release does not go with others."""
+
+    kind = "library"
+
+
 class InterruptedByUserError(CogtoolsError):
     """Ctrl-C or a signal has ended the work; nothing was left half-written."""
 

@@ -20,6 +20,15 @@ def real() -> Path:
     return Path(folder)
 
 
+@pytest.fixture(scope="session")
+def truth() -> Path:
+    """The folder of what SAT's own models computed."""
+    folder = os.environ.get("COGTOOLS_MODEL_TRUTH")
+    if folder is None:
+        pytest.skip("COGTOOLS_MODEL_TRUTH does not name the folder of what SAT's own models computed")
+    return Path(folder)
+
+
 @pytest.fixture(params=["2b-fp16", "2b-fp32", "5b-bf16", "2b-bf16-legacy", "2b-bf16-numpy1", "2b-bf16-plain"])
 def real_run(real: Path, request: pytest.FixtureRequest) -> Path:
     """Each save folder of the real trainer with a complete LoRA: 3 layers, rank 4, alpha 1."""

@@ -233,9 +233,9 @@ class LocalFile(SourceFile):
 
     def close(self) -> None:
         super().close()
-        if self.fd >= 0:
-            _close(self.fd)
-            self.fd = -1
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            _close(fd)
 
 
 class _Spool(LocalFile):

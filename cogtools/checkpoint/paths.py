@@ -191,6 +191,18 @@ def as_path(given: str | os.PathLike[str] | RemotePath) -> AnyPath:
     return RemotePath(_Origin(scheme, authority, query), tuple(parts))
 
 
+def local_path(given: str | os.PathLike[str] | RemotePath, what: str) -> Path:
+    """A path of this machine.
+
+    Raises:
+        OptionError: if it is a URL; `what` says what is to be on this machine.
+    """
+    path = as_path(given)
+    if isinstance(path, RemotePath):
+        raise OptionError(f"{what}, and this is a URL", found=str(path), hint="give a path of this machine")
+    return path
+
+
 def real_path(path: AnyPath) -> AnyPath:
     """Where links lead in the end."""
     return path if isinstance(path, RemotePath) else Path(os.path.realpath(path))

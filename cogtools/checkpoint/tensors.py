@@ -113,6 +113,18 @@ class TensorEntry:
             expected *= size
         return True
 
+    def rows(self, first: int, last: int) -> TensorEntry:
+        """A view of the rows from `first` up to `last`, which is not one of them. No bytes are read.
+
+        Raises:
+            ValueError: if it does not have these rows.
+        """
+        if not self.shape or not 0 <= first <= last <= self.shape[0]:
+            raise ValueError(f"no rows {first} to {last} in a tensor of shape {self.shape}")
+        shape = (last - first, *self.shape[1:])
+        offset = self.storage_offset + first * self.stride[0] if last > first else self.storage_offset
+        return TensorEntry(self.dtype, shape, self.stride, self.storage, offset)
+
     def range(self) -> FileRange | None:
         """Where its bytes lie in a file as safetensors wants them; None if they have to be rearranged."""
         swapped = self.storage.big_endian and self.dtype.swap_bytes > 1

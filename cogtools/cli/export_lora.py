@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from cogtools.cli.options import COULD_NOT, Ema, Iteration, Json, Quiet
+from cogtools.cli.options import COULD_NOT, Ema, Iteration, Json, Quiet, Rank
 from cogtools.conversion.options import Cast, ExportOptions, Format, Scale
 from cogtools.errors import OptionError, PrintError
 from cogtools.render import text
@@ -49,6 +49,7 @@ def export_lora_command(
         ),
     ] = None,
     dtype: Annotated[Cast, typer.Option(metavar="keep|fp32|fp16|bf16", help="Cast the tensors.")] = "keep",
+    rank: Rank = None,
     base: Annotated[
         str | None, typer.Option(metavar="BASE", help="For sat: write the base weights of this checkpoint beside it.")
     ] = None,
@@ -100,6 +101,7 @@ def export_lora_command(
         overwrite=overwrite,
         dry_run=dry_run,
         sha256=sha256,
+        rank=rank,
     )
     source = as_path(sources[0])
     # As `cp` has it: a folder that goes into another one keeps a name of its own there.

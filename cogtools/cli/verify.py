@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from cogtools.cli.options import WRONG, Ema, Iteration, Json, Quiet
+from cogtools.conversion.options import Format
 from cogtools.layouts.family import MODELS
 from cogtools.render import text
 
@@ -24,6 +25,12 @@ def verify_command(
     load: Annotated[
         bool, typer.Option("--load", help="Load it with diffusers and PEFT, into a model of the real size.")
     ] = False,
+    format: Annotated[  # noqa: A002
+        Format | None,
+        typer.Option(
+            metavar="|".join(get_args(Format)), show_default=False, help="Hold it against this program, not its own."
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(metavar="|".join(model.slug for model in MODELS), help="The model, if the file does not tell."),
@@ -56,6 +63,7 @@ def verify_command(
             iteration=iteration,
             ema=ema,
             load=load,
+            format=format,
             model=model,
             layers=layers,
             strict=strict,

@@ -36,55 +36,89 @@ _PLAIN_PATTERN = re.compile(r"[\w.^$\\-]{1,200}", re.ASCII)
 """Patterns come from the file. Those with repetitions could take for ever, so they are not evaluated."""
 
 
+_IN_LAYERS = r"(?:^|.*?\.){}\.(?P<layer>\d+)\."
+"""How PEFT finds a layer's number in a path, by a `layers_pattern`."""
+
+
 class FieldRule(NamedTuple):
-    """Which values of a field have an effect that cogtools knows: it checks them, or they change nothing.
+    """What is known of a field of LoraConfig.
 
     Attributes:
-        values: these; a function tells where there are many.
-        is_checked: whether the value is judged elsewhere, whatever it is.
+        values: the values that change nothing, or whose effect is checked elsewhere.
+        null: whether null is one of them, as it is where PEFT has no other default.
+        fits: tells the same of a value, where there are many.
+        expression: the regular expression that PEFT makes of a text in a value, and matches with every module.
+        is_imported: whether the libraries import a module by the name that a value gives.
     """
 
-    values: tuple[object, ...] = (None,)
-    is_checked: bool = False
+    values: tuple[object, ...] = ()
+    null: bool = True
+    fits: Callable[[object], bool] | None = None
+    expression: str | None = None
+    is_imported: bool = False
 
     def knows(self, value: object) -> bool:
         """Whether the effect of this value is known."""
-        return self.is_checked or value is None or any(value is known or _equal(value, known) for known in self.values)
+        if value is None:
+            return self.null
+        return any(_equal(value, known) for known in self.values) or (self.fits is not None and self.fits(value))
 
 
 def _equal(value: object, known: object) -> bool:
     return type(value) is type(known) and value == known
 
 
-_ANY = FieldRule(is_checked=True)
+def _always(_: object) -> bool:
+    """Any value is checked elsewhere, or changes nothing."""
+    return True
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_names(value: object) -> bool:
+    """Whether it is an expression, or a list of names."""
+    return isinstance(value, str) or _names(value) is not None
+
+
+def _is_layers(value: object) -> bool:
+    return value == [] or _layers(value) is not None
+
+
+def _is_dropout(value: object) -> TypeGuard[float]:
+    """Whether PEFT takes a value for a dropout; what is not above 0 is none."""
+    return isinstance(value, (int, float)) and not value > 1
+
 
 FIELDS: Mapping[str, FieldRule] = {
     # how strong, and where: judged by the checks of scale, rank and target_modules
-    "r": _ANY,
-    "lora_alpha": _ANY,
-    "rank_pattern": _ANY,
-    "alpha_pattern": _ANY,
-    "use_rslora": _ANY,
-    "target_modules": _ANY,
-    "exclude_modules": _ANY,
-    "layers_to_transform": _ANY,
+    "r": FieldRule(fits=_always),
+    "lora_alpha": FieldRule(fits=_always),
+    "rank_pattern": FieldRule(fits=_always, expression=r"(.*\.)?({})$"),
+    "alpha_pattern": FieldRule(fits=_always, expression=r"(.*\.)?({})$"),
+    "use_rslora": FieldRule((False, True)),
+    "target_modules": FieldRule(fits=_always, expression="{}"),
+    "exclude_modules": FieldRule(fits=_is_names, expression="{}"),
+    "layers_to_transform": FieldRule(fits=_is_layers),
+    "layers_pattern": FieldRule(fits=lambda value: _layer_patterns(value) is not None, expression=_IN_LAYERS),
     # what else an adapter has: held against the tensors
     "use_dora": FieldRule((False, True)),
     "lora_bias": FieldRule((False, True)),
-    "bias": FieldRule(("none", "all", "lora_only")),
+    "bias": FieldRule(("none", "all", "lora_only"), null=False),
     # how a training begins: of no effect once the weights are loaded
     "init_lora_weights": FieldRule((True, False, "gaussian", "orthogonal")),
-    "lora_dropout": FieldRule((0, 0.0)),
+    "lora_dropout": FieldRule(null=False, fits=_is_dropout),
     # about the file
-    "peft_type": _ANY,
-    "peft_version": _ANY,
-    "base_model_name_or_path": _ANY,
-    "revision": _ANY,
-    "auto_mapping": _ANY,
+    "peft_type": FieldRule(fits=_always),
+    "peft_version": FieldRule(fits=_is_text),
+    "base_model_name_or_path": FieldRule(fits=_is_text),
+    "revision": FieldRule(fits=_is_text),
+    "auto_mapping": FieldRule(fits=lambda value: isinstance(value, dict)),
     "inference_mode": FieldRule((False, True)),
     "fan_in_fan_out": FieldRule((False,)),
     # of effect only if another field is set
-    "megatron_core": FieldRule(("megatron.core",)),
+    "megatron_core": FieldRule(("megatron.core",), is_imported=True),
     "qalora_group_size": FieldRule((16,)),
     # without effect as long as they have PEFT's default
     "alora_invocation_tokens": FieldRule(),
@@ -94,13 +128,12 @@ FIELDS: Mapping[str, FieldRule] = {
     "eva_config": FieldRule(),
     "kasa_config": FieldRule(),
     "layer_replication": FieldRule(),
-    "layers_pattern": FieldRule(),
     "loftq_config": FieldRule(({},)),
     "lora_ga_config": FieldRule(),
-    "megatron_config": FieldRule(),
-    "modules_to_save": FieldRule(),
+    "megatron_config": FieldRule(is_imported=True),
+    "modules_to_save": FieldRule(([],), expression=r"(^|.*\.){}($|\..*)"),
     "monteclora_config": FieldRule(),
-    "runtime_config": FieldRule(),
+    "runtime_config": FieldRule(null=False),
     "target_parameters": FieldRule(),
     "task_type": FieldRule(),
     "trainable_token_indices": FieldRule(),
@@ -108,7 +141,8 @@ FIELDS: Mapping[str, FieldRule] = {
     "use_qalora": FieldRule((False,)),
     "velora_config": FieldRule(),
 }
-"""Every field of LoraConfig. diffusers hands all that a file states to it, and a field that it lacks is an error."""
+"""Every field of LoraConfig. diffusers hands all that a file states to it, and a field that it lacks is an error. What
+a value does was measured: tests/support/judge.py loads and runs files that state them."""
 
 
 class Pattern(NamedTuple):
@@ -117,6 +151,46 @@ class Pattern(NamedTuple):
     key: str
     modules: re.Pattern[str]
     value: float
+
+
+def repeats_a_choice(expression: str) -> bool:
+    """Whether a regular expression repeats a group in which there is a repetition or an alternative.
+
+    Such ones can take exponential time to match a short text, as (a+)+b does. Where that cannot be told by looking at
+    the text alone, the answer is yes.
+    """
+    if _HIDES_GROUPS.search(expression):
+        return True
+    chosen = [False]  # of each open group, the innermost last: whether there is a choice in it
+    closed = False  # whether a group with a choice has just ended
+    before, in_class = "", ""
+    characters = iter(expression)
+    for char in characters:
+        if in_class:  # "]" at its beginning is one of its characters
+            in_class = "" if char == "]" and in_class not in ("[", "[^") else in_class + char
+            if char == "\\":
+                next(characters, None)
+            continue
+        if closed and char in "*+{":
+            return True
+        closed = False
+        if char == "\\":
+            next(characters, None)
+        elif char == "[":
+            in_class = char
+        elif char == "(":
+            chosen.append(False)
+        elif char == ")" and len(chosen) > 1:
+            closed = chosen.pop()
+            chosen[-1] |= closed
+        elif char in "*+{|" or (char == "?" and before != "("):
+            chosen[-1] = True
+        before = char
+    return False
+
+
+_HIDES_GROUPS = re.compile(r"\(\?(#|[\w-]*x)", re.ASCII)
+"""Comments, and the flag that allows them: a parenthesis in one means nothing."""
 
 
 def plain_pattern(key: str, value: float) -> Pattern | None:
@@ -144,6 +218,7 @@ class AdapterConfig:
         excluded: `exclude_modules`, where it is a list.
         has_expression: whether one of these two is a regular expression, which is not evaluated.
         layers: `layers_to_transform`: the only layers that are adapted.
+        layer_patterns: how PEFT finds a layer's number in a path; () if that is not evaluated.
     """
 
     fields: Mapping[str, object] = field(default_factory=dict)
@@ -156,6 +231,7 @@ class AdapterConfig:
     excluded: frozenset[str] = frozenset()
     has_expression: bool = False
     layers: frozenset[int] | None = None
+    layer_patterns: tuple[re.Pattern[str], ...] = ()
 
     def is_targeted(self, module: Module) -> bool:
         """Whether `target_modules` names a module: by its whole path, or by the end of it in one of the layers."""
@@ -163,8 +239,14 @@ class AdapterConfig:
         ends = path_ends(path)
         if self.targets is None or not self.excluded.isdisjoint(ends):
             return False
-        is_in_layers = self.layers is None or module.layer in self.layers
-        return path in self.targets or (is_in_layers and not self.targets.isdisjoint(ends))
+        return path in self.targets or (not self.targets.isdisjoint(ends) and self._is_in_layers(path))
+
+    def _is_in_layers(self, path: str) -> bool:
+        """Whether PEFT finds one of the layers' numbers in a path."""
+        if self.layers is None or not self.layer_patterns:
+            return True
+        match = next((match for pattern in self.layer_patterns if (match := pattern.match(path))), None)
+        return match is not None and int(match["layer"]) in self.layers
 
     def idle_patterns(self, modules: Iterable[Module]) -> list[tuple[str, str]]:
         """The keys of rank_pattern and alpha_pattern that are about none of these modules, with the field's name."""
@@ -217,6 +299,8 @@ class Stated:
         problems: what is wrong with it.
         doubts: what works with some releases only, or is ignored, or of which only the libraries know the effect.
         unevaluated: keys of rank_pattern and alpha_pattern that only PEFT evaluates.
+        not_handed_on: what the libraries must not be given: they would import what it names, or match an expression
+            for ever.
     """
 
     place: str
@@ -224,6 +308,7 @@ class Stated:
     problems: tuple[Problem, ...] = ()
     doubts: tuple[Problem, ...] = ()
     unevaluated: tuple[Problem, ...] = ()
+    not_handed_on: tuple[Problem, ...] = ()
 
     @property
     def is_nothing(self) -> bool:
@@ -275,6 +360,8 @@ def _read_fields(fields: Mapping[str, object], place: str, *, in_header: bool) -
         problems.append(Problem("invalid", "r", _shown(rank), "a whole number, 1 or more"))
     if "lora_alpha" in fields and not is_positive(alpha):
         problems.append(Problem("invalid", "lora_alpha", _shown(alpha), "a number above 0"))
+    if fields.get("layers_pattern") and fields.get("layers_to_transform") is None:
+        problems.append(Problem("invalid", "layers_pattern", "stated alone", "layers_to_transform beside it"))
     unknown = sorted(fields.keys() - FIELDS.keys())
     doubts = []
     if in_header:
@@ -291,7 +378,7 @@ def _read_fields(fields: Mapping[str, object], place: str, *, in_header: bool) -
     doubts += [
         Problem("unreadable", name, _shown(value), "a value whose effect is known")
         for name, value in fields.items()
-        if name in FIELDS and not FIELDS[name].knows(value) and not _is_harmless_dropout(name, value, in_header)
+        if name in FIELDS and not FIELDS[name].knows(value)
     ]
     unevaluated: list[Problem] = []
     config = AdapterConfig(
@@ -305,23 +392,46 @@ def _read_fields(fields: Mapping[str, object], place: str, *, in_header: bool) -
         excluded=_names(fields.get("exclude_modules")) or frozenset(),
         has_expression=any(isinstance(fields.get(name), str) for name in ("target_modules", "exclude_modules")),
         layers=_layers(fields.get("layers_to_transform")),
+        layer_patterns=_layer_patterns(fields.get("layers_pattern")) or (),
     )
-    return Stated(place, config, tuple(problems), tuple(doubts), tuple(unevaluated))
+    return Stated(place, config, tuple(problems), tuple(doubts), tuple(unevaluated), tuple(_not_handed_on(fields)))
+
+
+def live_dropout(fields: Mapping[str, object]) -> float | None:
+    """The dropout that is stated in diffusers' header, if it is live; None if not.
+
+    diffusers leaves the layers of an adapter in training mode, so that it drops values when videos are made. PEFT
+    switches it off when it loads a folder.
+    """
+    value = fields.get("lora_dropout")
+    return value if _is_dropout(value) and value > 0 else None
 
 
 def _live_dropout(fields: Mapping[str, object]) -> list[Problem]:
-    """Dropout in diffusers' header: its adapter layers stay in training mode, so it is live when videos are made."""
-    value = fields.get("lora_dropout")
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+    if live_dropout(fields) is None:
         return []
-    return [Problem("invalid", "lora_dropout", f"{_shown(value)}: diffusers then drops values at random", "0")]
+    found = f"{_shown(fields['lora_dropout'])}: diffusers then drops values at random whenever it runs the model"
+    return [Problem("invalid", "lora_dropout", found, "0")]
 
 
-def _is_harmless_dropout(name: str, value: object, in_header: bool) -> bool:
-    """Whether this is a dropout that is judged elsewhere, or that PEFT switches off when it loads a folder."""
-    if name != "lora_dropout" or not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    return value > 0 if in_header else 0 <= value < 1
+def _not_handed_on(fields: Mapping[str, object]) -> list[Problem]:
+    """The values that the libraries must not be given."""
+    problems = []
+    for name, value in fields.items():
+        rule = FIELDS.get(name)
+        if rule is None:
+            continue
+        if rule.is_imported and not rule.knows(value):
+            problems.append(Problem("invalid", name, f"{_shown(value)}: PEFT imports modules by such names", "null"))
+        texts = [value] if isinstance(value, str) else value if isinstance(value, (list, dict)) else ()
+        problems += [
+            Problem("invalid", name, _shown(text), "an expression without nested repetition: this may match for ever")
+            for text in texts
+            if isinstance(text, str)
+            and rule.expression is not None
+            and repeats_a_choice(rule.expression.replace("{}", text))
+        ]
+    return problems
 
 
 def _patterns(
@@ -360,6 +470,26 @@ def _layers(value: object) -> frozenset[int] | None:
     listed = value if isinstance(value, list) else [value]
     numbers = [number for number in listed if isinstance(number, int)]
     return frozenset(numbers) if numbers and len(numbers) == len(listed) else None
+
+
+_ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\.", re.ASCII)
+"""How PEFT finds a layer's number in a path without layers_pattern: behind two segments, while CogVideoX's layers are
+the first segment. So `layers_to_transform` without layers_pattern finds none of the attention's modules."""
+
+
+def _layer_patterns(value: object) -> tuple[re.Pattern[str], ...] | None:
+    """How PEFT finds a layer's number in a path, by `layers_pattern`; None if that is not evaluated."""
+    if value in (None, "", []):
+        return (_ANY_LAYER,)
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(
+        isinstance(name, str) and _PLAIN_PATTERN.fullmatch(name) for name in names
+    ):
+        return None
+    try:
+        return tuple(re.compile(_IN_LAYERS.replace("{}", name), re.ASCII) for name in names)
+    except re.error:
+        return None
 
 
 def _is_rank(value: object) -> TypeGuard[int]:

@@ -19,7 +19,7 @@ from cogtools.conversion.adapter_config import Stated, parse_config
 from cogtools.conversion.record import RECORD_KEY, ExportRecord, read_record
 from cogtools.conversion.scale import Factors, Scale, Statement
 from cogtools.conversion.training_config import TrainingConfig, find_training_config, read_training_config, record_in
-from cogtools.errors import CheckpointError, ExportError, OptionError, Problem
+from cogtools.errors import CheckpointError, CogtoolsError, ExportError, OptionError, Problem
 from cogtools.layouts import diffusers, peft, sat
 from cogtools.layouts.family import LoraKey, Module, Transformer, hidden_of, rank_of, recognise
 from cogtools.layouts.folded import ATTENTION_KINDS, Kind, folded_names
@@ -49,6 +49,7 @@ class Lora:
 
     Attributes:
         checkpoint: the checkpoint, open.
+        entries: where its keys were found: the state dict, or what lies beside it.
         names: how its keys are spelled; None if they are no known program's.
         layout: the layout whose names they are; None if unknown.
         tensors: its factors, biases and magnitude vectors.
@@ -62,6 +63,7 @@ class Lora:
     """
 
     checkpoint: Checkpoint
+    entries: Mapping[str, TensorEntry]
     names: LoraNames | None
     layout: LoraLayout | None
     tensors: dict[LoraKey, LoraTensor]
@@ -78,6 +80,12 @@ class Lora:
         """The keys of the state dict that are none of its tensors."""
         own = {tensor.key for tensor in [*self.tensors.values(), *self.alphas.values()]}
         return [key for key in self.checkpoint.tensors if key not in own]
+
+    @property
+    def everything(self) -> list[TensorEntry]:
+        """Every tensor under a key of it, whatever the key means."""
+        own = [tensor.entry for tensor in [*self.tensors.values(), *self.alphas.values()]]
+        return own + [self.entries[key] for key in [*self.unplaced, *self.collisions] if key in self.entries]
 
     @cached_property
     def modules(self) -> list[Module]:
@@ -204,8 +212,17 @@ class Lora:
     def statements(self) -> dict[ScalePlace, Statement]:
         """What the file states of its scale, by the place where programs look for it."""
         found = [scales.by_config(stated, self.factors) for stated in self.stated.values()]
-        found.append(scales.by_tensors(self.factors))
+        found += [scales.by_tensors(self.factors), self._by_training_config]
         return {statement.place: statement for statement in found if statement is not None and statement.place}
+
+    @cached_property
+    def _by_training_config(self) -> Statement | None:
+        """What the training configuration beside it states; None if it states nothing that can be used."""
+        try:
+            config, _ = read_config(self, by_hand=None)
+        except CheckpointError:
+            return None
+        return None if config is None or config.alpha is None else scales.by_training_config(config, self.factors)
 
     def scaling_as_run(self, layout: LoraLayout) -> Statement | None:
         """What the program of a layout multiplies each module's update by; None if it loads nothing."""
@@ -231,7 +248,7 @@ def read_lora(checkpoint: Checkpoint) -> Lora:
     stated = _stated(checkpoint)
     if layout is diffusers.LAYOUT and names is not None and names.spelling.prefix == "" and "adapter_config" in stated:
         layout = peft.LAYOUT
-    lora = Lora(checkpoint, names, layout, {}, {}, (), {}, {}, _record(checkpoint, layout), stated)
+    lora = Lora(checkpoint, tensors, names, layout, {}, {}, (), {}, {}, _record(checkpoint, layout), stated)
     unplaced = []
     for key in keys:
         reading = lora.reading(key)
@@ -373,12 +390,32 @@ def read_config(lora: Lora, *, by_hand: str | None) -> tuple[TrainingConfig | No
         return None, [note]
 
 
+def scale_of(lora: Lora) -> Scale | None:
+    """A LoRA's scale, and who states it; None if that cannot be read."""
+    if lora.layout is None:
+        return None
+    try:
+        config, _ = read_config(lora, by_hand=None)
+        return find_scale(lora, config=config)
+    except CogtoolsError:
+        return None
+
+
 # Its transformer
+
+
+def has_base_weights(checkpoint: Checkpoint) -> bool:
+    """Whether there are base weights of a transformer in a checkpoint."""
+    return recognise_transformer({key: entry.shape for key, entry in checkpoint.tensors.items()}) is not None
 
 
 def find_transformer(checkpoint: Checkpoint, lora: Lora | None) -> Transformer | None:
     """The transformer that the base weights are, else the one that the LoRA fits; None if nothing tells its layers."""
-    shapes = {key: whole_tensor(entry).shape for key, entry in checkpoint.tensors.items()}
+    entries = checkpoint.tensors if lora is None else lora.entries
+    shapes = {key: whole_tensor(entry).shape for key, entry in entries.items()}
+    prefix = None if lora is None else lora.unknown_prefix
+    if prefix:  # the base weights have it too
+        shapes = {sat.unwrapped_key(key).removeprefix(prefix): shape for key, shape in shapes.items()}
     known = recognise_transformer(shapes)
     if known is not None or lora is None:
         return known
@@ -387,8 +424,7 @@ def find_transformer(checkpoint: Checkpoint, lora: Lora | None) -> Transformer |
         return None
     if lora.layout is sat.LAYOUT:  # a few base weights may be there, beside layers that are not
         known = sat.recognise_transformer(shapes, hidden)
-    else:
-        known = recognise(hidden, lora.record.transformer_layers)
+    known = known or recognise(hidden, lora.record.transformer_layers)
     if known is None:
         return None
     recorded = tuple(model for model in known.models if model.slug in lora.record.models)

@@ -20,16 +20,19 @@ def export_notices(checkpoint: Checkpoint, plan: LoraPlan, options: ExportOption
     lora_only = [layout.lora_only_note] if layout.lora_only_note is not None and options.base is None else []
     return (
         *lora_only,
-        *_of_dangers(checkpoint),
-        *choice_notices(checkpoint),
-        *plan.notices,
+        *source_notices(checkpoint, plan),
         *_of_the_scale(plan, options),
         *layout.notes,
         *_of_the_crc32s(plan),
     )
 
 
-def _of_dangers(checkpoint: Checkpoint) -> list[str]:
+def source_notices(checkpoint: Checkpoint, plan: LoraPlan) -> tuple[str, ...]:
+    """What to say of a checkpoint whose LoRA is taken, and of the choices that were made for the user."""
+    return (*danger_notices(checkpoint), *choice_notices(checkpoint), *plan.notices)
+
+
+def danger_notices(checkpoint: Checkpoint) -> list[str]:
     """Warn of a checkpoint that would run code if it were loaded: whoever exports from it may try that next."""
     names = sorted(str(name) for name in checkpoint.foreign if danger_of(*name) == "dangerous")
     shown = ", ".join(name[:MAX_SHOWN_CHARS] for name in names[:SHOWN_PROBLEMS])

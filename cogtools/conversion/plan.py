@@ -30,7 +30,7 @@ from cogtools.conversion.scale import (
     carry,
 )
 from cogtools.errors import ExportError, OptionError, Problem, command
-from cogtools.formatting import counted, fold_numbers, number
+from cogtools.formatting import counted, fold_numbers, number, shown
 from cogtools.layouts import sat
 from cogtools.layouts.family import LoraKey, Module, Transformer, rank_of
 from cogtools.layouts.folded import fold_modules, fold_names
@@ -38,6 +38,8 @@ from cogtools.layouts.lora import other_adapter
 from cogtools.layouts.programs import LOSERS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
     from cogtools.checkpoint.dtypes import DType
     from cogtools.checkpoint.index import Checkpoint
     from cogtools.checkpoint.paths import AnyPath
@@ -52,24 +54,77 @@ FLOATS = ("float32", "float16", "bfloat16", "float64")
 """The dtypes that a LoRA can have."""
 
 
-class Fold(NamedTuple):
-    """Arithmetic on one tensor of a module: lora_B @ lora_A comes out multiplied by `scaling`, and a bias too.
+class Update(NamedTuple):
+    """What a LoRA adds to the weight of a module: scaling * b @ a.
 
     Attributes:
+        a: lora_A: (rank, in), or with the kernel of a convolution behind it.
+        b: lora_B: (out, rank), or with a kernel of 1 x 1 behind it.
         scaling: the factor.
-        part: which tensor of the module this is.
-        a: lora_A.
-        b: lora_B.
     """
 
-    scaling: float
-    part: str
     a: TensorEntry
     b: TensorEntry
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """Its rank."""
+        return self.a.shape[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The rows and columns of the weight that it is added to; a convolution's kernel counts as columns."""
+        return self.b.shape[0], prod(self.a.shape[1:])
+
+    def of_rows(self, first: int, last: int) -> Update:
+        """What it adds to the rows from `first` up to `last`, which is not one of them."""
+        return self._replace(b=self.b.rows(first, last))
+
+
+class Fold(NamedTuple):
+    """Arithmetic on a tensor of a module: lora_B @ lora_A comes out as the sum of updates, at a scaling of 1.
+
+    Those of several are stacked: lora_A row under row, lora_B column beside column. A bias of lora_B is multiplied as
+    the product is.
+
+    Attributes:
+        module: the module.
+        part: which tensor of the module this is.
+        updates: what is folded into it.
+        rank: the rank that it is cut down to, to the best approximation of that rank; None keeps all.
+    """
+
+    module: Module
+    part: str
+    updates: tuple[Update, ...]
+    rank: int | None = None
 
 
 class Cast(NamedTuple):
     """Arithmetic on one tensor: its numbers in another dtype."""
+
+
+class Added(NamedTuple):
+    """What is added to a run of rows of a base weight.
+
+    Attributes:
+        module: the module whose rows they are.
+        updates: what is added, each with as many rows; none where nothing is.
+    """
+
+    module: Module
+    updates: tuple[Update, ...] = ()
+
+
+class Merge(NamedTuple):
+    """Arithmetic on a base weight: updates are added to its rows.
+
+    Attributes:
+        added: for each piece of the planned tensor, what is added to it.
+    """
+
+    added: tuple[Added, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +144,7 @@ class Planned:
     dtype: DType
     shape: tuple[int, ...]
     pieces: tuple[TensorEntry | bytes, ...]
-    compute: Fold | Cast | None = None
+    compute: Fold | Cast | Merge | None = None
     source: str = ""
 
     @property
@@ -99,8 +154,11 @@ class Planned:
 
     @property
     def storages(self) -> list[Storage]:
-        """The storages that its pieces view."""
-        return [piece.storage for piece in self.pieces if not isinstance(piece, bytes)]
+        """The storages that it is made of."""
+        entries = [piece for piece in self.pieces if not isinstance(piece, bytes)]
+        if isinstance(self.compute, Merge):
+            entries += [entry for added in self.compute.added for update in added.updates for entry in update[:2]]
+        return [entry.storage for entry in entries]
 
 
 @dataclass(frozen=True)
@@ -143,8 +201,7 @@ class LoraPlan:
     @property
     def rank(self) -> int | None:
         """The rank of every module; None if they differ."""
-        found = set(self.ranks.values())
-        return found.pop() if len(found) == 1 else None
+        return one_rank(self.ranks)
 
     @cached_property
     def scalings(self) -> dict[Module, float]:
@@ -197,6 +254,17 @@ class LoraPlan:
         as_read = {module: self.layout.scaling_unstated(rank) or 1.0 for module, rank in self.ranks.items()}
         return {module: scaling / as_read[module] for module, scaling in self.scalings.items()}
 
+    def update(self, module: Module, scaling: float | None = None) -> Update:
+        """What the LoRA adds to a module's weight, at its own scaling or another one."""
+        a, b = (self.entry(LoraKey(*module, part)) for part in "AB")
+        return Update(a, b, self.scalings[module] if scaling is None else scaling)
+
+
+def one_rank(ranks: Mapping[Module, int]) -> int | None:
+    """The rank that all modules have; None if they differ."""
+    found = set(ranks.values())
+    return found.pop() if len(found) == 1 else None
+
 
 def _alpha(rank: int, scaling: float, stated: float | None) -> float:
     """An alpha that gives a scaling at a rank: the one that is stated, if it does."""
@@ -232,12 +300,10 @@ def plan_lora(
     """
     refuse_unexportable(checkpoint)
     lora = find_lora(checkpoint)
-    if lora is None or (not lora.tensors and not lora.unreadable and lora.layout is not sat.LAYOUT):
+    if lora is None or not (lora.tensors or lora.unreadable or any(map(sat.is_lora_key, lora.unplaced))):
         raise no_lora(checkpoint)
     common = _common(lora)
     if common is None:
-        if not lora.tensors and not any(sat.is_lora_key(key) for key in lora.unplaced):
-            raise no_lora(checkpoint)
         raise _wrong(checkpoint, [*_unusable_keys(lora), *_not_two_dimensions(lora)])
     _refuse_tensor_parallel(lora)
     transformer, notices = _transformer(lora, common)
@@ -279,31 +345,71 @@ def planned_tensors(plan: LoraPlan, options: ExportOptions) -> list[Planned]:
         OptionError: if there is no such dtype.
     """
     dtype = target_dtype(plan, options)
-    planned = [_planned_alpha(plan, module, alpha) for module, alpha in carried(plan, options).alphas.items()]
+    alphas, file = carried(plan, options).alphas, plan.lora.checkpoint.path
+    planned = [planned_alpha(plan.layout, module, alpha, file) for module, alpha in alphas.items()]
     folded = plan.folded if options.way == "fold" else {}
     for name in plan.names:
-        entry = plan.entry(name)
+        key, entry, source = plan.key(name), plan.entry(name), plan.lora.tensors[name].key
+        if options.rank is not None:
+            planned.append(planned_factor(key, name, (plan.update(name.module),), dtype, options.rank, source))
+            continue
         compute: Fold | Cast | None = None
         if folded.get(name.module, 1.0) != 1.0 and name.part in ("A", "B", "bias"):
-            a, b = (plan.entry(name._replace(part=part)) for part in "AB")
-            compute = Fold(folded[name.module], name.part, a, b)
+            compute = Fold(name.module, name.part, (plan.update(name.module, folded[name.module]),))
         elif dtype != entry.dtype:
             compute = Cast()
-        source = plan.lora.tensors[name].key
-        planned.append(Planned(plan.key(name), dtype, entry.shape, (entry,), compute, source))
+        planned.append(Planned(key, dtype, entry.shape, (entry,), compute, source))
     return sorted(planned, key=lambda tensor: tensor.key)
+
+
+def planned_factor(
+    key: str, name: LoraKey, updates: tuple[Update, ...], dtype: DType, rank: int | None, source: str
+) -> Planned:
+    """A factor of the sum of a module's updates.
+
+    Args:
+        key: its key in the output.
+        name: which factor of which module it is.
+        updates: what is added up.
+        dtype: its dtype in the output.
+        rank: the largest rank that it may have; None keeps that of all updates together.
+        source: the key of what it is made of, for messages.
+    """
+    stacked, kept = sum(update.rank for update in updates), kept_rank(updates, rank)
+    first = updates[0]
+    shape = (kept, *first.a.shape[1:]) if name.part == "A" else (first.b.shape[0], kept, *first.b.shape[2:])
+    pieces = tuple(update.a if name.part == "A" else update.b for update in updates)
+    compute = Fold(name.module, name.part, updates, kept if kept < stacked else None)
+    return Planned(key, dtype, shape, pieces, compute, source)
+
+
+def kept_rank(updates: Sequence[Update], rank: int | None) -> int:
+    """The rank of a sum of updates that are stacked, or cut down to `rank` where that is less."""
+    stacked = sum(update.rank for update in updates)
+    return stacked if rank is None else min(stacked, rank, *updates[0].size)
 
 
 MIN_FLOAT32, MAX_FLOAT32 = 2.0**-126, 3.4e38
 """Between these an alpha keeps its precision as a float32."""
 
 
-def _planned_alpha(plan: LoraPlan, module: Module, alpha: float) -> Planned:
-    key = plan.key(LoraKey(*module, "alpha"))
+def planned_alpha(layout: LoraLayout, module: Module, alpha: float, file: AnyPath) -> Planned:
+    """The tensor that states the alpha of a module.
+
+    Args:
+        layout: the layout of the output.
+        module: the module.
+        alpha: its alpha.
+        file: what it is made of, for messages.
+
+    Raises:
+        ExportError: if it does not fit into a float32.
+    """
+    key = layout.key(LoraKey(*module, "alpha")) or ""
     if not MIN_FLOAT32 <= alpha <= MAX_FLOAT32:
         raise ExportError(
             "an alpha does not fit into the float32 that states it",
-            file=plan.lora.checkpoint.path,
+            file=file,
             found=f"{number(alpha)} for {key}",
             expected=f"{MIN_FLOAT32:.3g} to {MAX_FLOAT32:.3g}",
             hint="export with --scale fold",
@@ -322,7 +428,10 @@ def carried(plan: LoraPlan, options: ExportOptions, record: str | None = None) -
     Raises:
         ExportError: if the layout's place has one alpha for all modules, and they have different ones.
     """
-    layout, ranks = plan.layout, plan.ranks
+    layout, ranks, file = plan.layout, plan.ranks, plan.lora.checkpoint.path
+    layers = plan.layers if len(plan.layers) < plan.transformer.layers else ()
+    if options.rank is not None:
+        return carry_one(layout, target_ranks(plan, options), file=file, layers=layers, record=record)
     if options.way == "none":
         return Carried()
     alphas = plan.alphas
@@ -334,12 +443,75 @@ def carried(plan: LoraPlan, options: ExportOptions, record: str | None = None) -
     if layout.one_rank and len(set(alphas.values())) > 1:
         raise ExportError(
             f"{layout.reader} has one alpha for all modules, and this LoRA has different ones",
-            file=plan.lora.checkpoint.path,
+            file=file,
             found=", ".join(map(number, sorted(set(alphas.values())))),
             hint="export with --scale fold",
         )
-    layers = plan.layers if len(plan.layers) < plan.transformer.layers else ()
     return carry(layout, ranks, alphas, parts=plan.parts, layers=layers, record=record)
+
+
+def carry_one(
+    layout: LoraLayout, ranks: Mapping[Module, int], *, file: AnyPath, layers: Sequence[int], record: str | None
+) -> Carried:
+    """State that the scaling of all modules is 1: their alphas are their ranks.
+
+    Args:
+        layout: the layout of the output.
+        ranks: of every module.
+        file: what it is made of, for messages.
+        layers: those that it adapts, where that is not all; () if it is.
+        record: how it is made, for a layout whose file has no header.
+
+    Raises:
+        ExportError: if the layout's modules have one rank, and these have different ones.
+    """
+    found = sorted(set(ranks.values()))
+    if layout.one_rank and len(found) > 1:
+        raise ExportError(
+            f"{layout.reader} has one rank for all modules, and this LoRA would have different ones",
+            file=file,
+            found=", ".join(map(str, found)),
+            hint=f"cut all to one with --rank {found[0]}, or choose another --format",
+        )
+    return carry(layout, ranks, ranks, layers=layers, record=record)
+
+
+def target_ranks(plan: LoraPlan, options: ExportOptions) -> dict[Module, int]:
+    """The rank of every module of the output.
+
+    Raises:
+        OptionError: if the rank that is asked for is not below that of any module.
+    """
+    if options.rank is None:
+        return plan.ranks
+    refuse_more_than_factors(plan, "cut to a lower rank")
+    refuse_rank(options.rank, plan.ranks.values())
+    return {module: kept_rank([plan.update(module)], options.rank) for module in plan.modules}
+
+
+def refuse_more_than_factors(plan: LoraPlan, done: str) -> None:
+    """Raise an `ExportError` for biases and magnitude vectors: what they add is not a product of two factors.
+
+    Args:
+        plan: the LoRA.
+        done: what cannot be done with them: "merged".
+    """
+    more = [name for name in plan.names if name.part not in ("A", "B")]
+    if more:
+        raise ExportError(
+            f"a LoRA with biases, or with magnitude vectors (DoRA), cannot be {done}",
+            file=plan.lora.checkpoint.path,
+            problems=plan.lora.problems("unexpected", more, expected="lora_A and lora_B only"),
+            hint="load it as it is, with the program that it is for",
+        )
+
+
+def refuse_rank(rank: int, ranks: Iterable[int]) -> None:
+    """Raise an `OptionError` if cutting modules of these ranks down to `rank` is impossible, or changes none."""
+    largest = max(ranks)
+    if not 0 < rank < largest:
+        expected = f"a rank from 1 to {largest - 1}: the LoRA has rank {largest}"
+        raise OptionError(f"the LoRA cannot be cut down to rank {rank}", expected=expected, hint="leave --rank out")
 
 
 def target_dtype(plan: LoraPlan, options: ExportOptions) -> DType:
@@ -350,9 +522,22 @@ def target_dtype(plan: LoraPlan, options: ExportOptions) -> DType:
     """
     if options.dtype == "keep":
         return plan.dtype
-    if options.dtype not in CASTS:
-        raise OptionError("there is no such dtype", found=options.dtype, expected="keep, " + ", ".join(CASTS))
-    return DTYPES[CASTS[options.dtype]]
+    return named_dtype(options.dtype, "keep")
+
+
+def named_dtype(name: str, *others: str) -> DType:
+    """The dtype of a name in `CASTS`.
+
+    Args:
+        name: the name.
+        others: what else could have been asked for, for the message.
+
+    Raises:
+        OptionError: if there is no such dtype.
+    """
+    if name not in CASTS:
+        raise OptionError("there is no such dtype", found=name, expected=", ".join([*others, *CASTS]))
+    return DTYPES[CASTS[name]]
 
 
 class _Common(NamedTuple):
@@ -378,15 +563,19 @@ def _common(lora: Lora) -> _Common | None:
 
 def _unusable_keys(lora: Lora) -> list[Problem]:
     """Keys of the LoRA that cannot be exported: unknown, not tensors, or a second one for a tensor."""
+    odd = _odd_prefixes(lora)
+    elsewhere = {key for keys in odd.values() for key in keys}
     problems = [_unplaced(lora, key) for key in lora.unplaced]
     problems += [
         Problem("unreadable", key, found="something else than a plain tensor") for key in lora.unreadable.values()
     ]
     problems += [
-        Problem("collision", key, found=f"the same tensor as {lora.key(name)}") for key, name in lora.collisions.items()
+        Problem("collision", key, found=f"the same tensor as {lora.key(name)}")
+        for key, name in lora.collisions.items()
+        if key not in elsewhere
     ]
-    order = {key: place for place, key in enumerate([*lora.checkpoint.tensors, *lora.checkpoint.not_tensors])}
-    problems += _mixed_prefixes(lora)
+    problems += [_odd_prefix(lora, prefix, keys) for prefix, keys in odd.items()]
+    order = {key: place for place, key in enumerate([*lora.entries, *lora.checkpoint.not_tensors])}
     return sorted(problems, key=lambda problem: order.get(problem.subject, 0))
 
 
@@ -397,28 +586,34 @@ def _unplaced(lora: Lora, key: str) -> Problem:
     return Problem("unexpected", key, expected="a module of CogVideoX and a part of its adapter")
 
 
-def _mixed_prefixes(lora: Lora) -> list[Problem]:
-    """Keys after another unknown prefix than most: one that all share is accepted."""
+def _odd_prefixes(lora: Lora) -> dict[str, list[str]]:
+    """The keys after each unknown prefix that not all of them share: one that all share is accepted."""
     if lora.names is None or lora.layout is None:
-        return []
-    main = lora.names.spelling.prefix
-    own = lora.layout.written
-    known = {own.prefix} | {spelled.prefix for spelled in lora.layout.also_read if spelled.names is own.names} | {main}
-    problems = []
-    for tensor in lora.tensors.values():
-        reading = lora.reading(tensor.key)
-        prefix = main if reading is None else reading.spelling.prefix
-        if prefix not in known:
-            expected = f"{own.prefix or 'nothing'} before it, or what stands before the others"
-            problems.append(Problem("unexpected", tensor.key, f"an unknown prefix {prefix!r}", expected))
-    return problems
+        return {}
+    own, known = lora.layout.written, {lora.names.spelling.prefix}
+    if lora.unknown_prefix is None:
+        known |= {own.prefix} | {spelled.prefix for spelled in lora.layout.also_read if spelled.names is own.names}
+    odd: dict[str, list[str]] = {}
+    for key, reading in lora.names.readings.items():
+        if reading.spelling.prefix not in known:
+            odd.setdefault(reading.spelling.prefix, []).append(key)
+    return odd
+
+
+def _odd_prefix(lora: Lora, prefix: str, keys: list[str]) -> Problem:
+    main = "" if lora.names is None else lora.names.spelling.prefix
+    expected = f"{shown(main)}, as before the others" if main else "none, as the others have none"
+    return Problem(
+        "unexpected", keys[0], f"the prefix {shown(prefix)}, {counted(len(keys), 'key')}", expected, tuple(keys)
+    )
 
 
 def _prefix_notice(lora: Lora) -> list[str]:
     prefix = lora.unknown_prefix
-    return (
-        [] if not prefix else [f"All keys of the LoRA have the prefix {prefix!r}, which no program is known to write."]
-    )
+    if prefix is None:
+        return []
+    before = f"the prefix {shown(prefix)}" if prefix else "no prefix"
+    return [f"All keys of the LoRA have {before}, as no program is known to read them."]
 
 
 def _not_two_dimensions(lora: Lora) -> list[Problem]:
@@ -456,6 +651,11 @@ def _has_shape(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool
 
 def _shape_text(expected: tuple[int | None, ...]) -> str:
     return str(tuple("any" if size is None else size for size in expected)).replace("'", "")
+
+
+def can_hold(layout: LoraLayout, lora: Lora) -> bool:
+    """Whether a layout has a place for all that a LoRA has."""
+    return not _without_place(lora, layout)
 
 
 def _without_place(lora: Lora, layout: LoraLayout) -> list[Problem]:

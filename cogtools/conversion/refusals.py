@@ -36,13 +36,18 @@ def refuse_unexportable(checkpoint: Checkpoint) -> None:
 
 
 def _refuse_tensor_parallel(checkpoint: Checkpoint) -> None:
+    found = other_rank_of(checkpoint)
+    if found is not None:
+        raise tensor_parallel(checkpoint, found)
+
+
+def other_rank_of(checkpoint: Checkpoint) -> str | None:
+    """What tells that a checkpoint is one rank of a tensor-parallel training; None if nothing does."""
     ranks = checkpoint.values.get("mp_world_size")
     if isinstance(ranks, int) and ranks > 1:
-        raise tensor_parallel(checkpoint, f"mp_world_size {ranks} in the checkpoint")
-    for path in dict.fromkeys((checkpoint.path, checkpoint.path.resolve())):
-        found = _other_rank(path)
-        if found is not None:
-            raise tensor_parallel(checkpoint, found)
+        return f"mp_world_size {ranks} in the checkpoint"
+    paths = dict.fromkeys((checkpoint.path, checkpoint.path.resolve()))
+    return next((found for path in paths if (found := _other_rank(path)) is not None), None)
 
 
 def _other_rank(path: AnyPath) -> str | None:
@@ -83,7 +88,7 @@ def _refuse_parts(checkpoint: Checkpoint) -> None:
 
 def no_lora(checkpoint: Checkpoint) -> ExportError:
     """The error for a checkpoint without a LoRA: what it holds instead, and what to do with that."""
-    found, hint = _what_it_holds(checkpoint, [*checkpoint.tensors, *checkpoint.not_tensors])
+    found, hint = what_it_holds(checkpoint)
     return ExportError(
         "there is no LoRA in this checkpoint",
         file=checkpoint.path,
@@ -93,7 +98,9 @@ def no_lora(checkpoint: Checkpoint) -> ExportError:
     )
 
 
-def _what_it_holds(checkpoint: Checkpoint, keys: list[str]) -> tuple[str, Hint]:
+def what_it_holds(checkpoint: Checkpoint) -> tuple[str, Hint]:
+    """What a checkpoint holds that has no LoRA, and what to do about it."""
+    keys = [*checkpoint.tensors, *checkpoint.not_tensors]
     look = command("inspect", checkpoint.path)
     adapter = find_other_adapter(checkpoint)
     if adapter is not None:

@@ -19,7 +19,16 @@ from cogtools.conversion.lora import read_lora
 from cogtools.conversion.notices import export_notices
 from cogtools.conversion.options import Cast, ExportOptions, Format, Scale
 from cogtools.conversion.output import AtomicFile, AtomicFolder, refuse_unwritable
-from cogtools.conversion.plan import LoraPlan, Planned, carried, plan_lora, planned_tensors, target_dtype
+from cogtools.conversion.plan import (
+    LoraPlan,
+    Planned,
+    carried,
+    one_rank,
+    plan_lora,
+    planned_tensors,
+    target_dtype,
+    target_ranks,
+)
 from cogtools.conversion.record import RECORD_KEY, ExportRecord
 from cogtools.errors import OptionError
 from cogtools.export.names import Target, target_of
@@ -32,7 +41,9 @@ if TYPE_CHECKING:
     from cogtools.checkpoint.dtypes import DType
     from cogtools.checkpoint.index import Checkpoint
     from cogtools.checkpoint.paths import AnyPath, RemotePath
-    from cogtools.conversion.upload import Upload
+    from cogtools.conversion.carry_out import Output
+    from cogtools.conversion.loss import LossReport
+    from cogtools.conversion.scale import Carried
     from cogtools.layouts.lora import LoraLayout
 
 
@@ -78,10 +89,10 @@ class ExportReport:
         pipeline: the class of its pipeline in diffusers; None if that is not known.
         layers: the adapted layers.
         modules: how many modules are adapted.
-        rank: the rank of every module; None if they differ.
+        rank: the rank of every module in the output; None if they differ.
         alpha: the training's alpha; None if modules have different ones, or none is stated.
         alpha_source: where the scale comes from: "--alpha", "training_config.yaml", "default" …
-        scaling: what every module's update is multiplied by: alpha / rank; None if that differs.
+        scaling: what every module's update was multiplied by in the training: alpha / rank; None if that differs.
         scale: how the output carries it: "metadata", "fold" or "none".
         weight: the strength at which the format's program has to load it; None if that differs by module.
         dtype: of the LoRA's tensors in the output.
@@ -91,7 +102,8 @@ class ExportReport:
         size_bytes: the size of the output.
         crc32: "checked"; "not checked" in a dry run, or where only parts of storages were fetched; "not recorded" if
             the checkpoint has no CRC-32s to check.
-        largest_relative_error: of any tensor, where folding or casting changed the values; else None.
+        largest_relative_error: of any tensor, where folding, casting or cutting changed the values; else None.
+        lost: how much of the LoRA was lost where it was cut to a lower rank; else None.
         sha256: of the file of tensors, if asked for.
         notices: what the user should know.
     """
@@ -119,6 +131,7 @@ class ExportReport:
     size_bytes: int
     crc32: Crc32Status
     largest_relative_error: float | None
+    lost: LossReport | None
     sha256: str | None
     notices: tuple[str, ...]
 
@@ -139,6 +152,7 @@ def export_lora(
     overwrite: bool = False,
     dry_run: bool = False,
     sha256: bool = False,
+    rank: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportReport:
     """Write the LoRA in a checkpoint or a LoRA file so that a program loads it at the right strength.
@@ -164,6 +178,8 @@ def export_lora(
         overwrite: replace an output that is there already.
         dry_run: find out everything, write nothing.
         sha256: compute the SHA-256 of the output.
+        rank: cut every module of a higher rank down to this one, to the best approximation there is; the scale is
+            then multiplied in, and alpha / rank is 1.
         progress: called with the bytes written so far and the bytes in all.
 
     Raises:
@@ -182,6 +198,7 @@ def export_lora(
         overwrite=overwrite,
         dry_run=dry_run,
         sha256=sha256,
+        rank=rank,
     )
     return export_checkpoint(checkpoint, out, options, progress=progress)
 
@@ -199,7 +216,7 @@ def export_checkpoint(
     with ExitStack() as stack:
         opened = stack.enter_context(open_checkpoint(checkpoint, iteration=options.iteration, ema=options.ema))
         target = out if isinstance(out, Target) else target_of(as_path(out), layout, opened.path)
-        output = _output(target, layout, overwrite=options.overwrite)
+        output = output_at(target, layout, overwrite=options.overwrite)
         output.refuse_existing()
         base = None if options.base is None else stack.enter_context(open_checkpoint(options.base))
         sources = [*opened.files, *(base.files if base is not None else ())]
@@ -222,7 +239,7 @@ def export_checkpoint(
         pipeline=plan.transformer.pipeline,
         layers=plan.layers,
         modules=len(plan.modules),
-        rank=plan.rank,
+        rank=one_rank(target_ranks(plan, options)),
         alpha=plan.scale.alpha,
         alpha_source=plan.scale.source,
         scaling=plan.scaling,
@@ -235,6 +252,7 @@ def export_checkpoint(
         size_bytes=prepared.size_bytes,
         crc32=_crc32(plan, written, options),
         largest_relative_error=written.largest_relative_error,
+        lost=written.lost,
         sha256=written.sha256,
         notices=export_notices(opened, plan, options),
     )
@@ -249,7 +267,8 @@ def _refuse_base(options: ExportOptions) -> None:
         )
 
 
-def _output(target: Target, layout: LoraLayout, *, overwrite: bool) -> AtomicFile | AtomicFolder | Upload:
+def output_at(target: Target, layout: LoraLayout, *, overwrite: bool) -> Output:
+    """The file or folder of a LoRA that is to be written."""
     place = target.folder if target.is_folder else target.file
     if not isinstance(place, Path):
         from cogtools.conversion.upload import Upload
@@ -290,7 +309,20 @@ def prepare_export(checkpoint: Checkpoint, options: ExportOptions, base: Checkpo
     dtype = target_dtype(plan, options)
     tensors = (*planned_tensors(plan, options), *(base_tensors(base, plan.transformer) if base is not None else ()))
     record = _record(plan, checkpoint, options, dtype)
-    carries = carried(plan, options, record)
+    return PreparedExport(plan, lora_files(layout, tensors, carried(plan, options, record), record), dtype)
+
+
+def lora_files(
+    layout: LoraLayout, tensors: tuple[Planned, ...], carries: Carried, record: str
+) -> tuple[PlannedFile, ...]:
+    """The files of a LoRA, that of its tensors first.
+
+    Args:
+        layout: its layout.
+        tensors: its tensors.
+        carries: how it states its scale.
+        record: how it was made.
+    """
     path = layout.path or ""
     if layout.container == "torch":
         file = PlannedFile(path, tensors=tensors, archive=TorchArchive(tensors, "module"))
@@ -298,8 +330,7 @@ def prepare_export(checkpoint: Checkpoint, options: ExportOptions, base: Checkpo
         metadata = {"format": "pt", RECORD_KEY: record, **carries.header}
         file = PlannedFile(path, safetensors_header(tensors, metadata), tensors)
     beside = {**layout.beside_content, **carries.files}
-    files = (file, *(PlannedFile(name, content) for name, content in beside.items()))
-    return PreparedExport(plan, files, dtype)
+    return (file, *(PlannedFile(name, content) for name, content in beside.items()))
 
 
 def _record(plan: LoraPlan, checkpoint: Checkpoint, options: ExportOptions, dtype: DType) -> str:
@@ -313,7 +344,8 @@ def _record(plan: LoraPlan, checkpoint: Checkpoint, options: ExportOptions, dtyp
         models=tuple(model.slug for model in plan.transformer.models),
         transformer_layers=plan.transformer.layers,
         hidden_size=plan.transformer.hidden,
-        rank=plan.rank,
+        rank=one_rank(target_ranks(plan, options)),
+        cut_to=options.rank,
         alpha=plan.scale.alpha,
         scaling=plan.scaling,
         alpha_source=plan.scale.source,

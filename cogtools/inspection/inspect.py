@@ -5,15 +5,16 @@ No weights are read unless asked for; the result is plain data.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.conversion.lora import find_lora, find_transformer
+from cogtools.conversion.lora import find_lora, find_transformer, scale_of
 from cogtools.inspection.contents import files_of, iterations_of, judged, kinds_of, trainer_facts
 from cogtools.inspection.listing import add_offsets, add_statistics, list_tensors, select
-from cogtools.inspection.lora import describe_lora, scale_of
+from cogtools.inspection.lora import describe_lora
 from cogtools.inspection.report import CheckpointReport, InspectReport, ModelReport
 from cogtools.inspection.selection import Selection
 from cogtools.inspection.totals import dtype_totals, second_copy, section_totals, stored_bytes, unviewed_bytes
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from cogtools.checkpoint.index import Checkpoint
     from cogtools.conversion.lora import Lora
-    from cogtools.inspection.report import LoraReport
+    from cogtools.inspection.report import LoraComparison, LoraReport
     from cogtools.layouts.family import Transformer
 
 
@@ -159,9 +160,24 @@ def inspect_checkpoints(
         )
         for path in paths
     )
+    comparison = None
+    if selection.statistics and len(paths) == 2 and all(report.lora is not None for report in reports):
+        comparison = _compare(paths, iteration=iteration, ema=ema)
     if plot is None:
-        return InspectReport(reports)
+        return InspectReport(reports, comparison=comparison)
     from cogtools.inspection.plot import plot_updates
 
     plot_updates(reports, Path(plot))
-    return InspectReport(reports, Path(plot))
+    return InspectReport(reports, Path(plot), comparison)
+
+
+def _compare(paths: Sequence[str | os.PathLike[str]], *, iteration: int | None, ema: bool) -> LoraComparison | None:
+    """What changed from the LoRA of the first checkpoint to that of the second; None if one has none that is known."""
+    from cogtools.inspection.comparison import compare_loras
+
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_checkpoint(path, iteration=iteration, ema=ema)) for path in paths]
+        first, second = map(find_lora, opened)
+        if first is None or second is None or first.layout is None or second.layout is None:
+            return None
+        return compare_loras(first, second)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cogtools.conversion.lora import find_scale, read_config
-from cogtools.conversion.plan import LoraPlan, plan_lora
+from cogtools.conversion.lora import scale_of
+from cogtools.conversion.options import FORMATS
+from cogtools.conversion.plan import LoraPlan, can_hold, plan_lora
+from cogtools.conversion.readers import readers_of
 from cogtools.conversion.refusals import refuse_unexportable
 from cogtools.conversion.scale import BY_NOTHING
-from cogtools.errors import CogtoolsError, Hint
+from cogtools.errors import CogtoolsError, Hint, command
 from cogtools.inspection.report import ExportOutlook, LoraReport
-from cogtools.layouts import diffusers
+from cogtools.layouts import comfyui, diffusers
 from cogtools.layouts.folded import fold_names
-from cogtools.layouts.lora import is_lora_key
+from cogtools.layouts.recognition import BY_NAME
 
 if TYPE_CHECKING:
     from cogtools.checkpoint.index import Checkpoint
     from cogtools.conversion.lora import Lora
-    from cogtools.conversion.scale import Scale
     from cogtools.layouts.family import LoraKey, Transformer
 
 
@@ -30,14 +31,13 @@ def describe_lora(checkpoint: Checkpoint, lora: Lora, model: Transformer | None)
     kinds = {(name.name, name.part) for name in expected if name.layer is not None}
     lacking = sorted(expected - lora.tensors.keys(), key=lambda name: name.order)
     missing = tuple(fold_names(lacking, kinds))
-    everything = [entry for key, entry in checkpoint.tensors.items() if is_lora_key(key)]
     stated = lora.stated.get(lora.intended.scale)
     scalings = () if scale is None else (scaling for scaling in scale.scalings.values() if scaling is not None)
     return LoraReport(
         layout=None if lora.layout is None else lora.layout.name,
         names=names_of(lora),
-        tensors=len(everything),
-        size_bytes=sum(entry.size_bytes for entry in everything),
+        tensors=len(lora.everything),
+        size_bytes=sum(entry.size_bytes for entry in lora.everything),
         layers=lora.layers,
         modules=len(lora.modules),
         ranks=tuple(sorted(set(lora.ranks.values()))),
@@ -52,6 +52,7 @@ def describe_lora(checkpoint: Checkpoint, lora: Lora, model: Transformer | None)
         misstated=stated.problems if stated is not None else (),
         scalings=tuple(sorted(set(scalings))),
         export=outlook,
+        readers=readers_of(lora, scale, model),
     )
 
 
@@ -71,7 +72,14 @@ def _export_outlook(checkpoint: Checkpoint) -> tuple[LoraPlan | None, ExportOutl
             possible=False, reason=error.what, found=error.found, hint=_elsewhere(error.hint), problems=error.problems
         )
     size_bytes = sum(plan.entry(name).size_bytes for name in plan.names)
-    return plan, ExportOutlook(possible=True, tensors=len(plan.names), size_bytes=size_bytes, notices=plan.notices)
+    lora = plan.lora
+    formats = tuple(name for name in FORMATS if can_hold(BY_NAME[name], lora))
+    usual = (diffusers.LAYOUT, comfyui.LAYOUT)
+    other = next((layout.name for layout in usual if layout.name in formats and layout is not lora.layout), None)
+    hint = None if other is None else command("export-lora", checkpoint.path, "OUT_DIR", "--format", other)
+    return plan, ExportOutlook(
+        possible=True, tensors=len(plan.names), size_bytes=size_bytes, formats=formats, notices=plan.notices, hint=hint
+    )
 
 
 def _elsewhere(hint: Hint | None) -> Hint | None:
@@ -93,17 +101,6 @@ def _expected(lora: Lora, model: Transformer | None, plan: LoraPlan | None) -> f
         return every
     targeted = set(stated.targeted([name.module for name in every]))
     return frozenset(name for name in every if name.module in targeted)
-
-
-def scale_of(lora: Lora) -> Scale | None:
-    """A LoRA's scale, and who states it; None if that cannot be read."""
-    if lora.layout is None:
-        return None
-    try:
-        config, _ = read_config(lora, by_hand=None)
-        return find_scale(lora, config=config)
-    except CogtoolsError:
-        return None
 
 
 def _is_complete(checkpoint: Checkpoint, lora: Lora, missing: tuple[str, ...]) -> bool:

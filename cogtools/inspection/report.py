@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from cogtools.checkpoint.paths import AnyPath
     from cogtools.checkpoint.pickle.dangers import Danger
+    from cogtools.conversion.readers import Reader
     from cogtools.errors import Hint, Problem
 
 
@@ -178,6 +179,52 @@ class UpdateReport:
 
 
 @dataclass(frozen=True, slots=True)
+class ModuleChange:
+    """How the update of one module differs between two LoRAs.
+
+    Attributes:
+        layer: of the module; None if it lies beside the layers.
+        module: its name.
+        first_norm: the Frobenius norm of the first's scaling * lora_B @ lora_A; 0 if it does not adapt the module.
+        second_norm: the same of the second.
+        difference: the norm of the difference of the two over the first's norm; None if that is 0.
+        cosine: the cosine of the angle between the two, as vectors; None if one of them is 0.
+        not_computed: why none of this is there; None if it is.
+    """
+
+    layer: int | None
+    module: str
+    first_norm: float | None = None
+    second_norm: float | None = None
+    difference: float | None = None
+    cosine: float | None = None
+    not_computed: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoraComparison:
+    """What changed from one LoRA to another, over all modules that could be computed.
+
+    Attributes:
+        modules: each module that one of them adapts.
+        first_norm: the norm of all the first's updates together.
+        second_norm: the same of the second.
+        difference: the norm of the difference over the first's; None if that is 0.
+        cosine: the cosine of the angle between the two, as vectors; None if one of them is 0.
+        only_first: how many modules only the first adapts.
+        only_second: how many modules only the second adapts.
+    """
+
+    modules: tuple[ModuleChange, ...]
+    first_norm: float
+    second_norm: float
+    difference: float | None
+    cosine: float | None
+    only_first: int
+    only_second: int
+
+
+@dataclass(frozen=True, slots=True)
 class ExportOutlook:
     """What `export-lora` would make of a LoRA.
 
@@ -185,16 +232,18 @@ class ExportOutlook:
         possible: whether it would.
         tensors: how many it would write; 0 if it would not.
         size_bytes: of these tensors.
+        formats: those that can hold it.
         notices: what it would say.
         reason: why it would not.
         found: what it finds instead of what it needs.
-        hint: what it would advise.
+        hint: a command that makes a file for another program, or what it would advise where it would not.
         problems: what is wrong with single keys.
     """
 
     possible: bool
     tensors: int = 0
     size_bytes: int = 0
+    formats: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
     reason: str | None = None
     found: str | None = None
@@ -229,6 +278,7 @@ class LoraReport:
         scalings: what its updates are multiplied by, each once: alpha / rank, or 1 where nothing is stated; () if
             that is not known.
         export: what `export-lora` would make of it.
+        readers: what every program that is known does with the file.
         updates: per module; None if not asked for.
     """
 
@@ -250,6 +300,7 @@ class LoraReport:
     misstated: tuple[Problem, ...]
     scalings: tuple[float, ...]
     export: ExportOutlook
+    readers: tuple[Reader, ...]
     updates: tuple[UpdateReport, ...] | None = None
 
 
@@ -344,7 +395,14 @@ class CheckpointReport:
 
 @dataclass(frozen=True, slots=True)
 class InspectReport:
-    """What `inspect` prints: one report per checkpoint, and the picture that was drawn."""
+    """What `inspect` prints.
+
+    Attributes:
+        checkpoints: one report per checkpoint.
+        plot: the picture that was drawn; None if none was asked for.
+        comparison: what changed from the first LoRA to the second; None unless statistics of two were asked for.
+    """
 
     checkpoints: tuple[CheckpointReport, ...]
     plot: Path | None = None
+    comparison: LoraComparison | None = None

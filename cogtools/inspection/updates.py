@@ -65,7 +65,7 @@ def lora_updates(
 
 def _update(module: Module, a: TensorEntry | None, b: TensorEntry | None, scaling: float | None) -> UpdateReport:
     try:
-        a, b = _checked(a, b)
+        a, b = checked_factors(a, b)
         norm, effective_rank = update_strength(
             tensor_doubles(a), tensor_doubles(b), 1.0 if scaling is None else scaling
         )
@@ -121,7 +121,7 @@ def _root(gram: Array) -> Array:
         return root
 
 
-def _checked(a: TensorEntry | None, b: TensorEntry | None) -> tuple[TensorEntry, TensorEntry]:
+def checked_factors(a: TensorEntry | None, b: TensorEntry | None) -> tuple[TensorEntry, TensorEntry]:
     """The two factors, if they are those of one update that can be computed."""
     if a is None or b is None:
         raise NotComputedError("one factor only")

@@ -33,6 +33,8 @@ class Way(NamedTuple):
         lone: the factors that, without the other, make it load nothing.
         whole: whether it loads nothing unless it knows every tensor of the LoRA.
         without_weight: whether keys may lack `.weight`.
+        wrapper: the keys under which the state dict has to lie; None if that does not matter.
+        note: what users of the program should know of a file that it loads so.
     """
 
     spellings: tuple[Spelling, ...]
@@ -42,6 +44,8 @@ class Way(NamedTuple):
     lone: str = ""
     whole: bool = False
     without_weight: bool = False
+    wrapper: tuple[str, ...] | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +58,6 @@ class Program:
         ways: how it reads a file.
         otherwise: what happens where it reads nothing.
         strength_step: the steps in which its users set the strength; 0 if any number can be set.
-        note: what its users should know, where it loads a file.
     """
 
     name: str
@@ -62,18 +65,26 @@ class Program:
     ways: tuple[Way, ...]
     otherwise: str
     strength_step: float = 0.0
-    note: str | None = None
 
 
 def _spellings(layout: LoraLayout) -> tuple[Spelling, ...]:
     return (layout.written, *layout.also_read)
 
 
+_NOT_MERGED = "it prints errors and goes on without the LoRA; a ValueError for a key that it does not know"
 _DIFFUSERS = Way(_spellings(diffusers.LAYOUT), "header", "refused", WITHOUT_LORA)
 _KOHYA = tuple(
     spelling
     for spelling in _spellings(videox_fun.LAYOUT)
     if spelling.names is videox_fun.NAMES and spelling.style is videox_fun.LAYOUT.written.style
+)
+_VIDEOX_FUN = Way(
+    _spellings(videox_fun.LAYOUT),
+    "alpha_tensors",
+    "applied",
+    ANY_KEY,
+    "AB",
+    note="set lora_weight to 1.0: its examples have 0.55",
 )
 
 PROGRAMS = (
@@ -92,7 +103,15 @@ PROGRAMS = (
     Program(
         "PEFT",
         peft.LAYOUT,
-        (Way(_spellings(peft.LAYOUT), "adapter_config", "ignored"),),
+        (
+            Way(
+                _spellings(peft.LAYOUT),
+                "adapter_config",
+                "ignored",
+                note="diffusers loads it too, by load_lora_adapter(prefix='base_model.model'): at scaling 1 unless the "
+                "file's header states the scale",
+            ),
+        ),
         "at most a warning about missing adapter keys",
     ),
     Program(
@@ -106,24 +125,16 @@ PROGRAMS = (
         "kijai's ComfyUI-CogVideoXWrapper",
         diffusers.LAYOUT,
         # It hands a file with lora_B in a key to diffusers, and merges any other itself.
-        (_DIFFUSERS, Way(_KOHYA, "alpha_tensors", "applied", ANY_KEY, "AB", whole=True)),
+        (
+            _DIFFUSERS._replace(note="with diffusers older than 0.34 at scaling 1"),
+            Way(_KOHYA, "alpha_tensors", "applied", ANY_KEY, "AB", whole=True),
+        ),
         "an error",
         strength_step=0.0001,
-        note="it reads the header where diffusers is 0.34 or newer",
     ),
+    Program("VideoX-Fun", videox_fun.LAYOUT, (_VIDEOX_FUN,), _NOT_MERGED),
     Program(
-        "VideoX-Fun",
-        videox_fun.LAYOUT,
-        (Way(_spellings(videox_fun.LAYOUT), "alpha_tensors", "applied", ANY_KEY, "AB"),),
-        "it prints errors and goes on without the LoRA; a ValueError for a key that it does not know",
-        note="set lora_weight to 1.0: its examples have 0.55",
-    ),
-    Program(
-        "VideoX-Fun before November 2025",
-        videox_fun.LAYOUT,
-        (Way(_KOHYA, "alpha_tensors", "applied", ANY_KEY, "AB"),),
-        "it prints errors and goes on without the LoRA",
-        note="set lora_weight to 1.0: its examples have 0.55",
+        "VideoX-Fun before November 2025", videox_fun.LAYOUT, (_VIDEOX_FUN._replace(spellings=_KOHYA),), _NOT_MERGED
     ),
     Program(
         "DiffSynth-Studio <= 1.1.9",
@@ -134,11 +145,19 @@ PROGRAMS = (
     Program(
         "SAT",
         sat.LAYOUT,
-        (Way((sat.LAYOUT.written,), "training_config", "ignored"),),
+        (
+            Way(
+                (sat.LAYOUT.written,),
+                "training_config",
+                "ignored",
+                wrapper=("module",),
+                note="it takes r and lora_alpha from the yaml that it is started with",
+            ),
+        ),
         "nothing is printed: missing keys stay random",
-        note="it takes r and lora_alpha from the yaml that it is started with",
     ),
 )
+"""In the order in which reports list them."""
 
 
 class Trap(NamedTuple):

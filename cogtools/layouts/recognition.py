@@ -6,6 +6,7 @@ from collections import Counter
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from cogtools.formatting import shown
 from cogtools.layouts import comfyui, diffsynth, diffusers, peft, sat, videox_fun
 from cogtools.layouts.family import LoraKey
 from cogtools.layouts.lora import STYLES, LoraLayout, Spelling
@@ -169,7 +170,7 @@ def _oddity(reading: KeyReading) -> str:
     if names not in (own.names, comfyui.UNDERSCORES):  # diffusers' names, which VideoX-Fun reads too
         own = diffusers.LAYOUT.written
     if prefix != own.prefix and names is not comfyui.UNDERSCORES:
-        words.append(_PREFIXES.get(prefix, f"after an unknown prefix {prefix!r}"))
+        words.append(_PREFIXES.get(prefix, f"after an unknown prefix {shown(prefix)}"))
     if style != own.style and names is not comfyui.UNDERSCORES:
         words.append(f"with {style.title} for {own.style.title}")
     if adapter != own.adapter:

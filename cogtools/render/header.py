@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from cogtools.conversion.scale import ALPHA_SOURCES
 from cogtools.errors import SHOWN_PROBLEMS
 from cogtools.formatting import counted, first_of, fold_numbers, number, size, truncate
+from cogtools.render.readers import reader_lines
 from cogtools.render.text import Line
 
 if TYPE_CHECKING:
@@ -116,11 +117,11 @@ def _tensors(report: CheckpointReport) -> str:
 
 
 def _lora_beside(report: CheckpointReport) -> Iterator[Line]:
-    """LoRA tensors that no command but this one sees."""
+    """LoRA tensors whose keys are spread over nested dicts."""
     tensors = next((section.tensors for section in report.sections if section.section == "lora"), 0)
     if tensors:
         yield _field("LoRA", f"{counted(tensors, 'tensor')}, but not in the state dict (see --lora)", "yellow")
-        yield _field("exports to", "nothing: export-lora looks in the state dict only")
+        yield _field("exports to", "nothing: its keys are spread over nested dicts")
 
 
 def _second_copy(copy: SecondCopy, stored_bytes: int) -> Line:
@@ -148,6 +149,7 @@ def _lora(lora: LoraReport) -> Iterator[Line]:
         label = "keys" if lora.complete is None else "unexpected"
         yield _field(label, _some(lora.unplaced), "yellow")
     yield from _alpha(lora)
+    yield from (_field(label, text) for label, text in reader_lines(lora.readers))
     yield from _export(lora.export)
 
 
@@ -184,6 +186,9 @@ def _export(outlook: ExportOutlook) -> Iterator[Line]:
         yield _field("exports to", f"{outlook.tensors} tensors, {size(outlook.size_bytes)}, in diffusers' layout")
         for text in outlook.notices:
             yield _field("", text)
+        yield _field("formats", ", ".join(outlook.formats))
+        if outlook.hint is not None:
+            yield _field("", f"try: {outlook.hint}")
         return
     found = f" (found: {outlook.found})" if outlook.found else ""
     yield _field("no export", f"{outlook.reason}{found}", "yellow")

@@ -11,9 +11,9 @@ from cogtools.layouts.folded import fold_modules
 from cogtools.render.text import Line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from cogtools.inspection.report import LoraReport, UpdateReport
+    from cogtools.inspection.report import LoraReport, ModuleChange, UpdateReport
 
 _HEAT = (17, 18, 19, 20, 26, 32, 38, 37, 36, 35, 71, 107, 143, 179, 215, 221, 227)
 """Dark blue over green to yellow, in the 256 colours of terminals."""
@@ -36,7 +36,7 @@ class _Scale(NamedTuple):
     @classmethod
     def over(cls, values: Iterable[float | None]) -> _Scale:
         known = [value for value in values if value is not None]
-        return cls(min(known), max(known))
+        return cls(min(known, default=0.0), max(known, default=0.0))
 
     def style(self, value: float) -> str:
         """The style for a number; that of the middle if all numbers are equal."""
@@ -55,12 +55,17 @@ def heat_map_lines(lora: LoraReport, updates: Sequence[UpdateReport]) -> Iterato
         measures = f"norm of {_scaled_by(computed)}, and effective rank (at most {max(lora.ranks)})"
         yield Line(measures, wrap=True)
         yield from _rows(computed)
-    reasons: dict[str, list[UpdateReport]] = defaultdict(list)
+    yield from not_computed_lines(updates)
+
+
+def not_computed_lines(updates: Sequence[UpdateReport | ModuleChange]) -> Iterator[Line]:
+    """The modules that are not computed, by the reason."""
+    reasons: dict[str, list[Module]] = defaultdict(list)
     for update in updates:
         if update.not_computed is not None:
-            reasons[update.not_computed].append(update)
+            reasons[update.not_computed].append(Module(update.layer, update.module))
     for reason, members in reasons.items():
-        where = fold_modules(Module(update.layer, update.module) for update in members)
+        where = fold_modules(members)
         yield Line((f"not computed: {counted(len(members), 'module')} with {reason} ({where})", "yellow"), wrap=True)
 
 
@@ -73,21 +78,34 @@ def _scaled_by(updates: Sequence[UpdateReport]) -> str:
 
 
 def _rows(updates: Sequence[UpdateReport]) -> Iterator[Line]:
-    by_place = {(update.layer, update.module): update for update in updates}
-    columns = [name for name in IN_LAYERS if any(update.module == name for update in updates)]
-    norms = _Scale.over(update.norm for update in updates)
-    ranks = _Scale.over(update.effective_rank for update in updates)
+    by_place = {Module(update.layer, update.module): update for update in updates}
+    norms = {module: update.norm for module, update in by_place.items()}
+    ranks = {module: update.effective_rank for module, update in by_place.items()}
+    yield from module_rows([(norms, ".3g"), (ranks, ".1f")])
+
+
+def module_rows(measures: Sequence[tuple[Mapping[Module, float | None], str]]) -> Iterator[Line]:
+    """Layers x modules, side by side for each measure; then those beside the layers.
+
+    Args:
+        measures: a number for each module, and how it is formatted. All have the same modules.
+    """
+    modules = sorted({module for values, _ in measures for module in values}, key=lambda module: module.order)
+    columns = [name for name in IN_LAYERS if any(module.name == name for module in modules)]
+    scales = [_Scale.over(values.values()) for values, _ in measures]
     names = "".join(f" {name:>{_WIDTH}}" for name in columns)
-    yield Line((f"layer {names}  {names}", "dim"))
-    for layer in sorted({update.layer for update in updates if update.layer is not None}):
-        row = [by_place.get((layer, name)) for name in columns]
-        strengths = _cells([update.norm if update else None for update in row], ".3g", norms)
-        directions = _cells([update.effective_rank if update else None for update in row], ".1f", ranks)
-        yield Line(f"{layer:>5} ", *strengths, "  ", *directions)
-    for update in updates:
-        if update.layer is None:
-            strength, direction = _cells([update.norm], ".3g", norms), _cells([update.effective_rank], ".1f", ranks)
-            yield Line(f"{update.module:<14}", *strength, "  ", *direction)
+    yield Line((f"layer {'  '.join([names] * len(measures))}", "dim"))
+    rows: dict[str, list[Module]] = {}
+    for module in modules:
+        if module.layer is not None:
+            rows[f"{module.layer:>5} "] = [Module(module.layer, name) for name in columns]
+    rows |= {f"{module.name:<14}": [module] for module in modules if module.layer is None}
+    for label, row in rows.items():
+        parts: list[str | tuple[str, str]] = [label]
+        for (values, form), scale in zip(measures, scales, strict=True):
+            parts += ["  "] if len(parts) > 1 else []
+            parts += _cells([values.get(module) for module in row], form, scale)
+        yield Line(*parts)
 
 
 def _cells(values: Iterable[float | None], form: str, scale: _Scale) -> Iterator[str | tuple[str, str]]:

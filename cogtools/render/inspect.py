@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cogtools.formatting import counted
+from cogtools.render.comparison import comparison_lines
 from cogtools.render.header import header_lines, section_lines
 from cogtools.render.heat_map import heat_map_lines
 from cogtools.render.table import table_lines
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 def show_inspection(report: InspectReport, *, tree: bool = False) -> None:
     """Print what was found."""
     output = output_of(sys.stdout)
-    emit("\n\n".join(_inspection(checkpoint, output, tree=tree) for checkpoint in report.checkpoints))
+    parts = [_inspection(checkpoint, output, tree=tree) for checkpoint in report.checkpoints]
+    if report.comparison is not None:
+        parts.append(output.draw(comparison_lines(report.comparison)))
+    emit("\n\n".join(parts))
     if report.plot is not None:
         notice(f"Picture written to {report.plot}.")
 

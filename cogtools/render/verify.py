@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cogtools.errors import SHOWN_PROBLEMS
 from cogtools.formatting import first_of, number, size
+from cogtools.render.readers import reader_lines
 from cogtools.render.text import Line, emit, notice, output_of
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def show_verification(report: VerifyReport, *, quiet: bool = False) -> None:
     output = output_of(sys.stdout)
     lines = _piped(checks) if output.width is None else _on_terminal(checks)
     verdict = Line((verdict_line(report), _STYLES[report.verdict]))
-    emit(output.draw([*_about(report), "", *lines, "", verdict]))
+    emit(output.draw([*_about(report), "", *lines, "", *_readers(report), verdict]))
 
 
 def _about(report: VerifyReport) -> list[str]:
@@ -36,11 +37,19 @@ def _about(report: VerifyReport) -> list[str]:
     scaling = ", ".join(map(number, report.scaling)) or "unknown"
     dtype = ", ".join(report.dtype) or "none"
     lora = f"{report.layout}, {len(report.layers)} layers, rank {rank}, {dtype}, effective scaling {scaling}"
-    rows = [("file", f"{report.path} ({size(report.size_bytes)})")]
+    rows = [("file", f"{report.path} ({size(report.size_bytes)}), held against {report.reader}")]
     rows += [("model", report.model), ("LoRA", lora)] if report.layers else [("LoRA", "none")]
     if report.against is not None:
         rows.append(("against", str(report.against)))
     return [f"{name:<8} {value}" for name, value in rows]
+
+
+def _readers(report: VerifyReport) -> Iterator[Line]:
+    """Who loads the file."""
+    for label, text in reader_lines(report.readers):
+        yield Line(f"{label:<10} ", text, wrap=True)
+    if report.readers:
+        yield Line("")
 
 
 def _piped(checks: list[Check]) -> Iterator[str]:

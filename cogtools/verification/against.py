@@ -17,7 +17,7 @@ from cogtools.checkpoint.decoding import doubles, tensor_doubles
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.conversion.plan import plan_lora
-from cogtools.conversion.scale import ALPHA_SOURCES, BY_DEFAULT, BY_HAND
+from cogtools.conversion.scale import ALPHA_SOURCES, BY_CONFIG, BY_DEFAULT, BY_HAND, BY_NOTHING
 from cogtools.conversion.training_config import FILE_NAME as CONFIG_FILE_NAME
 from cogtools.errors import CheckpointError, Hint, Problem, command
 from cogtools.formatting import counted, number
@@ -103,9 +103,10 @@ def _folded_in(lora: Lora, plan: LoraPlan, module: Module) -> float:
     """What a module's update in the file was multiplied by, as its record says: 1 where nothing was folded in."""
     if lora.record.scale != "fold":
         return 1.0
-    if lora.record.alpha is None:
-        return plan.scalings.get(module, 1.0)
-    return lora.record.alpha / plan.lora.ranks[module]
+    rank = plan.lora.ranks[module]
+    recorded = lora.record.scaling_of(rank)
+    scaling = plan.scalings.get(module, 1.0) if recorded is None else recorded
+    return scaling / (lora.intended.scaling_unstated(rank) or 1.0)
 
 
 def _check_tensors(lora: Lora, source: Source, advance: Callable[[int], None]) -> Check:
@@ -186,10 +187,10 @@ class _Comparison:
 
     def _compare_bits(self, tensor: LoraTensor, source: TensorEntry) -> Problem | None:
         dtype = source.dtype
-        written = tensor.entry.storage.range()
+        read = _reader(tensor.entry)
         position, different, index, values = 0, 0, 0, (0.0, 0.0)
         for expected in tensor_chunks(source):
-            found = written.file.read(written.offset_bytes + position, len(expected))
+            found = read(position, len(expected))
             if found != expected:
                 bits = FLOAT_FORMATS[dtype.name].bits
                 places = np.flatnonzero(np.frombuffer(found, bits) != np.frombuffer(expected, bits))
@@ -227,9 +228,11 @@ class _Comparison:
 
         The division is read off lora_A's largest value; the product of the two factors is always the scaling.
         """
+        module = name.module
+        if self._folded and name.part == "bias":
+            return _folded_in(self._lora, self._plan, module)
         if not self._folded or name.part not in ("A", "B"):
             return 1.0
-        module = name.module
         if name.part == "A":
             largest = int(np.argmax(np.abs(exact)))
             ratio = found[largest] / exact[largest] if exact[largest] else 1.0
@@ -237,6 +240,15 @@ class _Comparison:
             self._split[module] = 2.0 ** round(math.log2(ratio)) if usable else 1.0
             return self._split[module]
         return _folded_in(self._lora, self._plan, module) / self._split.get(module, 1.0)
+
+
+def _reader(entry: TensorEntry) -> Callable[[int, int], bytes]:
+    """Reads the bytes of a tensor: a position, and how many."""
+    place = entry.range()
+    if place is None:  # they have to be rearranged first
+        whole = b"".join(tensor_chunks(entry))
+        return lambda position, size_bytes: whole[position : position + size_bytes]
+    return lambda position, size_bytes: place.file.read(place.offset_bytes + position, size_bytes)
 
 
 def _norm(values: NDArray[np.float64]) -> float:
@@ -273,18 +285,20 @@ def _check_scale(lora: Lora, plan: LoraPlan, found: Mapping[Module, float]) -> C
     seen = f"scaling {figures(wrong.values())}"
     seen += "" if len(wrong) == len(found) else f" in {counted(len(wrong), 'module')}"
     by_hand = _by_hand(record, plan, wrong)
+    is_unstated = plan.config is None and plan.scale.source in (BY_DEFAULT, BY_NOTHING)
     if is_nothing and record.scale == "none":
         weight = figures(wanted.values())
-        if plan.config is None and record.alpha is not None and plan.rank is not None:
-            weight = number(record.alpha / plan.rank)
+        recorded = record.scaling_of(plan.rank) if plan.rank is not None else None
+        if is_unstated and recorded is not None:
+            weight = number(recorded)
         return Check(name, "warn", f"left out, as the file's record says: load it at weight {weight}")
-    if plan.config is None and by_hand:
+    if is_unstated and by_hand:
         return Check(name, "pass", f"{seen}: {by_hand}{_over(plan.rank, record)}")
-    if plan.config is None and not is_nothing and plan.scale.source == BY_DEFAULT:
+    if is_unstated and not is_nothing and plan.scale.source == BY_DEFAULT:
         return Check(name, "warn", f"{seen}; {_not_known(record)}", hint=_KEEP_THE_CONFIG)
     if by_hand:
         seen = f"{seen}: {by_hand}{_over(plan.rank, record)}; but {_contradiction(plan)}"
-        return Check(name, "warn", seen, hint=_WITHOUT_ALPHA)
+        return Check(name, "warn", seen, hint=_WITHOUT_ALPHA if plan.config is not None else None)
     return Check(name, "fail", f"{seen}, where the training's is {figures(wanted.values())}: {why}")
 
 
@@ -302,13 +316,16 @@ def _over(rank: int | None, record: ExportRecord) -> str:
 
 def _by_hand(record: ExportRecord, plan: LoraPlan, scalings: Mapping[Module, float]) -> str | None:
     """The alpha that was given to the exporter by hand, if the file's record says so and these scalings are its."""
-    alpha = record.alpha_by_hand
-    if alpha is None:
+    alpha, scaling = record.alpha_by_hand, record.scaling_by_hand
+    if alpha is None and scaling is None:
         return None
     ranks = plan.lora.ranks
-    is_it = all(math.isclose(scaling, alpha / ranks[module], rel_tol=1e-9) for module, scaling in scalings.items())
-    source = f"{ALPHA_SOURCES[BY_HAND]}, as the file's record says"
-    return f"alpha {number(alpha)} ({source})" if is_it else None
+    is_it = all(
+        math.isclose(value, record.scaling_of(ranks[module]) or 0.0, rel_tol=1e-9) for module, value in scalings.items()
+    )
+    source = f"{ALPHA_SOURCES[record.alpha_source or BY_HAND]}, as the file's record says"
+    stated = f"alpha {number(alpha)}" if alpha is not None else f"scaling {number(scaling or 0.0)}"
+    return f"{stated} ({source})" if is_it else None
 
 
 _WITHOUT_ALPHA = Hint(f"if {CONFIG_FILE_NAME} is right, export again without --alpha")
@@ -328,4 +345,6 @@ def _contradiction(plan: LoraPlan) -> str:
     shown = "different by module" if alpha is None else number(alpha)
     if plan.scale.source == BY_DEFAULT:
         return f"{CONFIG_FILE_NAME} sets no lora_alpha, so the training used {shown}, SAT's default"
-    return f"{CONFIG_FILE_NAME} says alpha {shown}"
+    if plan.scale.source == BY_CONFIG:
+        return f"{CONFIG_FILE_NAME} says alpha {shown}"
+    return f"alpha {shown} is {ALPHA_SOURCES[plan.scale.source]} of what it was made of"

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cogtools.checkpoint.formats import safetensors
 from cogtools.conversion.adapter_config import path_ends
 from cogtools.conversion.plan import FLOATS
 from cogtools.conversion.scale import BY_NOTHING
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from cogtools.conversion.adapter_config import AdapterConfig
     from cogtools.conversion.lora import Lora
-    from cogtools.conversion.record import ExportRecord
     from cogtools.layouts.family import Module
     from cogtools.verification.expected import Expected
 
@@ -40,7 +40,8 @@ _NO_TENSORS = "no tensors"
 def check_readable(lora: Lora) -> Check:
     """Always passes: a file that could not be opened has no checks."""
     tensors = counted(len(lora.checkpoint.tensors), "tensor")
-    return Check("readable", "pass", f"{tensors}, the safetensors library reads it too")
+    is_safetensors = lora.checkpoint.format == safetensors.FORMAT
+    return Check("readable", "pass", tensors + (", the safetensors library reads it too" if is_safetensors else ""))
 
 
 def misnamed(lora: Lora) -> dict[str, LoraKey]:
@@ -131,7 +132,7 @@ def _who_reads_them(lora: Lora, odd: Mapping[str, LoraKey]) -> Hint:
     layout, path = lora.intended, lora.checkpoint.path
     if not lora.tensors:
         return _look(lora)
-    again = command("export-lora", path, "OUT_DIR", advice=f"for {layout.reader}")
+    again = command("export-lora", path, "OUT_DIR", "--format", layout.name, advice=f"for {layout.reader}")
     if not odd:
         return Hint(f"name it {layout.file_name}") if _wrong_file_name(lora) else _look(lora)
     readers = {None if (reading := lora.reading(key)) is None else reading.layout for key in odd}
@@ -348,8 +349,12 @@ def _scale_without_config(lora: Lora, found: Mapping[Module, float]) -> Check:
         return Check("scale", "fail", f"there is no adapter_config.json, without which {layout.reader} loads nothing")
     statement = lora.statements().get(layout.scale)
     if statement is not None:
-        alpha = f": alpha {number(statement.alpha)} in {counted(len(lora.alphas), 'tensor')}" if statement.alpha else ""
+        where = f" in {counted(len(lora.alphas), 'tensor')}" if lora.alphas else ""
+        alpha = f": alpha {number(statement.alpha)}{where}" if statement.alpha else ""
         return Check("scale", "pass", f"scaling {figures(found.values())}{alpha}")
+    if layout.unstated_alpha is not None:
+        default = f"its default alpha, {number(layout.unstated_alpha)}"
+        return Check("scale", "pass", f"{layout.reader} runs it at scaling {figures(found.values())}: {default}")
     if layout.scale == "nowhere":
         return Check("scale", "pass", f"{layout.reader} reads no scale: it runs the file at scaling 1")
     where = {"header": diffusers.METADATA_KEY, "alpha_tensors": "alpha tensors"}.get(layout.scale, layout.scale)
@@ -389,14 +394,14 @@ def _cure(problems: Iterable[Problem], lora: Lora) -> Hint | None:
 def _weight(lora: Lora) -> Hint:
     """How to load a file that does not state its scale, and how to make one of it that does."""
     record, path = lora.record, lora.checkpoint.path
-    if record.scale == "none" and record.alpha is not None and record.rank is not None:
-        weight = number(record.alpha / record.rank)
-        return Hint(f"load it at weight {weight}, as it was exported with --scale none")
     rank = next(iter(lora.ranks.values()), 0)
+    recorded = record.scaling_of(rank) if record.scale == "none" else None
+    if recorded is not None:
+        return Hint(f"load it at weight {number(recorded)}, as it was exported with --scale none")
     weight = number(1 / rank) if rank else "1 / rank"
     return command(
-        "export-lora", path, "OUT_DIR", "--alpha", "ALPHA",
-        advice=f"load it at weight alpha / rank ({weight} for SAT's default alpha); to write a file that states it",
+        "export-lora", path, "OUT_DIR", "--format", lora.intended.name, "--alpha", "1",
+        advice=f"load it at weight alpha / rank ({weight} for SAT's default alpha, 1); to write a file that states it",
     )  # fmt: skip
 
 
@@ -442,15 +447,23 @@ def check_record(lora: Lora, expected: Expected, found: Mapping[Module, float]) 
     name, record = "record", lora.record
     facts: list[str] = []
     problems: list[Problem] = []
-    scaling = recorded_scaling(record)
+    wanted = recorded_scalings(lora)
     stated = stated_of(lora)
     is_nothing = stated is None or stated.is_nothing
-    if scaling is not None and record.alpha is not None and not (record.scale == "none" and is_nothing):
-        facts.append(f"alpha {number(record.alpha)} (scale: {record.scale})")
-        wrong = [value for value in found.values() if not math.isclose(value, scaling, rel_tol=1e-9)]
+    if wanted and not (record.scale == "none" and is_nothing):
+        value = record.alpha if record.alpha is not None else record.scaling
+        if value is not None:
+            kind = "alpha" if record.alpha is not None else "scaling"
+            facts.append(f"{kind} {number(value)} (scale: {record.scale})")
+        wrong = {
+            module: scaling
+            for module, scaling in found.items()
+            if module in wanted and not math.isclose(scaling, wanted[module], rel_tol=1e-6)
+        }
         if wrong:
-            where = f"scaling {figures(wrong)} in {counted(len(wrong), 'module')}"
-            problems.append(Problem("scale", "the stated scale", where, f"scaling {number(scaling)}"))
+            where = f"scaling {figures(wrong.values())} in {counted(len(wrong), 'module')}"
+            due = figures(wanted[module] for module in wrong)
+            problems.append(Problem("scale", "the stated scale", where, f"scaling {due}"))
     rank_found, dtypes = ranks(lora, expected), [tensor.entry.dtype.name for tensor in lora.tensors.values()]
     if record.rank is not None and rank_found:
         facts.append(f"rank {record.rank}")
@@ -466,8 +479,12 @@ def check_record(lora: Lora, expected: Expected, found: Mapping[Module, float]) 
     return judged(name, problems, f"{seen}, as exported", f"exported with {seen}; the file was changed since")
 
 
-def recorded_scaling(record: ExportRecord) -> float | None:
-    """The scaling that a file should state by its record; None if that does not say."""
-    if record.alpha is None or record.rank is None or record.scale not in ("metadata", "fold", "none"):
-        return None
-    return 1.0 if record.scale == "fold" else record.alpha / record.rank
+def recorded_scalings(lora: Lora) -> dict[Module, float]:
+    """The scaling that each module of a file should have by its record, as far as that tells."""
+    record, layout = lora.record, lora.intended
+    found: dict[Module, float] = {}
+    for module, rank in lora.ranks.items():
+        scaling = record.scaling_of(rank) if record.scale in ("metadata", "fold", "none") and rank else None
+        if scaling is not None:
+            found[module] = (layout.scaling_unstated(rank) or 1.0) if record.scale == "fold" else scaling
+    return found

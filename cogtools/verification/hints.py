@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from cogtools.conversion.options import CASTS
 from cogtools.errors import Hint, command
+from cogtools.layouts import diffusers
+from cogtools.layouts.recognition import BY_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,14 +55,17 @@ def _export_again(lora: Lora, source: Sequence[object]) -> Hint:
     record, path = lora.record, lora.checkpoint.path
     if record.version is None:  # cogtools did not write it, and it may be the only copy
         return Hint(f"make it again with the program that wrote it; {lora.intended.reader} is to load it")
-    options: list[object] = []
-    if record.alpha_by_hand is not None:
-        options += ["--alpha", record.alpha_by_hand]
+    layout = BY_NAME.get(record.format or "", diffusers.LAYOUT)
+    options: list[object] = [] if layout is diffusers.LAYOUT else ["--format", layout.name]
+    for name, value in (("--alpha", record.alpha_by_hand), ("--scaling", record.scaling_by_hand)):
+        options += [name, value] if value is not None else []
     if record.scale == "fold":
         options += ["--scale", "fold"]
     if record.dtype in _CASTS and record.dtype != record.source_dtype:
         options += ["--dtype", _CASTS[record.dtype]]
-    out = path if path.suffix == ".safetensors" else path.parent
+    out = path
+    for _ in (layout.path or "").split("/") if layout.is_folder or path.suffix != ".safetensors" else ():
+        out = out.parent
     return command("export-lora", *source, out, *options, "--overwrite")
 
 

@@ -1,38 +1,31 @@
-"""Really loading a LoRA with the libraries that people load it with, into a transformer whose weights take no memory.
+"""Really loading a LoRA with the libraries that people load it with.
 
-The transformer has its real shapes. Every base parameter views one zero, so that 5.6 billion of them take nothing,
-and lies on the CPU: adapters of a model on the meta device would stay there and receive nothing. What the libraries
-say while they load is heard, whatever the log level; a word of theirs is a problem here.
+That runs in a process of its own (`load_child`), which this module starts: what a file states can make the libraries
+run without end, take all memory or crash. What would make them import modules by names that the file gives, or match
+an expression for an exponential time, is not handed on to them at all.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import math
-import warnings
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-import torch
-
-from cogtools.errors import Problem
-from cogtools.formatting import counted, number
-from cogtools.layouts.diffusers import module_path, parse_module
-from cogtools.layouts.family import HEAD_SIZE, MODELS
-from cogtools.verification.checks import figures, scalings
+from cogtools.checkpoint.paths import RemotePath
+from cogtools.errors import CheckpointError, KilledError, LibraryError, Problem
+from cogtools.layouts.family import HEAD_SIZE, Module
+from cogtools.verification import child
+from cogtools.verification.expected import stated_of
 from cogtools.verification.report import Check
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Mapping
 
     from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.lora import Lora
-    from cogtools.layouts.family import Model, Module, Transformer
+    from cogtools.errors import CogtoolsError
     from cogtools.verification.expected import Expected
     from cogtools.verification.report import Status
 
-LIBRARIES = ("diffusers", "peft", "transformers", "huggingface_hub", "accelerate")
+_CHILD = "cogtools.verification.load_child"
 
 
 class Loaded(NamedTuple):
@@ -49,71 +42,36 @@ class Loaded(NamedTuple):
     modules: dict[Module, float]
 
 
-def load_lora(lora: Lora, expected: Expected) -> Loaded:
-    """Load a file, and compare what the model then holds with it.
+def load_lora(lora: Lora, expected: Expected, *, model: str | None, layers: int | None) -> Loaded:
+    """Load a file with diffusers or PEFT, run every module that it adapts, and compare both with what it holds.
 
-    Every parameter of every adapter must be one of the file's tensors, with its dtype, shape and bytes, and every
-    tensor of the file such a parameter; every module that should be adapted is, at the scaling that the file states.
+    Args:
+        lora: the file.
+        expected: what it should hold.
+        model: the short name of its model, if the user stated it.
+        layers: the number of its layers, if the user stated it.
+
+    Raises:
+        KilledError: if the process that loads it gives no answer.
+        LibraryError: if the libraries cannot be imported.
+        CheckpointError: if they cannot open a file at this path.
     """
-    # Imported before anything is listened to: what they say of themselves is not about the file.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import diffusers
-        import peft
-        from diffusers.loaders import lora_pipeline  # noqa: F401
-        from diffusers.models.transformers import cogvideox_transformer_3d  # noqa: F401
-
-    libraries = {"diffusers": diffusers.__version__, "peft": peft.__version__}
-    names = " and ".join(f"{name} {version}" for name, version in libraries.items())
-
-    def found(status: Status, seen: str, problems: Sequence[Problem] = ()) -> Loaded:
-        modules = {} if status == "fail" else {module: scaling for module, (_, scaling) in adapters.items()}
-        return Loaded(Check("load", status, seen, tuple(problems)), libraries, modules)
-
-    adapters: dict[Module, tuple[bool, float]] = {}
     reason = _cannot(lora, expected)
     if reason is not None:
-        return found("fail", reason)
-    with _everything_said() as said:
-        try:
-            transformer = weightless_transformer(expected.transformer, _dtype(lora))
-            loaded = _load(lora, transformer)
-        except Exception as error:  # noqa: BLE001 - whatever they raise is what a user of the file would see
-            text = f"{type(error).__name__}: {_one_line(str(error))}"
-            return found("fail", f"{names} do not load it", [Problem("error", text)])
-    adapters, held = _adapters(lora, loaded)
-    problems = [*_wrong_modules(lora, expected, adapters), *_wrong_tensors(lora, held)]
-    heard = [Problem("library_warning", f"{library}: {_one_line(text)}") for library, text in said]
-    if problems or not all(text.startswith(_HARMLESS) for _, text in said):
-        return found("fail", f"{names}: not loaded as the file says", [*heard, *problems])
-    modules = f"{counted(len(adapters), 'module')} of {_which(expected.transformer)}"
-    scaling = figures(scaling for _, scaling in adapters.values())
-    what = f"{names}: {modules} took {counted(len(held), 'tensor')} at scaling {scaling}"
-    return found("warn" if heard else "pass", what + (", with a warning" if heard else ", without a warning"), heard)
-
-
-_HARMLESS = ("You have passed exclude_modules=",)
-"""How warnings begin that say nothing bad of a file: PEFT misses modules to exclude, as diffusers has told it which
-modules the file has."""
-
-
-def _configured_as(transformer: Transformer) -> Model:
-    """The model whose configuration the transformer is given: the first of those that it may be, or the smallest."""
-    return transformer.models[0] if transformer.models else MODELS[0]
-
-
-def _which(transformer: Transformer) -> str:
-    """The transformer that a file was loaded into."""
-    name = _configured_as(transformer).name
-    if not transformer.models:
-        return f"a {name} with {counted(transformer.layers, 'layer')} of hidden size {transformer.hidden}"
-    return name if len(transformer.models) == 1 else f"{name} (all of the 5B family have the same ones)"
+        return Loaded(Check("load", "fail", reason), {}, {})
+    refused = _not_handed_on(lora)
+    if refused:
+        seen = "not loaded: what the file states is not handed on to the libraries"
+        return Loaded(Check("load", "fail", seen, tuple(refused)), {}, {})
+    _refuse_path(lora.checkpoint.path)
+    question = {"path": str(lora.checkpoint.path), "model": model, "layers": layers}
+    return _read(child.ask(_CHILD, question, "loading the file with diffusers and PEFT"))
 
 
 def _cannot(lora: Lora, expected: Expected) -> str | None:
     """Why there is nothing to load the file into, or nothing that should read it; None if all is well."""
     transformer = expected.transformer
-    if not transformer.hidden or not transformer.layers:
+    if not lora.tensors or not transformer.hidden or not transformer.layers:
         return "the file has no LoRA tensors, so there is nothing to load"
     if transformer.hidden % HEAD_SIZE:
         return f"no CogVideoX transformer has hidden size {transformer.hidden}: its heads have {HEAD_SIZE} each"
@@ -123,162 +81,59 @@ def _cannot(lora: Lora, expected: Expected) -> str | None:
     return None
 
 
-def _dtype(lora: Lora) -> torch.dtype:
-    """The dtype of the base weights: the file's, since PEFT casts adapters to it without a word."""
-    name = next((tensor.entry.dtype.name for tensor in lora.tensors.values()), "float32")
-    dtype = getattr(torch, name)
-    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
+def _not_handed_on(lora: Lora) -> list[Problem]:
+    stated = stated_of(lora)
+    return [] if stated is None else list(stated.not_handed_on)
 
 
-def weightless_transformer(transformer: Transformer, dtype: torch.dtype) -> Any:
-    """A CogVideoXTransformer3DModel of real shapes whose base parameters all view one zero."""
-    from diffusers import CogVideoXTransformer3DModel
-
-    with torch.device("meta"):
-        model = CogVideoXTransformer3DModel(
-            **_configured_as(transformer).config
-            | {"num_layers": transformer.layers, "num_attention_heads": transformer.hidden // HEAD_SIZE}
+def _refuse_path(path: AnyPath) -> None:
+    """Refuse a path that the libraries cannot open: safetensors takes UTF-8 only, and none takes a URL."""
+    if isinstance(path, RemotePath):
+        raise CheckpointError(
+            "--load takes a file of this machine: that is what the libraries load",
+            file=path,
+            hint="download the file, and verify the copy",
         )
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            zero = torch.zeros((), dtype=dtype).expand(parameter.shape)
-            setattr(module, name, torch.nn.Parameter(zero, requires_grad=False))
-    return model
-
-
-def _load(lora: Lora, transformer: Any) -> Any:
-    """Load the file as its users do; the model with the adapters in it.
-
-    Both libraries would ask the Hugging Face Hub for a path that is no folder: this one is, and they are told not to.
-    """
-    folder = lora.checkpoint.path.absolute().parent
-    if lora.intended.scale == "adapter_config":
-        return _load_with_peft(folder, transformer)
-    from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
-
-    class Pipeline(CogVideoXLoraLoaderMixin):  # type: ignore[misc] # diffusers ships no types
-        """What `load_lora_weights` needs of a pipeline."""
-
-        hf_device_map = None
-        _lora_loadable_modules = ("transformer",)
-
-        def __init__(self, transformer: Any) -> None:
-            self.transformer = transformer
-            self.components = {"transformer": transformer}
-
-    Pipeline(transformer).load_lora_weights(
-        str(folder), weight_name=lora.checkpoint.path.name, low_cpu_mem_usage=True, local_files_only=True
-    )
-    return transformer
-
-
-def _load_with_peft(folder: AnyPath, transformer: Any) -> Any:
-    from peft import PeftModel
-
-    # PEFT makes adapters in float32 unless told not to, whatever the file has.
-    loaded = PeftModel.from_pretrained(
-        transformer, str(folder), autocast_adapter_dtype=False, low_cpu_mem_usage=True, local_files_only=True
-    )
-    return loaded.get_base_model()
-
-
-def _adapters(lora: Lora, model: Any) -> tuple[dict[Module, tuple[bool, float]], dict[str, torch.Tensor]]:
-    """Every adapted module, whether its adapter works, and its scaling; and the adapters' parameters by file key."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    adapters: dict[Module, tuple[bool, float]] = {}
-    held: dict[str, torch.Tensor] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, BaseTunerLayer):
-            continue
-        (adapter,) = module.scaling
-        works = module.active_adapters == [adapter] and not module.disable_adapters and not module.merged
-        known = parse_module(name)
-        if known is not None:
-            adapters[known] = works, float(module.scaling[adapter])
-        for parameter_name, parameter in module.named_parameters():
-            if not parameter_name.startswith("base_layer."):
-                held[f"{lora.intended.written.prefix}{name}.{parameter_name.replace(f'.{adapter}.', '.')}"] = parameter
-    return adapters, held
-
-
-def _wrong_modules(lora: Lora, expected: Expected, adapters: dict[Module, tuple[bool, float]]) -> list[Problem]:
-    """Modules without a working adapter, or with another scaling than the file states."""
-    # Where the file says by an expression which modules it means, they are those that it has.
-    names = expected.names if expected.is_certain else lora.tensors
-    problems = [
-        Problem("module", module_path(module), "no adapter", "an adapter")
-        for module in sorted({name.module for name in names} - adapters.keys(), key=lambda module: module.order)
-    ]
-    wanted = scalings(lora)
-    for module, (works, scaling) in adapters.items():
-        if not works:
-            problems.append(Problem("module", module_path(module), "an adapter that is not active", "an active one"))
-        if module in wanted and not math.isclose(scaling, wanted[module], rel_tol=1e-9):
-            stated = f"{number(wanted[module])}, as stated"
-            problems.append(Problem("scale", module_path(module), f"scaling {number(scaling)}", stated))
-    return problems
-
-
-def _wrong_tensors(lora: Lora, held: dict[str, torch.Tensor]) -> list[Problem]:
-    """Differences between the adapters' parameters and the file's tensors, in both directions."""
-    problems = [
-        Problem("missing", key, "in the model, not in the file")
-        for key in sorted(held.keys() - lora.checkpoint.tensors)
-    ]
-    for key, entry in lora.checkpoint.tensors.items():
-        parameter = held.get(key)
-        if parameter is None:
-            problems.append(Problem("unexpected", key, "in the file, not in the model"))
-        elif parameter.is_meta:
-            problems.append(Problem("value", key, "nothing: the adapter was never filled", "the file's values"))
-        elif str(parameter.dtype) != f"torch.{entry.dtype.name}" or tuple(parameter.shape) != entry.shape:
-            found = f"{parameter.dtype} {tuple(parameter.shape)}"
-            problems.append(Problem("value", key, found, f"{entry.dtype.name} {entry.shape}"))
-        elif not _same_bytes(parameter, entry.storage.range().read()):
-            problems.append(Problem("value", key, "other values", "the file's"))
-    return problems
-
-
-def _same_bytes(parameter: torch.Tensor, expected: bytes) -> bool:
-    held = parameter.detach().contiguous().view(-1).view(torch.uint8)
-    return torch.equal(held, torch.frombuffer(bytearray(expected), dtype=torch.uint8))
-
-
-@contextlib.contextmanager
-def _everything_said() -> Iterator[list[tuple[str, str]]]:
-    """Collect (library, text) of what the libraries warn of, by their loggers and by `warnings`; print nothing.
-
-    Their log level is that which they have by default, whatever the environment says.
-    """
-    said: list[tuple[str, str]] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append((record.name.split(".")[0], record.getMessage()))
-
-    listener = Listener(logging.WARNING)
-    loggers = [logging.getLogger(name) for name in LIBRARIES]
-    before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
-    for logger in loggers:
-        logger.handlers[:], logger.propagate = [listener], False
-        logger.setLevel(logging.WARNING)
     try:
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            yield said
-        said += [(_library(warning.filename), str(warning.message)) for warning in warned]
-    finally:
-        for logger, handlers, level, propagate in before:
-            logger.handlers[:], logger.propagate = handlers, propagate
-            logger.setLevel(level)
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            "a file at this path cannot be loaded with diffusers: the path is not UTF-8",
+            file=path,
+            hint="copy the file to a path in UTF-8, or verify it without --load",
+        ) from error
 
 
-def _library(filename: str) -> str:
-    """The library that a source file belongs to."""
-    return next((name for name in (*LIBRARIES, "torch") if name in Path(filename).parts), Path(filename).name)
+def answer_of(loaded: Loaded) -> dict[str, object]:
+    """What came of loading a file as a JSON object, for the process that asked."""
+    check = loaded.check
+    return {
+        "status": check.status,
+        "seen": check.seen,
+        "problems": [[p.kind, p.subject, p.found, p.expected, p.keys] for p in check.problems],
+        "libraries": loaded.libraries,
+        "modules": [[*module, scaling] for module, scaling in loaded.modules.items()],
+    }
 
 
-def _one_line(text: str, length: int = 300) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"
+def error_of(error: CogtoolsError) -> dict[str, object]:
+    """The same of an error that is not about the file."""
+    advice = None if error.hint is None else error.hint.advice
+    return {"kind": error.kind, "what": error.what, "found": error.found, "advice": advice}
+
+
+def _read(answer: Mapping[str, object]) -> Loaded:
+    if "what" in answer:
+        found, advice = (cast("str | None", answer[name]) for name in ("found", "advice"))
+        error = LibraryError if answer["kind"] == LibraryError.kind else KilledError
+        raise error(str(answer["what"]), found=found, hint=advice)
+    problems = (
+        Problem(kind, subject, found, expected, tuple(keys))
+        for kind, subject, found, expected, keys in cast("list[list[Any]]", answer["problems"])
+    )
+    modules = cast("list[tuple[int | None, str, float]]", answer["modules"])
+    return Loaded(
+        Check("load", cast("Status", answer["status"]), cast("str", answer["seen"]), tuple(problems)),
+        cast("dict[str, str]", answer["libraries"]),
+        {Module(layer, name): scaling for layer, name, scaling in modules},
+    )

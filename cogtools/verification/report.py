@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from cogtools.checkpoint.paths import AnyPath
+    from cogtools.conversion.readers import Reader
     from cogtools.errors import Hint, ProblemKind
     from cogtools.layouts.family import LoraKey
 
@@ -44,7 +45,8 @@ class VerifyReport:
 
     Attributes:
         path: the LoRA file.
-        layout: that of the program that it is for: "diffusers", "peft" …
+        layout: that of the program that it is held against: "diffusers", "peft" …
+        reader: that program.
         model: the transformer that it belongs to, or what can be said of it.
         layers: the layers that it adapts.
         tensors: how many tensors it has.
@@ -52,6 +54,7 @@ class VerifyReport:
         dtype: of its tensors, each once.
         scaling: what its modules' lora_B @ lora_A are multiplied by, as its reader reads it, each once.
         size_bytes: the size of the file.
+        readers: what every program that is known does with the file.
         against: the checkpoint that it was held against.
         libraries: the versions of those that loaded it.
         strict: whether warnings are failures.
@@ -62,6 +65,7 @@ class VerifyReport:
 
     path: AnyPath
     layout: str
+    reader: str
     model: str
     layers: tuple[int, ...]
     tensors: int
@@ -69,6 +73,7 @@ class VerifyReport:
     dtype: tuple[str, ...]
     scaling: tuple[float, ...]
     size_bytes: int
+    readers: tuple[Reader, ...]
     against: AnyPath | None
     libraries: dict[str, str]
     strict: bool

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.paths import as_path
+from cogtools.conversion.lora import scale_of
 from cogtools.conversion.notices import choice_notices
+from cogtools.conversion.options import checked_format
+from cogtools.conversion.readers import readers_of
 from cogtools.errors import OptionError
+from cogtools.layouts.recognition import BY_NAME
 from cogtools.verification.checks import (
     check_complete,
     check_dtype,
@@ -49,6 +52,7 @@ def verify_lora(
     iteration: int | None = None,
     ema: bool = False,
     load: bool = False,
+    format: str | None = None,  # noqa: A002 - the option's name
     model: str | None = None,
     layers: int | None = None,
     strict: bool = False,
@@ -63,6 +67,7 @@ def verify_lora(
         iteration: which iteration of the checkpoint, where that is a save folder; None takes the latest.
         ema: hold it against its EMA weights.
         load: load it with diffusers (a PEFT folder: with PEFT), into a transformer whose weights take no memory.
+        format: the layout of the program that it is held against; None takes the one that it is for.
         model: the short name of the model that it belongs to, where the file does not tell.
         layers: the same for a model that is none of the published ones: how many layers it has.
         strict: take warnings for failures.
@@ -78,11 +83,12 @@ def verify_lora(
             hint="give the checkpoint with --against",
         )
     with ExitStack() as opened:
-        lora = opened.enter_context(open_written(as_path(out)))
+        asked = None if format is None else BY_NAME[checked_format(format)]
+        lora = opened.enter_context(open_written(as_path(out), asked))
         expected = expect(lora, model=model, layers=layers)
         # Before the long work: a missing checkpoint is an error at once.
         source = None if against is None else opened.enter_context(_open_source(lora, against, iteration, ema=ema))
-        loaded = _load(lora, expected, say) if load else None
+        loaded = _load(lora, expected, model, layers, say) if load else None
         case = _Case(lora, expected.as_loaded(loaded.modules) if loaded is not None else expected, source, loaded)
         meter = _Meter(progress, _bytes_to_look_at(lora) * (1 if source is None else 2))
         words = _as_words(against, iteration, ema=ema)
@@ -127,18 +133,14 @@ def _open_source(
     return open_source(as_path(against), lora.record, iteration=iteration, ema=ema)
 
 
-def _load(lora: Lora, expected: Expected, say: Callable[[str], None] | None) -> Loaded:
-    if not isinstance(lora.checkpoint.path, Path):
-        raise OptionError(
-            "--load takes a file of this machine: that is what the libraries load",
-            file=lora.checkpoint.path,
-            hint="download the file, and verify the copy",
-        )
+def _load(
+    lora: Lora, expected: Expected, model: str | None, layers: int | None, say: Callable[[str], None] | None
+) -> Loaded:
     if say is not None:
         say("loading it with diffusers and PEFT")
     from cogtools.verification.load import load_lora
 
-    return load_lora(lora, expected)
+    return load_lora(lora, expected, model=model, layers=layers)
 
 
 def _checks(case: _Case, advance: Callable[[int], None]) -> list[Check]:
@@ -171,6 +173,7 @@ def _report(case: _Case, checks: list[Check], *, strict: bool) -> VerifyReport:
     return VerifyReport(
         path=lora.checkpoint.path,
         layout=lora.intended.name,
+        reader=lora.intended.reader,
         model=case.expected.transformer.name,
         layers=lora.layers,
         tensors=len(lora.checkpoint.tensors),
@@ -178,6 +181,7 @@ def _report(case: _Case, checks: list[Check], *, strict: bool) -> VerifyReport:
         dtype=tuple(sorted({tensor.entry.dtype.name for tensor in lora.tensors.values()})),
         scaling=tuple(sorted(set(case.scalings.values()))),
         size_bytes=lora.checkpoint.size_bytes,
+        readers=readers_of(lora, scale_of(lora), case.expected.transformer),
         against=None if source is None else source.checkpoint.path,
         libraries={} if case.loaded is None else case.loaded.libraries,
         strict=strict,

@@ -12,28 +12,36 @@ from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.conversion.lora import read_lora
 from cogtools.errors import CheckpointError, Hint, command
 from cogtools.layouts import diffusers, peft, sat
+from cogtools.layouts.recognition import LAYOUTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cogtools.checkpoint.files import SourceFile
-    from cogtools.checkpoint.index import Checkpoint
     from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.lora import Lora
+    from cogtools.layouts.lora import LoraLayout
 
 
 @contextmanager
-def open_written(out: AnyPath) -> Iterator[Lora]:
+def open_written(out: AnyPath, asked: LoraLayout | None = None) -> Iterator[Lora]:
     """Open a LoRA file, or the one in a folder.
+
+    Args:
+        out: the file or folder.
+        asked: the layout of the program that it is held against; None leaves that to the file.
 
     Raises:
         CheckpointError: if there is none, or it cannot be read.
     """
     with open_checkpoint(find_lora_file(out)) as file:
-        if file.format != safetensors.FORMAT:
-            raise _not_safetensors(file)
-        _refuse_what_upstream_refuses(file.files[0])
-        yield read_lora(file)
+        lora = read_lora(file)
+        if file.format == safetensors.FORMAT:
+            _refuse_what_upstream_refuses(file.files[0])
+        elif lora.layout is None or lora.layout.container != "torch" or (asked is None and not lora.record.version):
+            raise _not_safetensors(lora)
+        lora.asked = asked
+        yield lora
 
 
 def find_lora_file(out: AnyPath) -> AnyPath:
@@ -44,9 +52,9 @@ def find_lora_file(out: AnyPath) -> AnyPath:
     """
     if not is_folder(out):
         return out
-    for name in (diffusers.FILE_NAME, peft.FILE_NAME):
-        if is_file(out / name):
-            return out / name
+    for layout in LAYOUTS:
+        if layout.path is not None and is_file(out / layout.path):
+            return out / layout.path
     entries = list_folder(out)
     found = [entry.path.name for entry in entries if entry.path.name.endswith(".safetensors")]
     if len(found) == 1:
@@ -71,9 +79,9 @@ def find_lora_file(out: AnyPath) -> AnyPath:
     )
 
 
-def _not_safetensors(file: Checkpoint) -> CheckpointError:
+def _not_safetensors(lora: Lora) -> CheckpointError:
     """The error for a file of another format: what it holds, and what to do with that."""
-    lora = read_lora(file)
+    file = lora.checkpoint
     what, expected = "this is a checkpoint, not an exported LoRA", "a safetensors file"
     hint = command("inspect", file.path, advice="to see what it holds")
     if lora.layout is sat.LAYOUT:

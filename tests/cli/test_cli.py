@@ -31,7 +31,7 @@ def test_export_says_what_it_found_and_wrote_and_how_to_load_it(
         "model     CogVideoX of no published size: 3 layers, hidden size 128\n"
         "LoRA      3 layers, 12 modules, rank 4, float16\n"
         "alpha     1 (SAT's default), scaling 1/4 = 0.25, stated in the header\n"
-        f"written   {out / FILE_NAME}: 24 tensors, float16, 28.5 kB\n"
+        f"written   {out / FILE_NAME}: 24 tensors, float16, 28.6 kB\n"
         "checked   the CRC-32s of the weights that were read\n"
         "\n"
         "Load it at weight 1.0: the scale is already in the file (no set_adapters or fuse_lora with 1/rank):\n"
@@ -53,7 +53,7 @@ def test_an_export_without_its_scale_says_at_what_weight_to_load_it(
         f'    pipe.load_lora_weights("{tmp_path}", weight_name="a.safetensors", adapter_name="lora")',
         '    pipe.set_adapters("lora", 0.5)',
     ]
-    assert result.err == "note: The file does not carry its scale: whoever loads it must use weight 0.5.\n"
+    assert result.err == "note: The file does not carry its scale: the loader must apply it itself, as weight 0.5.\n"
 
 
 @pytest.mark.parametrize("redirection", [">/dev/full", ">&-"])
@@ -212,10 +212,10 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "base-model": (
         a_base_model,
-        "error: there is no LoRA of the SAT trainer in this checkpoint\n"
+        "error: there is no LoRA in this checkpoint\n"
         "  file:      {path}\n"
         "  found:     a base model without a LoRA (188 tensors)\n"
-        "  expected:  keys such as …layers.0.attention.query_key_value.matrix_A.0\n"
+        "  expected:  keys such as …layers.0.attention.query_key_value.matrix_A.0, or those of another trainer's LoRA\n"
         "  try:       cogtools inspect {path}\n",
     ),
     "tensor-missing": (
@@ -225,13 +225,12 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         "  problem:   missing: layer 2: to_out.0 lora_B\n"
         "  try:       cogtools inspect {path} --lora\n",
     ),
-    "diffusers-lora": (
+    "diffusers-lora-unpaired": (
         safetensors_in_its_place,
-        "error: there is no LoRA of the SAT trainer in this checkpoint\n"
+        "error: the LoRA in this checkpoint cannot be exported as it is\n"
         "  file:      {path}\n"
-        "  found:     a LoRA in diffusers' layout already\n"
-        "  expected:  keys such as …layers.0.attention.query_key_value.matrix_A.0\n"
-        "  try:       cogtools verify {path}\n",
+        "  problem:   missing: layer 0: to_q lora_B\n"
+        "  try:       cogtools inspect {path} --lora\n",
     ),
 }
 

@@ -225,17 +225,42 @@ def test_a_lora_on_other_modules_only_is_an_error_with_its_problems(tmp_path: Pa
     assert (problem.kind, problem.subject) == ("unexpected", key)
 
 
+def prefixed(prefix: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {prefix + key: tensor for key, tensor in state.items()}
+
+
 @pytest.mark.parametrize("prefix", ["x.", "network.unet."])
-def test_a_prefix_that_is_not_known_is_named(tmp_path: Path, prefix: str) -> None:
-    state = {prefix + key: tensor for key, tensor in sat_state_dict(TOY_2B, 4, base="none").items()}
-    assert problems(saved(tmp_path / "a.pt", state)) == [
+def test_one_unknown_prefix_that_all_keys_share_is_accepted_with_a_note(tmp_path: Path, prefix: str) -> None:
+    state = sat_state_dict(TOY_2B, 4, base="none")
+    found = plan(saved(tmp_path / "a.pt", prefixed(prefix, state)), alpha=1)
+    expected = plan(saved(tmp_path / "b.pt", state), alpha=1)
+    assert (found.names, found.layers, found.rank) == (expected.names, expected.layers, expected.rank)
+    assert {name: found.lora.tensors[name].key for name in found.names} == {
+        name: prefix + expected.lora.tensors[name].key for name in expected.names
+    }
+    assert [notice for notice in found.notices if notice not in expected.notices] == [
+        f"All keys of the LoRA have the prefix '{prefix}model.diffusion_model.', as no program is known to read them."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("most", "few"),
+    [("", "x."), ("x.", "y."), ("x.", "")],
+    ids=["some-unknown", "two-unknown", "most-unknown"],
+)
+def test_a_prefix_that_only_some_keys_have_is_a_problem_said_once(tmp_path: Path, most: str, few: str) -> None:
+    state = sat_state_dict(TOY_2B, 4, base="none")
+    last = {key: tensor for key, tensor in state.items() if ".layers.2." in key}
+    rest = {key: tensor for key, tensor in state.items() if key not in last}
+    path = saved(tmp_path / "a.pt", prefixed(most, rest) | prefixed(few, last))
+    assert problems(path) == [
         Problem(
             "unexpected",
-            key,
-            f"SAT's key after an unknown prefix {prefix!r}",
-            "model.diffusion_model., a part of it, or nothing before it",
+            few + next(iter(last)),
+            f"the prefix '{few}model.diffusion_model.', 8 keys",
+            f"'{most}model.diffusion_model.', as before the others",
+            tuple(few + key for key in last),
         )
-        for key in state
     ]
 
 

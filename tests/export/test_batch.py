@@ -54,7 +54,7 @@ def test_each_gets_a_folder_of_its_own(cogtools_cli: CommandLine, runs: list[Pat
     assert written(tmp_path / "out") == [f"{name}-1000/{FILE_NAME}" for name in ("cat", "dog", "eel")]
     lines = result.out.splitlines()
     assert sorted(lines[:3]) == [
-        f"done     {tmp_path / 'out' / f'{name}-1000' / FILE_NAME}: 24 tensors, float16, 28.5 kB, scaling 1/4"
+        f"done     {tmp_path / 'out' / f'{name}-1000' / FILE_NAME}: 24 tensors, float16, 28.6 kB, scaling 1/4"
         for name in ("cat", "dog", "eel")
     ]
     assert lines[3:] == ["3 done, 0 skipped, 0 failed"]

@@ -15,10 +15,14 @@ from safetensors.torch import load_file, save_file
 
 import cogtools
 from cogtools.conversion import output as writer
-from cogtools.conversion.options import Cast
+from cogtools.conversion.options import Cast, Scale
 from cogtools.errors import CheckpointError, ExportError, OptionError, OutputError
 from cogtools.export.export import ExportReport, export_lora
+from cogtools.layouts import diffusers
 from cogtools.layouts.diffusers import FILE_NAME
+from cogtools.layouts.family import ATTENTION, IN_LAYERS, LoraKey
+from cogtools.layouts.lora import LoraLayout
+from cogtools.layouts.recognition import LAYOUTS
 from tests.support.factories import (
     SAVERS,
     TOY_2B,
@@ -29,6 +33,7 @@ from tests.support.factories import (
     save_run,
     zero3_checkpoint,
 )
+from tests.support.loras import factors, save_lora
 
 LAYER = {
     "attention.query_key_value.matrix_A.0": "attn1.to_q.lora_A.weight",
@@ -130,6 +135,22 @@ def test_a_whole_zero3_file_is_exported_in_its_true_shapes(tmp_path: Path) -> No
     assert_same(load_file(tmp_path / FILE_NAME), expected(tmp_path / "plain.pt"))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("names", [ATTENTION, IN_LAYERS], ids=["attention", "all"])
+@pytest.mark.parametrize("scale", ["metadata", "fold"])
+def test_a_lora_of_every_layout_becomes_diffusers(
+    layout: LoraLayout, names: tuple[str, ...], scale: Scale, tmp_path: Path
+) -> None:
+    if layout.key(LoraKey(0, names[-1], "A")) is None:
+        pytest.skip("SAT's trainer adapts the attention only")
+    made = factors(names)
+    source = save_lora(tmp_path, layout, made, 2.0)
+    export_lora(source, tmp_path / "out", alpha=2.0, scale=scale)
+    factor = {"A": 1.0, "B": 0.5 if scale == "fold" else 1.0}  # of rank 4
+    wanted = {str(diffusers.LAYOUT.key(key)): tensor * factor[key.part] for key, tensor in made.items()}
+    assert_same(load_file(tmp_path / "out" / FILE_NAME), wanted)
+
+
 # The file
 
 
@@ -155,6 +176,7 @@ def test_the_header_states_the_scale_and_how_the_file_was_made(run: Path, tmp_pa
             "version": cogtools.__version__,
             "source": "mp_rank_00_model_states.pt",
             "iteration": 1000,
+            "ema": False,
             "models": [],
             "transformer_layers": 3,
             "hidden_size": 128,
@@ -190,6 +212,7 @@ def test_the_report_tells_all_of_it(run: Path, tmp_path: Path) -> None:
         size_bytes=target.stat().st_size,
         crc32="checked",
         largest_relative_error=None,
+        lost=None,
         sha256=hashlib.sha256(target.read_bytes()).hexdigest(),
         notices=(
             "training_config.yaml sets no lora_alpha, so alpha is 1, SAT's default.",

@@ -15,7 +15,7 @@ import cogtools
 from cogtools.layouts.diffusers import FILE_NAME
 from tests.support.command_line import program, surroundings
 from tests.support.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
-from tests.support.interruption import kill_exports, storm_exports
+from tests.support.interruption import fault_exports, kill_exports, storm_exports
 
 WAITING = """
     import os, signal, time
@@ -65,6 +65,10 @@ def test_exports_that_are_killed_at_random_leave_the_target_as_it_was_or_whole(t
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks in /proc which signals a process hears")
 def test_storms_of_signals_end_exports_once_and_leave_nothing(tmp_path: Path) -> None:
     storm_exports(tmp_path, rounds=20, seed=1)
+
+
+def test_a_system_call_that_fails_is_an_error_or_changes_nothing(tmp_path: Path) -> None:
+    fault_exports(tmp_path, rounds=60, seed=1)
 
 
 def test_of_two_exports_to_one_place_one_wins(run_folder: Path, tmp_path: Path) -> None:

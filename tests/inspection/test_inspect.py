@@ -372,13 +372,25 @@ def test_no_tensor_is_hidden_by_a_name_that_is_not_known(
     assert len(report.tensors) == sum(sections.values())
 
 
-def test_a_lora_that_is_not_in_the_state_dict_is_said_to_be_out_of_export_loras_sight(
-    inspect: CommandLine, tmp_path: Path
-) -> None:
+def test_a_lora_that_is_not_in_the_state_dict_is_found_under_its_own_name(inspect: CommandLine, tmp_path: Path) -> None:
     torch.save({"params": sat_state_dict(TOY_2B, 4)}, tmp_path / "a.pt")
     out = inspect(tmp_path / "a.pt").out
     assert "\n  tensors    212, none in a state dict, 1,255,491 parameters, float16\n" in out
-    assert "\n  LoRA       24 tensors, but not in the state dict (see --lora)\n" in out
+    assert "\n  model      CogVideoX of no published size: 3 layers, hidden size 128\n" in out
+    assert (
+        "\n  LoRA       complete: 3 layers (0-2), rank 4, float16, 24 tensors, 24.6 kB "
+        "(SAT's names after an unknown prefix 'params.model.diffusion_model.')\n" in out
+    )
+    assert "\n  exports to 24 tensors, 24.6 kB, in diffusers' layout\n" in out
+
+
+def test_a_lora_that_is_spread_over_nested_dicts_is_said_to_be_out_of_export_loras_sight(
+    inspect: CommandLine, tmp_path: Path
+) -> None:
+    torch.save({"params": {"layers": {0: {"lora_A": {"weight": torch.ones(2, 2)}}}}}, tmp_path / "a.pt")
+    out = inspect(tmp_path / "a.pt").out
+    assert "\n  LoRA       1 tensor, but not in the state dict (see --lora)\n" in out
+    assert "\n  exports to nothing: its keys are spread over nested dicts\n" in out
 
 
 def test_one_part_of_a_tensor_parallel_training_is_refused_under_two_wrappers_too(tmp_path: Path) -> None:
@@ -439,7 +451,7 @@ def test_what_a_lora_lacks_is_folded(tmp_path: Path) -> None:
     torch.save({"module": state}, tmp_path / "a.pt")
     report = inspect_checkpoint(tmp_path / "a.pt")
     assert lora_facts(report) == (
-        "SAT",
+        "sat",
         False,
         ("layers 3-5: to_v lora_B", "layer 29: all tensors"),
         (4,),
@@ -557,7 +569,7 @@ def test_a_peft_folder_without_its_configuration_is_told_that_peft_loads_nothing
         f"base_model.model.{key.removeprefix('transformer.')}": x for key, x in diffusers_lora(range(30)).items()
     }
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    told = "  alpha      not stated: without adapter_config.json PEFT loads nothing\n"
+    told = "  alpha      not stated: PEFT loads nothing without it\n"
     assert told in inspect(tmp_path / "adapter_model.safetensors").out
 
 
@@ -565,46 +577,63 @@ def test_a_lora_in_a_layout_that_is_not_known_is_told_by_its_keys(tmp_path: Path
     key = "network.layers.0.lora_A.weight"
     save_file({key: torch.ones(4, 8)}, tmp_path / "a.safetensors")
     report = inspect_checkpoint(tmp_path / "a.safetensors")
-    assert lora_facts(report) == ("unknown", None, (), (), None, None, ())
+    assert lora_facts(report) == (None, None, (), (), None, None, ())
     assert report.lora is not None
     assert report.lora.unplaced == (key,)
 
 
 @pytest.mark.parametrize(
-    ("rename", "names"),
+    ("rename", "layout", "names"),
     [
-        (lambda key: key.replace("transformer.", "diffusion_model.", 1), "names with ComfyUI's prefix"),
+        (
+            lambda key: key.replace("transformer.", "diffusion_model.", 1),
+            "videox-fun",
+            "diffusers' names after ComfyUI's prefix",
+        ),
         (
             lambda key: key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"),
-            "lora_down and lora_up for lora_A and lora_B",
+            "diffusers",
+            "diffusers' names with lora_down and lora_up for lora_A and lora_B",
         ),
     ],
     ids=["ComfyUI's prefix", "down and up"],
 )
 def test_a_lora_with_other_names_is_recognised(
-    inspect: CommandLine, tmp_path: Path, rename: Callable[[str], str], names: str
+    inspect: CommandLine, tmp_path: Path, rename: Callable[[str], str], layout: str, names: str
 ) -> None:
     path = tmp_path / "a.safetensors"
     tensors = {rename(key): value for key, value in diffusers_lora(range(29)).items()}
     alphas = {f"{key.partition('.lora_')[0]}.alpha": torch.tensor(1.0) for key in tensors}
     save_file(tensors | alphas, path)
-    lora = inspect_checkpoint(path).lora
+    report = inspect_checkpoint(path)
+    missing = ("layer 29: all tensors",)
+    assert lora_facts(report) == (layout, False, missing, (4,), 1, "alpha tensors", (0.25,))
+    lora = report.lora
     assert lora is not None
-    assert (lora.layout, lora.names, lora.ranks, lora.dtypes) == ("other", names, (4,), ("float32",))
-    assert (lora.complete, lora.missing, lora.unplaced) == (False, ("layer 29: all tensors",), ())
-    assert (lora.tensors, lora.scalings) == (29 * 8 + 29 * 4, ())
+    assert (lora.names, lora.dtypes, lora.unplaced, lora.tensors) == (names, ("float32",), (), 29 * 8 + 29 * 4)
     out = inspect(path, "--stats", "--limit", "0").out
     assert f"\n  LoRA       incomplete: 29 layers (0-28), rank 4, float32, 348 tensors, 7.1 MB ({names})\n" in out
-    assert "\n  exports to nothing: export-lora reads LoRAs of the SAT trainer\n" in out
+    assert "\n  alpha      1 (stated in alpha tensors), scaling 1/4 = 0.25\n" in out
+    assert (
+        "\n  no export  the LoRA in this checkpoint cannot be exported as it is\n"
+        "             missing: layer 29: all tensors\n"
+        "             try: if only these layers were trained, export with --allow-partial\n" in out
+    )
+
+
+def test_the_updates_of_a_lora_in_no_known_layout_are_not_computed(inspect: CommandLine, tmp_path: Path) -> None:
+    save_file({"network.layers.0.lora_A.weight": torch.ones(4, 8)}, tmp_path / "a.safetensors")
+    out = inspect(tmp_path / "a.safetensors", "--stats", "--limit", "0").out
     assert "\nThe updates of a LoRA in this layout are not computed.\n" in out
 
 
-def test_a_lora_that_is_in_diffusers_layout_already_exports_to_nothing(inspect: CommandLine, tmp_path: Path) -> None:
+def test_a_lora_that_is_in_diffusers_layout_already_exports_too(inspect: CommandLine, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file(diffusers_lora(range(30)), path)
     assert (
-        "\n  exports to nothing: it is already in diffusers' layout\n"
-        f"             try: cogtools verify {path}\n" in inspect(path).out
+        "\n  exports to 240 tensors, 7.4 MB, in diffusers' layout\n"
+        "             Nothing states the scale: taken as 1, as diffusers takes it. "
+        "If the training had another one, state it with --alpha.\n" in inspect(path).out
     )
 
 
@@ -786,7 +815,7 @@ def test_a_save_folder_lists_its_iterations(tmp_path: Path) -> None:
         IterationReport("1000", ema=False, latest=True, inspected=False),
         IterationReport("1000-ema", ema=True, latest=False, inspected=True),
     )
-    assert lora_facts(report) == ("SAT", True, (), (4,), 2, "training_config.yaml", (0.5,))
+    assert lora_facts(report) == ("sat", True, (), (4,), 2, "training_config.yaml", (0.5,))
 
 
 def test_sharded_weights_list_their_files(tmp_path: Path) -> None:

@@ -352,7 +352,8 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     torch.save({"module": lora_state()}, tmp_path / "a.pt")
     broken = {key: torch.full_like(tensor, math.nan) for key, tensor in lora_state().items()}
     torch.save({"module": broken}, tmp_path / "nan.pt")
-    save_file({"diffusion_model.blocks.0.q.lora_A.weight": torch.ones(4, 8)}, tmp_path / "other.safetensors")
+    save_file({"network.layers.0.lora_A.weight": torch.ones(4, 8)}, tmp_path / "other.safetensors")
+    save_file({"diffusion_model.blocks.0.q.lora_A.weight": torch.ones(4, 8)}, tmp_path / "unpaired.safetensors")
 
     def refusal(*paths: Path, plot: str) -> tuple[str, str | None]:
         with pytest.raises(CogtoolsError) as raised:
@@ -363,6 +364,10 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none.pt", plot="a.png") == ("there is no LoRA in this checkpoint to draw", None)
     assert refusal(tmp_path / "other.safetensors", plot="a.png")[0] == (
         "the updates of a LoRA in this layout are not computed"
+    )
+    assert refusal(tmp_path / "unpaired.safetensors", plot="a.png") == (
+        "no update of this LoRA can be computed",
+        "1 module with one factor only",
     )
     assert refusal(tmp_path / "nan.pt", plot="a.png") == (
         "no update of this LoRA can be computed",
@@ -376,7 +381,7 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     assert refusal(missing, plot="no/such/folder/a.png")[0] == no_folder
     assert refusal(missing, plot="folder.png")[0] == "the picture cannot be written: there is a folder of that name"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "a.pt", "folder.png", "nan.pt", "none.pt", "other.safetensors",
+        "a.pt", "folder.png", "nan.pt", "none.pt", "other.safetensors", "unpaired.safetensors",
     ]  # fmt: skip
 
 

@@ -437,12 +437,38 @@ def add_alphas(file: LoraFile) -> None:
     file.tensors |= {f"{PREFIX}{module}.alpha": alpha for module in modules(file.layers)}
 
 
-def add_feed_forward(file: LoraFile) -> None:
-    """Add a LoRA for the first feed-forward projection of layer 0, which SAT never trains."""
-    name = f"{PREFIX}transformer_blocks.0.ff.net.0.proj.lora_"
-    narrow, wide = file.tensors[key(0, "to_q", "A")], file.tensors[key(0, "to_q", "B")]
-    file.tensors[name + "A.weight"] = narrow
-    file.tensors[name + "B.weight"] = encode(np.concatenate([decode(wide)] * 4), wide.dtype)
+FEED_FORWARD = "ff.net.0.proj"
+
+
+def add_feed_forward(*layers: int) -> Edit:
+    """Add a LoRA for the first feed-forward projection of these layers, which SAT never trains."""
+
+    def edit(file: LoraFile) -> None:
+        for layer in layers:
+            name = f"{PREFIX}transformer_blocks.{layer}.{FEED_FORWARD}.lora_"
+            narrow, wide = file.tensors[key(layer, "to_q", "A")], file.tensors[key(layer, "to_q", "B")]
+            file.tensors[name + "A.weight"] = narrow
+            file.tensors[name + "B.weight"] = encode(np.concatenate([decode(wide)] * 4), wide.dtype)
+
+    return edit
+
+
+def add_biases(file: LoraFile) -> None:
+    """Add a bias to every lora_B, as PEFT's ``lora_bias`` does."""
+    file.tensors |= {
+        name.replace(".weight", ".bias"): encode(decode(entry)[:, 0], entry.dtype)
+        for name, entry in file.tensors.items()
+        if "lora_B" in name
+    }
+
+
+def add_magnitudes(file: LoraFile) -> None:
+    """Add DoRA's magnitude vector to every module."""
+    file.tensors |= {
+        name.replace("lora_B.weight", "lora_magnitude_vector"): encode(abs(decode(entry)[:, 0]), entry.dtype)
+        for name, entry in file.tensors.items()
+        if "lora_B" in name
+    }
 
 
 def forget(file: LoraFile) -> None:
@@ -482,6 +508,16 @@ def unstate(name: str) -> Edit:
 def state_target_modules(file: LoraFile) -> None:
     """State the modules that the file has."""
     state(target_modules=modules(file.layers))(file)
+
+
+def state_feed_forward(*layers: int) -> Edit:
+    """State the modules of the attention, and the first feed-forward projection of these layers."""
+
+    def edit(file: LoraFile) -> None:
+        wide = [f"transformer_blocks.{layer}.{FEED_FORWARD}" for layer in layers]
+        state(target_modules=[*modules(file.layers), *wide])(file)
+
+    return edit
 
 
 def reverse_metadata(file: LoraFile) -> None:
@@ -678,7 +714,6 @@ DAMAGES = (
     wrong("foreign-lora", "a text encoder's LoRA beside it", "names", QUIET,
           copy(lambda name: "text_encoder." + name.removeprefix(PREFIX), LAYER)),
     wrong("layer-too-many", "a layer after the last", "names", warns("diffusers"), add_layer),
-    wrong("feed-forward", "a LoRA for `ff.net.0.proj`", "names", warns("peft", taken=13), add_feed_forward),
 
     # Tensors missing.
     wrong("pair", "one module's A and B missing", "complete", warns("peft", taken=11), drop(PAIR)),
@@ -691,8 +726,10 @@ DAMAGES = (
           HALF, state(target_modules=list(PROJECTIONS))),
     unnoticed("half-restated", "the same, `target_modules` without them", "against", silent(taken=8),
               HALF, state_target_modules),
-    wrong("projection-bare", "`to_out.0` missing in every layer, no metadata", "complete",
-          silent(taken=9, scaling=1), drop("to_out.0"), forget),
+    doubtful("projection-bare", "`to_out.0` missing in every layer, no metadata", "scale",
+             silent(taken=9, scaling=1), drop("to_out.0"), forget),
+    wrong("feed-forward-bare", "a LoRA for `ff.net.0.proj` in one layer only, no metadata", "complete",
+          silent(taken=13, scaling=1), add_feed_forward(0), forget),
     wrong("no-tensors", "a header and no tensors", "complete", NOTHING_LOADED, drop(PREFIX)),
     wrong("lone-a", "one B missing", "pairs", warns("diffusers", taken=11, wanting=1), drop(B)),
     wrong("lone-b", "one A missing", "pairs", warns("diffusers", taken=11, wanting=1), drop(A)),
@@ -706,7 +743,7 @@ DAMAGES = (
     wrong("short-a", "one A a row short", "rank", raises("RuntimeError"),
           alter(lambda values: values[:-1], A)),
     wrong("lower-rank", "one pair of a lower rank", "rank", raises("RuntimeError"), lower_rank),
-    wrong("lower-rank-bare", "the same, no metadata", "rank", UNSCALED, lower_rank, forget),
+    doubtful("lower-rank-bare", "the same, no metadata", "rank", UNSCALED, lower_rank, forget),
     wrong("r-wrong", "`r` twice the rank", "rank", raises("RuntimeError"),
           lambda file: state(r=2 * file.rank)(file)),
 
@@ -771,11 +808,14 @@ DAMAGES = (
           state(rank_pattern=None)),
     wrong("rank-pattern-float", "a rank that is no whole number", "scale", raises("TypeError"),
           state(rank_pattern={"to_q": 4.0})),
-    wrong("dora", "`use_dora`", "scale", NOTHING_FILLED, state(use_dora=True)),
-    unloadable("pissa", "`init_lora_weights` that needs the base weights", raises("RuntimeError"),
-               state(init_lora_weights="pissa")),
-    unloadable("modules-to-save", "`modules_to_save` without their weights", raises("KeyError"),
-               state(modules_to_save=["proj_out"])),
+    wrong("dora-absent", "`use_dora` without magnitude vectors", "scale", NOTHING_FILLED, state(use_dora=True)),
+    wrong("dora-unstated", "magnitude vectors without `use_dora`", "scale", warns("diffusers"), add_magnitudes),
+    wrong("bias-absent", "`lora_bias` without biases", "scale", NOTHING_FILLED, state(lora_bias=True)),
+    wrong("bias-unstated", "biases without `lora_bias`", "scale", warns("diffusers"), add_biases),
+    needless("pissa", "`init_lora_weights` that needs the base weights", "scale", raises("RuntimeError"),
+             state(init_lora_weights="pissa"), load="fail"),
+    needless("modules-to-save", "`modules_to_save` without their weights", "scale", raises("KeyError"),
+             state(modules_to_save=["proj_out"]), load="fail"),
     wrong("unknown-key", "a key that PEFT does not know", "scale", raises("TypeError"), state(run="12")),
 
     # What the file says it targets.
@@ -787,6 +827,10 @@ DAMAGES = (
              state(target_modules=[*PROJECTIONS, "add_k_proj"]), load="warn"),
     Damage("half-expression", "every other layer missing, `target_modules` an expression for all", "complete",
            warns("peft", taken=8), by_file(HALF, state(target_modules=ALL_BY_EXPRESSION)), "warn", "fail", "fail"),
+    unloadable("layers-without-pattern", "`layers_to_transform` without `layers_pattern`", warns("peft"),
+               state(target_modules=list(PROJECTIONS), layers_to_transform=[0, 1, 2])),
+    wrong("feed-forward", "a LoRA for `ff.net.0.proj` that `target_modules` does not name", "target_modules",
+          warns("peft", taken=13), add_feed_forward(0)),
     wrong("targets-of-sat", "`target_modules` with SAT's names", "target_modules", warns("peft"),
           state(target_modules=["query_key_value", "dense"])),
     wrong("targets-absent", "no `target_modules`", "target_modules", raises("KeyError"),
@@ -828,6 +872,19 @@ GOOD = (
     harmless("no-layers-to-transform", "`layers_to_transform` empty", "pass", QUIET,
              state(target_modules=list(PROJECTIONS), layers_to_transform=[])),
     harmless("partial", "half of the layers, stated", "fail", silent(taken=8), HALF, state_target_modules),
+    harmless("three-projections", "no LoRA for `to_out.0`, stated", "fail", silent(taken=9), drop("to_out.0"),
+             state(target_modules=["to_q", "to_k", "to_v"])),
+    harmless("feed-forward-of-one-layer", "a LoRA for `ff.net.0.proj` in one layer, stated", "fail", silent(taken=13),
+             add_feed_forward(0), state_feed_forward(0)),
+    harmless("feed-forward-of-all", "a LoRA for `ff.net.0.proj` in every layer, stated", "fail", silent(taken=15),
+             add_feed_forward(0, 1, 2), state_feed_forward(0, 1, 2)),
+    harmless("feed-forward-suffix", "the same, `target_modules` as suffixes", "fail", silent(taken=15),
+             add_feed_forward(0, 1, 2), state(target_modules=[*PROJECTIONS, FEED_FORWARD])),
+    harmless("lora-bias", "a bias for every B, stated", "fail", QUIET, add_biases, state(lora_bias=True)),
+    harmless("dora", "a magnitude vector for every module, stated", "fail", QUIET, add_magnitudes,
+             state(use_dora=True)),
+    harmless("bias-lora-only", "`bias` of the base weights that no file can hold", "pass", QUIET,
+             state(bias="lora_only")),
 )
 # fmt: on
 

@@ -1,13 +1,15 @@
-"""Kill exports at random moments, send them storms of signals, and look at what is left.
+"""Kill exports at random moments, send them storms of signals, let system calls fail, and look at what is left.
 
-    python -m tests.support.interruption [--kills N] [--storms N] [--seed N]
+    python -m tests.support.interruption [--kills N] [--storms N] [--faults N] [--seed N]
 
 After every kill the target has to be absent, as it was before, or new and whole; and a run that is left alone has to
 clean up what the killed ones left. After a storm nothing but that may be left at all: no temporary file, no process,
-no traceback, and the exit code is that of an interruption or of the result.
+no traceback, and the exit code is that of an interruption or of the result. A system call that fails is one clear
+error with exit code 2, or changes nothing.
 """
 
 import argparse
+import errno
 import os
 import random
 import signal
@@ -16,14 +18,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from cogtools.__main__ import main as program_main
 from cogtools.conversion.output import leftovers
 from cogtools.layouts.diffusers import FILE_NAME
 from tests.support.command_line import program, surroundings
-from tests.support.factories import COGVIDEOX_2B, sat_checkpoint, sat_state_dict, save_run
+from tests.support.factories import COGVIDEOX_2B, TOY_2B, sat_checkpoint, sat_state_dict, save_run
 
 OLD = b"what was there before"
 
@@ -175,11 +180,101 @@ def send_storm(process: subprocess.Popen[str], chance: random.Random, most_signa
         time.sleep(chance.uniform(0.0, 0.002))
 
 
+CALLS = (
+    *("access", "close", "copy_file_range", "fstat", "fsync", "link", "listdir", "lstat", "mkdir", "open"),
+    *("posix_fallocate", "pread", "pwrite", "readlink", "rename", "replace", "rmdir", "scandir", "stat", "statvfs"),
+    *("unlink", "write"),
+)
+"""The functions of `os` that are let fail."""
+
+ERRORS = (
+    *(errno.EACCES, errno.EDQUOT, errno.EINVAL, errno.EIO, errno.EMFILE, errno.ENOENT, errno.ENOMEM, errno.ENOSPC),
+    *(errno.EPERM, errno.EROFS, errno.ESTALE),
+)
+
+
+def fault_exports(folder: Path, rounds: int, seed: int) -> Counter[str]:
+    """Let one system call of that many exports fail; how often which exit code came, and what was there afterwards.
+
+    Asserts that the exit code is 0 or 2, that 0 means that the output is there, and that no traceback is shown. The
+    exports run in forks of this process, in which a function of `os` raises an error.
+    """
+    import cogtools.cli
+    import cogtools.export.batch  # noqa: F401 - imported here, they are not in each fork
+
+    chance = random.Random(seed)
+    runs = [save_run(folder / name, sat_checkpoint(sat_state_dict(TOY_2B, 4)), rank=4) for name in "abc"]
+    out = folder / "out"
+    target = out / FILE_NAME
+    assert export(runs[0], out).wait() == 0
+    new = target.read_bytes()
+    found: Counter[str] = Counter()
+    for _ in range(rounds):
+        before = set_up(target, chance)
+        number, nth = chance.choice(ERRORS), chance.randint(1, 12)
+        overwrite = ["--overwrite"] if before is not None or chance.random() < 0.5 else []
+        several = [str(runs[1]), str(runs[2])] if chance.random() < 0.2 else []
+        # multiprocessing shows a traceback where a pipe of its own cannot be closed: that cannot be
+        name = chance.choice([call for call in CALLS if call != "close" or not several])
+        place = str(folder / "several") if several else str(out)
+        words = ["export-lora", str(runs[0]), *several, place, *overwrite, "--sha256"]
+        code, said = with_fault(name, number, nth, words)
+        fault = f"{errno.errorcode[number]} of call {nth} of {name} in {' '.join(words)}: exit code {code}, {said}"
+        assert code in (0, 2), fault
+        assert "Traceback" not in said, fault
+        found[f"exit code {code}"] += 1
+        if not several:
+            after = what_is_there(target, before, new)
+            assert code == 2 or after == "new", fault
+            found[after] += 1
+    assert export(runs[0], out).wait() == 0
+    assert list(leftovers(target)) == []
+    return found
+
+
+def with_fault(name: str, number: int, nth: int, words: list[str]) -> tuple[int, str]:
+    """Run a command line in a fork in which a function of `os` fails once: its exit code and what it says."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        sys.argv = ["cogtools", *words]
+        code = 99
+        try:
+            fail_at(name, number, nth)
+            program_main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 98
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        said = file.read().decode()
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status), said
+
+
+def fail_at(name: str, number: int, nth: int) -> None:
+    real = getattr(os, name)
+    calls = count(1)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == nth:
+            raise OSError(number, os.strerror(number))
+        return real(*args, **kwargs)
+
+    setattr(os, name, call)
+
+
 def main() -> None:
-    """Run both in a temporary folder and tell what was found."""
+    """Run all of it in a temporary folder and tell what was found."""
     parser = argparse.ArgumentParser(prog="python -m tests.support.interruption", description=__doc__)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--storms", type=int, default=300)
+    parser.add_argument("--faults", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -188,6 +283,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = storm_exports(Path(folder), options.storms, options.seed)
     sys.stdout.write(f"{options.storms} exports sent storms of signals; afterwards: {dict(found)}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        found = fault_exports(Path(folder), options.faults, options.seed)
+    sys.stdout.write(f"{options.faults} exports with a system call that failed; afterwards: {dict(found)}\n")
 
 
 if __name__ == "__main__":

@@ -205,7 +205,8 @@ def test_an_outcome_is_told_in_a_few_words(outcome: Outcome, text: str) -> None:
         ("bit-flipped", "`--against`: `against`"),
         ("alpha-is-rank", "`record`"),
         ("alpha-is-rank-bare", "`--against`: `against-scale`"),
-        ("pissa", "`--load`: `load`"),
+        ("pissa", "`scale`, a warning"),
+        ("layers-without-pattern", "`--load`: `load`"),
     ],
 )
 def test_the_check_is_named_with_what_it_needs(name: str, text: str) -> None:
