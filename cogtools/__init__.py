@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from cogtools.inspection.inspect import inspect_checkpoint
     from cogtools.inspection.report import CheckpointReport
     from cogtools.inspection.selection import Selection
+    from cogtools.verification.model_report import ModelVerifyReport
     from cogtools.verification.report import VerifyReport
     from cogtools.verification.verify import verify_lora
+    from cogtools.verification.verify_model import verify_model
 
 _HOME = {
     "CheckpointReport": "cogtools.inspection.report",
@@ -33,6 +35,7 @@ _HOME = {
     "MergeReport": "cogtools.export.merge",
     "LoraModule": "cogtools.conversion.summary",
     "LoraSummary": "cogtools.conversion.summary",
+    "ModelVerifyReport": "cogtools.verification.model_report",
     "VerifyReport": "cogtools.verification.report",
     "ModelExportReport": "cogtools.export.model_report",
     "Selection": "cogtools.inspection.selection",
@@ -43,6 +46,7 @@ _HOME = {
     "open_checkpoint": "cogtools.checkpoint.opening",
     "read_lora": "cogtools.conversion.summary",
     "verify_lora": "cogtools.verification.verify",
+    "verify_model": "cogtools.verification.verify_model",
 }
 
 __all__ = [
@@ -53,6 +57,7 @@ __all__ = [
     "LoraSummary",
     "MergeReport",
     "ModelExportReport",
+    "ModelVerifyReport",
     "Selection",
     "VerifyReport",
     "__version__",
@@ -63,6 +68,7 @@ __all__ = [
     "open_checkpoint",
     "read_lora",
     "verify_lora",
+    "verify_model",
 ]
 
 

@@ -1,6 +1,7 @@
 """What the tests share."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,11 +37,18 @@ def real_run(real: Path, request: pytest.FixtureRequest) -> Path:
     return real / name
 
 
+@pytest.fixture(scope="session")
+def saved_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trainer's save folder with a toy LoRA of rank 4, which tests copy."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    save_run(folder, sat_checkpoint(sat_state_dict(TOY_2B, 4)), rank=4)
+    return folder
+
+
 @pytest.fixture
-def run_folder(tmp_path: Path) -> Path:
+def run_folder(saved_run: Path, tmp_path: Path) -> Path:
     """A trainer's save folder with a toy LoRA of rank 4."""
-    save_run(tmp_path / "run", sat_checkpoint(sat_state_dict(TOY_2B, 4)), rank=4)
-    return tmp_path / "run"
+    return Path(shutil.copytree(saved_run, tmp_path / "run"))
 
 
 @pytest.fixture

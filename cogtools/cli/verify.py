@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from cogtools.cli.options import WRONG, Ema, Iteration, Json, Quiet
 from cogtools.conversion.options import Format
+from cogtools.errors import OptionError
 from cogtools.layouts.family import MODELS
 from cogtools.render import text
+
+if TYPE_CHECKING:
+    from cogtools.verification.model_report import ModelVerifyReport
+    from cogtools.verification.report import VerifyReport
 
 
 def verify_command(
     out: Annotated[
-        str, typer.Argument(metavar="OUT", show_default=False, help="The LoRA: a folder or a file, or its URL.")
+        str,
+        typer.Argument(
+            metavar="OUT",
+            show_default=False,
+            help="A LoRA, or a whole model or parts of it: a folder or a file, or its URL.",
+        ),
     ],
     against: Annotated[
         str | None,
@@ -42,7 +52,7 @@ def verify_command(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check that a LoRA is complete, equals its checkpoint, and loads at the right strength.
+    """Check that a LoRA or a model is complete, equals its checkpoint, and loads.
 
     Exit code: 0 verified, 1 something is wrong with it, 2 it could not be opened.
 
@@ -50,26 +60,48 @@ def verify_command(
     Examples:
       cogtools verify out
       cogtools verify out --against ckpts/lora-disney --load
+      cogtools verify pipeline --against ckpts/sft-disney
     """
+    from cogtools.checkpoint.paths import as_path
     from cogtools.render.json_object import report_json
     from cogtools.render.progress import Progress
     from cogtools.render.verify import show_verification
+    from cogtools.verification.model_written import holds_model
     from cogtools.verification.verify import verify_lora
+    from cogtools.verification.verify_model import verify_model
 
     with Progress("verifying", hidden=quiet or json) as progress:
-        report = verify_lora(
-            out,
-            against=against,
-            iteration=iteration,
-            ema=ema,
-            load=load,
-            format=format,
-            model=model,
-            layers=layers,
-            strict=strict,
-            progress=progress.update,
-            say=progress.say,
-        )
+        report: ModelVerifyReport | VerifyReport
+        path = as_path(out)
+        if holds_model(path):
+            for option, value in (("--layers", layers), ("--format", format)):
+                if value is not None:
+                    raise OptionError(f"{option} is for LoRAs, and this is a model", file=out, hint="leave it out")
+            report = verify_model(
+                path,
+                against=against,
+                iteration=iteration,
+                ema=ema,
+                load=load,
+                model=model,
+                strict=strict,
+                progress=progress.update,
+                say=progress.say,
+            )
+        else:
+            report = verify_lora(
+                path,
+                against=against,
+                iteration=iteration,
+                ema=ema,
+                load=load,
+                format=format,
+                model=model,
+                layers=layers,
+                strict=strict,
+                progress=progress.update,
+                say=progress.say,
+            )
     wrong = report.verdict == "fail"
     if json:
         text.emit(report_json("verify", "wrong" if wrong else "ok", report))

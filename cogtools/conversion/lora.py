@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.checkpoint.limits import MAX_ADAPTER_CONFIG_BYTES
+from cogtools.checkpoint.plausible import is_positive
 from cogtools.checkpoint.tensors import whole_tensor
 from cogtools.conversion import scale as scales
 from cogtools.conversion.adapter_config import Stated, parse_config
@@ -20,9 +21,10 @@ from cogtools.conversion.record import RECORD_KEY, ExportRecord, read_record
 from cogtools.conversion.scale import Factors, Scale, Statement
 from cogtools.conversion.training_config import TrainingConfig, find_training_config, read_training_config, record_in
 from cogtools.errors import CheckpointError, CogtoolsError, ExportError, OptionError, Problem
+from cogtools.formatting import number
 from cogtools.layouts import diffusers, peft, sat
 from cogtools.layouts.family import LoraKey, Module, Transformer, hidden_of, rank_of, recognise
-from cogtools.layouts.folded import ATTENTION_KINDS, Kind, folded_names
+from cogtools.layouts.folded import ATTENTION_KINDS, Kind, fold_modules, folded_names
 from cogtools.layouts.lora import is_lora_key, other_adapter
 from cogtools.layouts.recognition import LAYOUTS, layout_of_names, read_names, recognise_transformer
 
@@ -187,7 +189,8 @@ class Lora:
         beside: dict[str, set[str]] = {}
         for key in [*self.tensors, *self.unreadable]:
             (beside if key.layer is None else in_layers).setdefault(key.name, {"A", "B"}).add(key.part)
-        for name in self.layout.always if self.layout is not None else ():
+        # What cogtools has converted from another trainer's file may lack what this layout's trainer always adapts.
+        for name in self.layout.always if self.layout is not None and self.record.version is None else ():
             in_layers.setdefault(name, {"A", "B"})
         return frozenset(
             [LoraKey(layer, name, part) for layer in layers for name, parts in in_layers.items() for part in parts]
@@ -346,7 +349,28 @@ def find_scale(
     if not found:
         return Scale(scales.by_nothing(lora.factors))
     first = next((statement for statement in found if statement.place == own), found[0])
+    wrong = {module: value for module, value in first.scalings.items() if not is_positive(value)}
+    if wrong:
+        raise ExportError(
+            "what the file states of its scale cannot be used",
+            file=lora.checkpoint.path,
+            problems=[
+                Problem("scale", f"{first.source}: {text}", shown, "a number above 0")
+                for text, shown in _by_value(first, wrong).items()
+            ],
+            hint="state it with --alpha or --scaling",
+        )
     return Scale(first, tuple(statement for statement in found if statement is not first))
+
+
+def _by_value(statement: Statement, wrong: Mapping[Module, float | None]) -> dict[str, str]:
+    """The modules whose scale cannot be used, folded, and what is stated for them."""
+    alike: dict[str, list[Module]] = {}
+    for module, scaling in wrong.items():
+        alpha = statement.alphas.get(module)
+        text = "not a single number" if scaling is None else f"alpha {number(alpha)}" if alpha is not None else "0"
+        alike.setdefault(text, []).append(module)
+    return {fold_modules(modules): text for text, modules in alike.items()}
 
 
 def _statements(lora: Lora, config: TrainingConfig | None) -> list[Statement]:

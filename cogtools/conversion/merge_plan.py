@@ -266,7 +266,7 @@ class Stack:
             ExportError: as `carried` does.
         """
         alphas = self.carried().alphas
-        planned = [planned_alpha(self.layout, module, alpha, self.file) for module, alpha in alphas.items()]
+        planned = [planned_alpha(self.layout, module, alpha) for module, alpha in alphas.items()]
         for module, updates in self.updates.items():
             for part in "AB":
                 name = LoraKey(*module, part)

@@ -266,7 +266,7 @@ def _transformer_config(model: Model, sizes: _Sizes, training: ModelTraining | N
 
 def _positions(part: ModelPart, mapped: Mapped, model: Model, config: Mapping[str, object]) -> tuple[int, list[str]]:
     """How many positions are stored, 0 if none are, and what to say where the configuration has another number."""
-    expected = positions_of(config)
+    expected = transformer.positions_of_config(config)
     if model.learned_positions:
         found = _shape_in(part, mapped, transformer.POSITIONS)
         if found[1:2] != (expected,):
@@ -290,16 +290,6 @@ def _positions(part: ModelPart, mapped: Mapped, model: Model, config: Mapping[st
 
 
 _POSITIONS_RULE = "text + ((frames - 1) / 4 + 1) * (width / 2) * (height / 2)"
-
-
-def positions_of(config: Mapping[str, object]) -> int | None:
-    """How many positions a transformer of this config.json has; None if its fields are no sizes."""
-    names = ("sample_width", "sample_height", "sample_frames", "max_text_seq_length", "temporal_compression_ratio")
-    sizes = [size for name in names if type(size := config.get(name)) is int and size > 0]
-    if len(sizes) < len(names):
-        return None
-    width, height, frames, text, ratio = sizes
-    return text + ((frames - 1) // ratio + 1) * (width // 2) * (height // 2)
 
 
 def _refuse_other_config(part: ModelPart, expected: Mapping[str, object], stated: Mapping[str, object]) -> None:
@@ -361,6 +351,21 @@ def read_text_encoder(part: ModelPart) -> Reading:
     _refuse_wrong(part, mapped, shapes)
     dtype = part.tensors[mapped.targets[text_encoder.EMBEDDING][0].key].dtype
     return Reading(part, mapped, shapes, structure.config(dtype.name))
+
+
+def model_name(reading: Reading) -> str:
+    """The name of a part's model, and its sizes where those are not the published ones."""
+    model = reading.model
+    if model is None:
+        return "a text encoder"
+    if reading.part.name != TRANSFORMER:
+        return model.name
+    layers, heads = reading.config.get("num_layers"), reading.config.get("num_attention_heads")
+    head = reading.config.get("attention_head_dim")
+    if (layers, heads) == (model.layers, model.heads):
+        return model.name
+    hidden = heads * head if isinstance(heads, int) and isinstance(head, int) else "?"
+    return f"{model.name}, of other sizes: {layers} layers, hidden size {hidden}"
 
 
 # What is wrong

@@ -6,13 +6,16 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from cogtools.conversion.record import RECORD_KEY
+
 if TYPE_CHECKING:
+    from cogtools.checkpoint.index import Checkpoint
     from cogtools.conversion.record import MergedRecord
 
 
 @dataclass(frozen=True, slots=True)
 class ModelRecord:
-    """How a part of a model was made.
+    """How a part of a model was made. A field is None where the file does not say.
 
     Attributes:
         version: of cogtools.
@@ -24,9 +27,9 @@ class ModelRecord:
         merged: the LoRAs that were merged into it; None if none were.
     """
 
-    version: str
-    source: str
-    part: str
+    version: str | None = None
+    source: str | None = None
+    part: str | None = None
     model: str | None = None
     iteration: int | None = None
     ema: bool | None = None
@@ -35,3 +38,28 @@ class ModelRecord:
     def text(self) -> str:
         """The record as it stands in the header: what is not known is left out."""
         return json.dumps({name: value for name, value in asdict(self).items() if value is not None}, sort_keys=True)
+
+
+def read_model_record(checkpoint: Checkpoint) -> ModelRecord:
+    """The record in a file, or in the first of several. It may come from anyone: other types count as not there."""
+    parts = [checkpoint, *checkpoint.parts.values()]
+    text = next((part.metadata[RECORD_KEY] for part in parts if RECORD_KEY in part.metadata), "{}")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        content = {}
+    fields = content if isinstance(content, dict) else {}
+
+    def word(name: str) -> str | None:
+        value = fields.get(name)
+        return value if isinstance(value, str) else None
+
+    iteration, ema = fields.get("iteration"), fields.get("ema")
+    return ModelRecord(
+        version=word("version"),
+        source=word("source"),
+        part=word("part"),
+        model=word("model"),
+        iteration=iteration if type(iteration) is int else None,
+        ema=ema if isinstance(ema, bool) else None,
+    )

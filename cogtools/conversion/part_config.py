@@ -10,15 +10,13 @@ from cogtools.checkpoint.limits import MAX_ADAPTER_CONFIG_BYTES
 from cogtools.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from cogtools.checkpoint.paths import AnyPath
 
 MAX_CONFIG_BYTES = MAX_ADAPTER_CONFIG_BYTES
 """The longest configuration that is read. Real: 2 kB."""
 
 
-def read_config(path: Path) -> dict[str, object]:
+def read_config(path: AnyPath) -> dict[str, object]:
     """What a configuration says.
 
     Raises:

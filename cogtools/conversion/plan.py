@@ -345,8 +345,8 @@ def planned_tensors(plan: LoraPlan, options: ExportOptions) -> list[Planned]:
         OptionError: if there is no such dtype.
     """
     dtype = target_dtype(plan, options)
-    alphas, file = carried(plan, options).alphas, plan.lora.checkpoint.path
-    planned = [planned_alpha(plan.layout, module, alpha, file) for module, alpha in alphas.items()]
+    alphas = carried(plan, options).alphas
+    planned = [planned_alpha(plan.layout, module, alpha) for module, alpha in alphas.items()]
     folded = plan.folded if options.way == "fold" else {}
     for name in plan.names:
         key, entry, source = plan.key(name), plan.entry(name), plan.lora.tensors[name].key
@@ -389,31 +389,9 @@ def kept_rank(updates: Sequence[Update], rank: int | None) -> int:
     return stacked if rank is None else min(stacked, rank, *updates[0].size)
 
 
-MIN_FLOAT32, MAX_FLOAT32 = 2.0**-126, 3.4e38
-"""Between these an alpha keeps its precision as a float32."""
-
-
-def planned_alpha(layout: LoraLayout, module: Module, alpha: float, file: AnyPath) -> Planned:
-    """The tensor that states the alpha of a module.
-
-    Args:
-        layout: the layout of the output.
-        module: the module.
-        alpha: its alpha.
-        file: what it is made of, for messages.
-
-    Raises:
-        ExportError: if it does not fit into a float32.
-    """
+def planned_alpha(layout: LoraLayout, module: Module, alpha: float) -> Planned:
+    """The tensor that states the alpha of a module, in float32: what is accepted as a scale is far from its ends."""
     key = layout.key(LoraKey(*module, "alpha")) or ""
-    if not MIN_FLOAT32 <= alpha <= MAX_FLOAT32:
-        raise ExportError(
-            "an alpha does not fit into the float32 that states it",
-            file=file,
-            found=f"{number(alpha)} for {key}",
-            expected=f"{MIN_FLOAT32:.3g} to {MAX_FLOAT32:.3g}",
-            hint="export with --scale fold",
-        )
     return Planned(key, DTYPES["float32"], (), (struct.pack("<f", alpha),))
 
 

@@ -31,7 +31,7 @@ from cogtools.conversion.plan import (
 )
 from cogtools.conversion.record import RECORD_KEY, ExportRecord
 from cogtools.errors import OptionError
-from cogtools.export.names import Target, target_of
+from cogtools.export.names import Target, local_type, target_of
 from cogtools.version import __version__
 
 if TYPE_CHECKING:
@@ -109,9 +109,9 @@ class ExportReport:
     """
 
     checkpoint: AnyPath
-    output: AnyPath
-    folder: AnyPath
-    files: tuple[AnyPath, ...]
+    output: Path
+    folder: Path
+    files: tuple[Path, ...]
     format: Format
     written: bool
     model: str
@@ -227,12 +227,13 @@ def export_checkpoint(
         if not options.dry_run:
             written = write(output, prepared.files, sources, progress, sha256=options.sha256)
     plan = prepared.plan
+    shown = local_type(target)
     weights = set(plan.folded.values()) if options.way == "none" else {1.0}
     return ExportReport(
         checkpoint=opened.path,
-        output=target.file,
-        folder=target.folder,
-        files=tuple(target.folder / file.path if target.is_folder else target.file for file in prepared.files),
+        output=shown.file,
+        folder=shown.folder,
+        files=tuple(shown.folder / file.path if target.is_folder else shown.file for file in prepared.files),
         format=options.format,
         written=not options.dry_run,
         model=plan.transformer.name,

@@ -25,6 +25,7 @@ from cogtools.conversion.model_plan import (
     sat_files,
 )
 from cogtools.conversion.model_reading import (
+    model_name,
     model_of_slug,
     read_text_encoder,
     read_transformer,
@@ -429,21 +430,6 @@ def model_report(source: Checkpoint, out: Path, prepared: PreparedModel, options
         notices=prepared.notices,
         plan=_plan_report(prepared.plans) if options.dry_run else None,
     )
-
-
-def model_name(reading: Reading) -> str:
-    """The name of a part's model, and its sizes where those are not the published ones."""
-    model = reading.model
-    if model is None:
-        return "a text encoder"
-    if reading.part.name != TRANSFORMER:
-        return model.name
-    layers, heads = reading.config.get("num_layers"), reading.config.get("num_attention_heads")
-    head = reading.config.get("attention_head_dim")
-    if (layers, heads) == (model.layers, model.heads):
-        return model.name
-    hidden = heads * head if isinstance(heads, int) and isinstance(head, int) else "?"
-    return f"{model.name}, of other sizes: {layers} layers, hidden size {hidden}"
 
 
 def _part_report(

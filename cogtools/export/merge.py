@@ -24,7 +24,7 @@ from cogtools.conversion.refusals import what_it_holds
 from cogtools.errors import ExportError, OptionError, command
 from cogtools.export.export import lora_files, output_at
 from cogtools.export.export_model import model_report, prepare_model
-from cogtools.export.names import target_of
+from cogtools.export.names import local_type, target_of
 from cogtools.formatting import counted, percent
 from cogtools.layouts import diffusers
 from cogtools.layouts.pipeline import TRANSFORMER
@@ -103,9 +103,9 @@ class MergeReport:
     result: Literal["lora", "model"]
     base: AnyPath | None
     loras: tuple[MergedLora, ...]
-    output: AnyPath
-    folder: AnyPath
-    files: tuple[AnyPath, ...]
+    output: Path
+    folder: Path
+    files: tuple[Path, ...]
     written: bool
     model: str
     pipeline: str | None
@@ -438,13 +438,14 @@ def _merge_loras(
     output.refuse_source(_files(loras))
     refuse_unwritable(output.target, size_bytes)
     written = Written() if options.dry_run else write(output, planned, _files(loras), progress, sha256=False)
+    shown = local_type(target)
     return MergeReport(
         result="lora",
         base=None,
         loras=tuple(map(_merged_lora, loras)),
-        output=target.file,
-        folder=target.folder,
-        files=tuple(target.folder / file.path if target.is_folder else target.file for file in planned),
+        output=shown.file,
+        folder=shown.folder,
+        files=tuple(shown.folder / file.path if target.is_folder else shown.file for file in planned),
         written=not options.dry_run,
         model=transformer.name,
         pipeline=transformer.pipeline,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple, cast, get_args
 
 from cogtools.checkpoint.folder import WEIGHTS_FILES
 from cogtools.checkpoint.run import iteration_of
@@ -11,6 +11,8 @@ from cogtools.conversion.options import Format
 from cogtools.errors import OptionError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from cogtools.checkpoint.paths import AnyPath
     from cogtools.layouts.lora import LoraLayout
 
@@ -31,6 +33,22 @@ class Target(NamedTuple):
     folder: AnyPath
     file: AnyPath
     is_folder: bool
+
+
+class LocalTarget(NamedTuple):
+    """The folder and file of a target, as reports have them.
+
+    Their type is that of outputs on this machine, which nearly all are, so that who exports to this machine need not
+    tell them apart; that of an output in a store is a `RemotePath`.
+    """
+
+    folder: Path
+    file: Path
+
+
+def local_type(target: Target) -> LocalTarget:
+    """The folder and file of a target."""
+    return LocalTarget(cast("Path", target.folder), cast("Path", target.file))
 
 
 def target_of(out: AnyPath, layout: LoraLayout, checkpoint: AnyPath) -> Target:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cogtools.conversion.lora import scale_of
+from cogtools.conversion.lora import find_scale, scale_of
 from cogtools.conversion.options import FORMATS
 from cogtools.conversion.plan import LoraPlan, can_hold, plan_lora
 from cogtools.conversion.readers import readers_of
 from cogtools.conversion.refusals import refuse_unexportable
 from cogtools.conversion.scale import BY_NOTHING
-from cogtools.errors import CogtoolsError, Hint, command
+from cogtools.errors import CogtoolsError, ExportError, Hint, Problem, command
 from cogtools.inspection.report import ExportOutlook, LoraReport
 from cogtools.layouts import comfyui, diffusers
 from cogtools.layouts.folded import fold_names
@@ -31,7 +31,6 @@ def describe_lora(checkpoint: Checkpoint, lora: Lora, model: Transformer | None)
     kinds = {(name.name, name.part) for name in expected if name.layer is not None}
     lacking = sorted(expected - lora.tensors.keys(), key=lambda name: name.order)
     missing = tuple(fold_names(lacking, kinds))
-    stated = lora.stated.get(lora.intended.scale)
     scalings = () if scale is None else (scaling for scaling in scale.scalings.values() if scaling is not None)
     return LoraReport(
         layout=None if lora.layout is None else lora.layout.name,
@@ -49,11 +48,25 @@ def describe_lora(checkpoint: Checkpoint, lora: Lora, model: Transformer | None)
         alpha_source=scale.source if scale is not None and is_stated else None,
         reader=lora.intended.reader,
         unstated_scaling=lora.intended.unstated_scaling,
-        misstated=stated.problems if stated is not None else (),
+        misstated=_misstated(lora),
         scalings=tuple(sorted(set(scalings))),
         export=outlook,
         readers=readers_of(lora, scale, model),
     )
+
+
+def _misstated(lora: Lora) -> tuple[Problem, ...]:
+    """What is wrong with what the file states of its scale."""
+    stated = lora.stated.get(lora.intended.scale)
+    if stated is not None and stated.problems:
+        return stated.problems
+    if lora.layout is None:
+        return ()
+    try:
+        find_scale(lora)
+    except ExportError as error:
+        return error.problems
+    return ()
 
 
 def names_of(lora: Lora) -> str | None:

@@ -17,7 +17,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.layouts import diffusers, sat
-from cogtools.layouts.family import LAYER_NUMBER
+from cogtools.layouts.family import BY_SLUG, LAYER_NUMBER, MAX_LAYERS
 from cogtools.layouts.key_map import Mapped, Run
 
 if TYPE_CHECKING:
@@ -202,6 +202,72 @@ def shapes(sizes: Mapping[str, int], patch: tuple[int, ...]) -> dict[str, tuple[
         else:
             found[key] = (rows, *(patch if row.inputs == "patch_in" else (_size(row.inputs, sizes),)))
     return found
+
+
+DEFAULTS = BY_SLUG["2b"].config
+"""What diffusers' class takes for fields that a config.json does not have: those of the model that came first."""
+
+SAMPLE_FIELDS = ("max_text_seq_length", "sample_frames", "sample_height", "sample_width")
+"""The fields of a config.json that say how large the videos and texts are that the transformer is made for."""
+
+SIZE_FIELDS = (
+    *SAMPLE_FIELDS,
+    "attention_head_dim",
+    "in_channels",
+    "num_attention_heads",
+    "num_layers",
+    "out_channels",
+    "patch_size",
+    "temporal_compression_ratio",
+    "text_embed_dim",
+    "time_embed_dim",
+)
+"""These, and those that say how large the transformer is."""
+
+
+def shapes_of_config(config: Mapping[str, object]) -> dict[str, tuple[int, ...]] | None:
+    """Every key of the transformer that diffusers' class builds of a config.json, and its shape.
+
+    None if the fields that state its sizes are not such numbers.
+    """
+    fields = {**DEFAULTS, **config}
+    numbers = {name: value for name in SIZE_FIELDS if type(value := fields[name]) is int and 0 < value <= MAX_SIZE}
+    frames, ofs = fields.get("patch_size_t"), fields.get("ofs_embed_dim")
+    if len(numbers) < len(SIZE_FIELDS) or numbers["num_layers"] > MAX_LAYERS:
+        return None
+    if not all(value is None or (type(value) is int and 0 < value <= MAX_SIZE) for value in (frames, ofs)):
+        return None
+    width = numbers["patch_size"]
+    volume = width * width * (frames if isinstance(frames, int) else 1)
+    sizes = {
+        "layers": numbers["num_layers"],
+        "h": numbers["num_attention_heads"] * numbers["attention_head_dim"],
+        "head": numbers["attention_head_dim"],
+        "time": numbers["time_embed_dim"],
+        "text": numbers["text_embed_dim"],
+        "ofs": ofs if isinstance(ofs, int) else 0,
+        "patch_out": numbers["out_channels"] * volume,
+        "positions": _positions(numbers) if fields.get("use_learned_positional_embeddings") is True else 0,
+    }
+    channels = numbers["in_channels"]
+    return shapes(sizes, (channels, width, width) if frames is None else (channels * volume,))
+
+
+def positions_of_config(config: Mapping[str, object]) -> int | None:
+    """How many positions a transformer of this config.json has; None if its fields are not sizes."""
+    fields = {**DEFAULTS, **config}
+    numbers = {name: value for name in SIZE_FIELDS if type(value := fields[name]) is int and 0 < value <= MAX_SIZE}
+    return _positions(numbers) if len(numbers) == len(SIZE_FIELDS) else None
+
+
+def _positions(numbers: Mapping[str, int]) -> int:
+    frames = (numbers["sample_frames"] - 1) // numbers["temporal_compression_ratio"] + 1
+    patches = numbers["sample_height"] // numbers["patch_size"] * (numbers["sample_width"] // numbers["patch_size"])
+    return numbers["max_text_seq_length"] + frames * patches
+
+
+MAX_SIZE = 1 << 20
+"""A larger size is not believed."""
 
 
 def _size(expression: str, sizes: Mapping[str, int]) -> int:

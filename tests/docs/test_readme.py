@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -38,22 +39,18 @@ def examples() -> list[Example]:
     return found
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which the README's commands are run, one after the other, with the demo's checkpoint in it."""
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the demo's checkpoint in it."""
     path = tmp_path_factory.mktemp("readme")
     make_sample(path / "ckpts" / "lora-disney")
     return path
 
 
-def test_the_readme_shows_commands() -> None:
-    assert len(examples()) >= 3
-
-
-@pytest.mark.parametrize("example", examples(), ids=lambda example: example.command)
-def test_the_readme_shows_what_a_command_prints(folder: Path, example: Example) -> None:
+def run(command: str, folder: Path) -> str:
+    """What a command of the README prints."""
     done = subprocess.run(
-        ["sh", "-c", f"{shlex.quote(sys.executable)} -m {example.command}"],
+        ["sh", "-c", f"{shlex.quote(sys.executable)} -m {command}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -61,8 +58,37 @@ def test_the_readme_shows_what_a_command_prints(folder: Path, example: Example) 
         cwd=folder,
         env=surroundings(COLUMNS="120"),
     )
+    return done.stdout.rstrip("\n")
+
+
+def paths_in(command: str) -> list[str]:
+    """The words of a command that are not options."""
+    return [word.rstrip("/") for word in shlex.split(command)[2:] if not word.startswith("-")]
+
+
+def needed(example: Example) -> list[str]:
+    """The commands of the README that write what this one reads."""
+    writers = {paths_in(other.command)[-1]: other.command for other in examples() if "export-lora" in other.command}
+    return [writers[path] for path in paths_in(example.command) if path in writers and writers[path] != example.command]
+
+
+def test_the_readme_shows_commands() -> None:
+    assert len(examples()) >= 3
+
+
+@pytest.mark.parametrize("example", examples(), ids=lambda example: example.command)
+def test_the_readme_shows_what_a_command_prints(sample: Path, tmp_path: Path, example: Example) -> None:
+    folder = tmp_path / "here"
+    shutil.copytree(sample, folder)
+    for command in needed(example):
+        run(command, folder)
+    printed = run(example.command, folder)
     pattern = ".*".join(re.escape(part) for part in re.split(rf"^{ELIDED}$", example.shown, flags=re.MULTILINE))
-    assert re.fullmatch(pattern, done.stdout.rstrip("\n"), re.DOTALL), done.stdout
+    assert re.fullmatch(pattern, printed, re.DOTALL), printed
+
+
+def test_the_readme_shows_how_to_verify_what_it_exports() -> None:
+    assert any(needed(example) for example in examples())
 
 
 @pytest.mark.parametrize("command", [command.name for command in cli.app.registered_commands])

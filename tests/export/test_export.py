@@ -30,7 +30,6 @@ from tests.support.factories import (
     WRAPPERS,
     sat_checkpoint,
     sat_state_dict,
-    save_run,
     zero3_checkpoint,
 )
 from tests.support.loras import factors, save_lora
@@ -73,9 +72,9 @@ def metadata(path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A trainer's save folder with a toy LoRA of rank 4, and the path of its checkpoint."""
-    return save_run(tmp_path / "run", sat_checkpoint(sat_state_dict(TOY_2B, 4)), rank=4)
+def run(run_folder: Path) -> Path:
+    """The checkpoint in a trainer's save folder, with a toy LoRA of rank 4."""
+    return run_folder / "1000" / "mp_rank_00_model_states.pt"
 
 
 # The tensors

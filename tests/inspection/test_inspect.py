@@ -916,7 +916,7 @@ def test_selections_that_make_no_sense_are_refused(toy: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="counts reads in /proc/self/io")
 def test_no_weights_are_read_to_look(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
-    torch.save({"module": {"weight": torch.zeros(8_000_000)}}, path)  # 32 MB
+    torch.save({"module": {"weight": torch.zeros(4_000_000)}}, path)  # 16 MB
     code = (
         "from cogtools import inspect_checkpoint\n"
         "import cogtools.inspection.inspect\n"

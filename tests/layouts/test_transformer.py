@@ -1,5 +1,6 @@
 """The base transformer's key map: both directions are one table, and every row of every tensor has its place."""
 
+import inspect
 from collections import Counter
 from functools import cache
 
@@ -9,7 +10,7 @@ from diffusers import CogVideoXTransformer3DModel
 
 from cogtools.layouts import diffusers as diffusers_layout
 from cogtools.layouts import transformer
-from cogtools.layouts.family import LINEARS, MODELS, Model, Module
+from cogtools.layouts.family import BY_SLUG, LINEARS, MODELS, Model, Module
 from cogtools.layouts.key_map import Mapped, Run
 from cogtools.layouts.transformer import ROWS, Row
 from tests.support.factories import MODELS as SAT_MODELS
@@ -194,3 +195,26 @@ def test_the_modules_that_loras_adapt_are_rows_of_the_same_sizes() -> None:
         path = diffusers_layout.module_path(Module(0 if linear.in_layers else None, linear.name))
         name = path.replace("transformer_blocks.0.", "transformer_blocks.{}.")
         assert rows[name] == (linear.inputs, linear.outputs)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=[model.slug for model in MODELS])
+def test_the_shapes_of_a_config_are_those_of_the_class_that_it_builds(model: Model) -> None:
+    assert transformer.shapes_of_config(model.config) == on_meta_device(model)
+
+
+def test_fields_that_a_config_lacks_are_the_classes_defaults() -> None:
+    defaults = inspect.signature(CogVideoXTransformer3DModel.__init__).parameters
+    assert {name: defaults[name].default for name in transformer.DEFAULTS} == transformer.DEFAULTS
+    with torch.device("meta"):
+        built = CogVideoXTransformer3DModel(num_layers=1)
+    expected = {key: tuple(tensor.shape) for key, tensor in built.state_dict().items()}
+    assert transformer.shapes_of_config({"num_layers": 1}) == expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_layers": 0}, {"num_layers": 10**6}, {"in_channels": "16"}, {"patch_size_t": 0}, {"ofs_embed_dim": True},
+     {"sample_width": 1e3}, {"num_attention_heads": None}],
+)  # fmt: skip
+def test_a_config_whose_sizes_are_none_has_no_shapes(change: dict[str, object]) -> None:
+    assert transformer.shapes_of_config(BY_SLUG["5b"].config | change) is None

@@ -51,8 +51,8 @@ class Output(io.StringIO):
         return self.terminal
 
 
-def run(command: tuple[str, ...], path: Path, checkpoint: Path | None = None) -> None:
-    """Run a command on a file, and look at what it says. `checkpoint` is what `--against` compares with."""
+def run(command: tuple[str, ...], path: Path, checkpoint: Path | None = None) -> str:
+    """Run a command on a file, look at what it says, and return that. `checkpoint` is for `--against`."""
     from cogtools import cli
 
     words = [command[0], str(path), *(word for word in command[1:] if word.startswith("--"))]
@@ -70,6 +70,7 @@ def run(command: tuple[str, ...], path: Path, checkpoint: Path | None = None) ->
         assert all(line.isprintable() for line in said.split("\n")), said
     assert all(line.isprintable() for line in talk.split("\n")), talk
     assert said or talk
+    return said
 
 
 def _no_constant(name: str) -> NoReturn:
