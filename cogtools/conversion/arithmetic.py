@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cogtools.conversion.plan import Added, Planned, Update
     from cogtools.layouts.family import Module
 
-BLOCK_ROWS, BLOCK_ELEMENTS = 512, 1 << 20
+BLOCK_ROWS, BLOCK_ELEMENTS = 512, 1 << 19
 """How many rows and elements of a weight are merged at once at most. Memory for larger ones is given back to the system
 each time, which takes longer than to compute with them."""
 
@@ -148,7 +148,7 @@ class Computed:
         def compute(first: int, last: int) -> _Block:
             block = self._free.pop() if self._free else _Block()
             block.resize(last - first, columns, wide, dtype)
-            block.weight.copy_(load(base.rows(first, last)).view_as(block.weight))
+            block.weight.copy_(load(base.rows(first, last), None).view_as(block.weight))
             block.merge([(a, b[first:last], scaling) for a, b, scaling in factors])
             _refuse_not_finite(tensor, block)
             block.measure()
@@ -230,10 +230,14 @@ def _refuse_not_finite(tensor: Planned, block: _Block) -> None:
     raise _too_large(tensor, block.total)
 
 
-def load(entry: TensorEntry, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """A whole tensor; in double precision, in which every product of a factor with a scaling is exact."""
+def load(entry: TensorEntry, dtype: torch.dtype | None = torch.float64) -> torch.Tensor:
+    """A whole tensor, in its own dtype (None) or another one.
+
+    In double precision, the default, every product of a factor with a scaling is exact.
+    """
     data = bytearray().join(tensor_chunks(entry))
-    return torch.frombuffer(data, dtype=torch_dtype(entry.dtype)).to(dtype).reshape(entry.shape)
+    values = torch.frombuffer(data, dtype=torch_dtype(entry.dtype)).reshape(entry.shape)
+    return values if dtype is None else values.to(dtype)
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:

@@ -6,11 +6,10 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from cogtools.conversion.record import RECORD_KEY
+from cogtools.conversion.record import RECORD_KEY, MergedRecord, read_merged
 
 if TYPE_CHECKING:
     from cogtools.checkpoint.index import Checkpoint
-    from cogtools.conversion.record import MergedRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,4 +61,5 @@ def read_model_record(checkpoint: Checkpoint) -> ModelRecord:
         model=word("model"),
         iteration=iteration if type(iteration) is int else None,
         ema=ema if isinstance(ema, bool) else None,
+        merged=read_merged(fields.get("merged")),
     )

@@ -115,7 +115,6 @@ def read_record(metadata: Mapping[str, str]) -> ExportRecord:
     """The record in the metadata of a file. It may come from anyone: what is not of its type counts as not there."""
     content = _Content(_parsed(metadata))
     models = content.values.get("models")
-    merged = content.values.get("merged")
     return ExportRecord(
         version=content.text("version"),
         source=content.text("source"),
@@ -133,8 +132,13 @@ def read_record(metadata: Mapping[str, str]) -> ExportRecord:
         scale=content.text("scale"),
         source_dtype=content.dtype("source_dtype"),
         dtype=content.dtype("dtype"),
-        merged=tuple(map(_read_merged, merged[:MAX_MERGED])) if isinstance(merged, list) else None,
+        merged=read_merged(content.values.get("merged")),
     )
+
+
+def read_merged(value: object) -> tuple[MergedRecord, ...] | None:
+    """The LoRAs of a merge, as a record lists them; None if it lists none."""
+    return tuple(map(_read_merged, value[:MAX_MERGED])) if isinstance(value, list) else None
 
 
 def _read_merged(value: object) -> MergedRecord:
