@@ -5,10 +5,10 @@ READY := .venv/.ready
 SECONDS ?= 300
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench stress fuzz clean
+.PHONY: help demo test test-all check format bench stress fuzz clean
 
 help:  ## List the targets.
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -19,7 +19,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## Make a sample checkpoint, then export, verify and inspect it.
 	@$(BIN)/python -m tools.demo $(BIN)/cogtools .demo
 
-test: $(READY)  ## Run the tests.
+test: $(READY)  ## Run the tests, but for those that start servers or take long otherwise.
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not slow'
+
+test-all: $(READY)  ## Run all tests.
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 check: $(READY)  ## Check format, lint and types.
