@@ -158,7 +158,7 @@ class HttpStore(Store):
             answer: _Answer = sync(self._fs.loop, self._request, path, offset_bytes, size_bytes)
         except (CheckpointError, TryAgainError):
             raise
-        except (aiohttp.InvalidURL, aiohttp.TooManyRedirects) as error:
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError, aiohttp.TooManyRedirects) as error:
             raise CheckpointError(
                 "the server redirects to where nothing is read from",
                 file=path,

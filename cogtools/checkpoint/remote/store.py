@@ -116,6 +116,7 @@ class Store(ABC):
     def ask_for(self, folder: RemotePath, names: Iterable[str]) -> None:
         """Folders that `list` has to ask for where nothing lists what is in a folder."""
         self._names.setdefault(folder, []).extend(names)
+        self._entries.pop(folder, None)
 
     @abstractmethod
     def refuse_changed(self, path: RemotePath, found: Found) -> None:
