@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _READ_ONLY = ("hf",)
 
-_VERSIONS = ("ETag", "etag", "VersionId", "generation", "blob_id", "xet_hash", "LastModified", "mtime", "modified")
+_VERSIONS = ("ETag", "etag", "VersionId", "generation", "blob_id", "xet_hash", "LastModified", "mtime", "created")
 """What file systems call that which changes with a file's content."""
 
 
