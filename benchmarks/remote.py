@@ -18,7 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +27,10 @@ from cogtools.conversion.options import ExportOptions
 from cogtools.export.batch import export_many, plan_batch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from concurrent.futures import Executor
 
+CURL = shutil.which("curl") or "curl"
 COGTOOLS = str(Path(sys.executable).parent / "cogtools")
 WEIGHTS = "mp_rank_00_model_states.pt"
 JOBS = 24
@@ -127,10 +128,10 @@ def travel(folder: Path) -> None:
         row("export-lora", command(COGTOOLS, "export-lora", file, str(out), "--alpha", "1"))
         ranges = list(Counting.ranges)
         row("curl: the same ranges, one after the other", lambda: [
-            subprocess.run(["curl", "-s", "-o", os.devnull, "-r", f"{start}-{end - 1}", file], check=True)
+            subprocess.run([CURL, "-s", "-o", os.devnull, "-r", f"{start}-{end - 1}", file], check=True)
             for start, end in ranges
         ])  # fmt: skip
-        row("curl: the whole file", command("curl", "-s", "-o", os.devnull, file))
+        row("curl: the whole file", command(CURL, "-s", "-o", os.devnull, file))
     shutil.rmtree(out, ignore_errors=True)
     row("export-lora of the local file", command(COGTOOLS, "export-lora", str(path), str(out), "--alpha", "1"))
 
@@ -150,7 +151,7 @@ def batch(folder: Path) -> None:
         runs.append(str(run / "1000"))
     options = ExportOptions(alpha=1.0)
 
-    def export(executor: ThreadPoolExecutor | None = None) -> float:
+    def export(executor: Executor | None = None) -> float:
         shutil.rmtree(folder / "loras", ignore_errors=True)
         jobs = plan_batch(runs, folder / "loras", options)
         start = time.perf_counter()
@@ -171,8 +172,8 @@ def batch(folder: Path) -> None:
             dask_cluster(folder / f"cluster-{workers}", workers=workers) as cluster,
             dask_executor(cluster.address) as executor,
         ):
-            export(executor)  # type: ignore[arg-type]
-            seconds = export(executor)  # type: ignore[arg-type]
+            export(executor)
+            seconds = export(executor)
             overhead = (seconds * workers - alone) / JOBS
             text = f"Dask, {workers} worker{'s' if workers > 1 else ''}"
             print(
