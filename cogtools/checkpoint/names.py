@@ -8,6 +8,7 @@ torch.distributed.checkpoint, filesystem.py.
 from __future__ import annotations
 
 import re
+import shlex
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class Spread(NamedTuple):
 
     def advice(self, folder: AnyPath) -> str:
         """How to put the files of this folder together."""
-        return self.hint.format(folder=folder, above=folder.parent)
+        return self.hint.format(folder=shlex.quote(str(folder)), above=shlex.quote(str(folder.parent)))
 
 
 SPREADS = (

@@ -117,8 +117,20 @@ def _renamed(folder: AnyPath, name: str) -> str | None:
 
 
 def shards_by_name(folder: AnyPath) -> list[AnyPath]:
-    """The shards in a folder that has no index of them, by number."""
-    return [entry.path for entry in list_folder(folder) if entry.is_file and shard_name(entry.path.name)]
+    """The shards in a folder that has no index of them, by number.
+
+    Raises:
+        CheckpointError: if one is a link to another folder.
+    """
+    shards = [entry.path for entry in list_folder(folder) if entry.is_file and shard_name(entry.path.name)]
+    for path in shards:
+        if not _is_inside(path, folder.resolve()):
+            raise CheckpointError(
+                "this shard is a link to another folder",
+                file=path,
+                expected="shards that lie beside each other, or in a Hugging Face cache's blobs",
+            )
+    return shards
 
 
 def _refuse_outside(index: AnyPath, folder: AnyPath, name: str) -> None:
@@ -128,11 +140,15 @@ def _refuse_outside(index: AnyPath, folder: AnyPath, name: str) -> None:
     if isinstance(folder, RemotePath):  # what has such a name is in that folder
         return
     try:
-        shard = (folder / name).resolve()
+        is_inside = _is_inside(folder / name, folder)
     except (OSError, ValueError, RuntimeError) as error:  # half a surrogate pair; links in a circle
         raise _no_index(index, f"the file {name!r}, which is not a name that a file can have") from error
-    if shard.parent not in (folder, _blobs_of(folder)):
+    if not is_inside:
         raise _no_index(index, f"the file {name!r}, a link to another folder")
+
+
+def _is_inside(path: AnyPath, folder: AnyPath) -> bool:
+    return path.resolve().parent in (folder, _blobs_of(folder))
 
 
 def _blobs_of(folder: AnyPath) -> AnyPath | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from cogtools.cli.options import COULD_NOT, Ema, Iteration, Json, Quiet, Rank
+from cogtools.cli.options import COULD_NOT, WRONG, Ema, Iteration, Json, Quiet, Rank
 from cogtools.conversion.options import Cast, ExportOptions, Format, Scale
 from cogtools.errors import OptionError, PrintError
 from cogtools.render import text
@@ -64,6 +64,9 @@ def export_lora_command(
         str | None,
         typer.Option(metavar="ADDRESS", help="Export on the Dask cluster whose scheduler has this address."),
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check every value of what was written, as verify --against does.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     sat_pt_path: Annotated[str | None, typer.Option("--sat_pt_path", hidden=True)] = None,
@@ -101,6 +104,7 @@ def export_lora_command(
         overwrite=overwrite,
         dry_run=dry_run,
         sha256=sha256,
+        verify=verify,
         rank=rank,
     )
     source = as_path(sources[0])
@@ -116,10 +120,13 @@ def export_lora_command(
         return
     with Progress("writing", hidden=quiet or json) as progress:
         report = export_checkpoint(source, out, options, progress=progress.update)
+    wrong = report.verification is not None and report.verification.verdict == "fail"
     if json:
-        text.emit(report_json("export-lora", "ok", report))
-    elif not quiet:
-        show_export(report)
+        text.emit(report_json("export-lora", "wrong" if wrong else "ok", report))
+    else:
+        show_export(report, quiet=quiet)
+    if wrong:
+        raise typer.Exit(WRONG)
 
 
 def _sources_and_output(paths: list[str], sat_pt_path: str | None, lora_save_directory: str | None) -> list[str]:
@@ -190,3 +197,5 @@ def _export_many(
         raise unprinted
     if report.failed:
         raise typer.Exit(COULD_NOT)
+    if any(item.is_wrong for item in items):
+        raise typer.Exit(WRONG)

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 
 def verify_command(
-    out: Annotated[
-        str,
+    paths: Annotated[
+        list[str],
         typer.Argument(
-            metavar="OUT",
+            metavar="OUT [LORA]...",
             show_default=False,
-            help="A LoRA, or a whole model or parts of it: a folder or a file, or its URL.",
+            help="A LoRA, or a whole model or parts of it: a folder or a file, or its URL. With --against BASE, the "
+            "LoRAs that were merged into it; with --against LORA, the others that were.",
         ),
     ],
     against: Annotated[
@@ -61,6 +62,7 @@ def verify_command(
       cogtools verify out
       cogtools verify out --against ckpts/lora-disney --load
       cogtools verify pipeline --against ckpts/sft-disney
+      cogtools verify merged --against CogVideoX-2b style.safetensors motion.safetensors
     """
     from cogtools.checkpoint.paths import as_path
     from cogtools.render.json_object import report_json
@@ -70,16 +72,22 @@ def verify_command(
     from cogtools.verification.verify import verify_lora
     from cogtools.verification.verify_model import verify_model
 
+    out, *loras = paths
+    if loras and against is None:
+        raise OptionError(
+            "verify takes one output, and others only to hold it against",
+            found=" ".join(map(str, paths)),
+            expected="cogtools verify OUT --against BASE LORA...",
+        )
+    sources = None if against is None else [against, *loras]
     with Progress("verifying", hidden=quiet or json) as progress:
         report: ModelVerifyReport | VerifyReport
         path = as_path(out)
         if holds_model(path):
-            for option, value in (("--layers", layers), ("--format", format)):
-                if value is not None:
-                    raise OptionError(f"{option} is for LoRAs, and this is a model", file=out, hint="leave it out")
+            _refuse_for_models(layers, format)
             report = verify_model(
                 path,
-                against=against,
+                against=sources,
                 iteration=iteration,
                 ema=ema,
                 load=load,
@@ -91,7 +99,7 @@ def verify_command(
         else:
             report = verify_lora(
                 path,
-                against=against,
+                against=sources,
                 iteration=iteration,
                 ema=ema,
                 load=load,
@@ -109,3 +117,11 @@ def verify_command(
         show_verification(report, quiet=quiet)
     if wrong:
         raise typer.Exit(WRONG)
+
+
+def _refuse_for_models(layers: int | None, format_: object) -> None:
+    """Refuse the options that are for LoRAs only."""
+    if layers is not None:
+        raise OptionError("--layers is for LoRAs: a model's tensors say how many it has", hint="leave it out")
+    if format_ is not None:
+        raise OptionError("--format is for LoRAs: a model is held against the layout that it has", hint="leave it out")

@@ -17,18 +17,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.checkpoint.dtypes import DTYPES
 from cogtools.conversion.lora import find_lora, find_scale, find_transformer, read_config
-from cogtools.conversion.options import CASTS
+from cogtools.conversion.options import BY_HAND, BY_SCALING, CASTS
 from cogtools.conversion.refusals import no_lora, refuse_unexportable, tensor_parallel
 from cogtools.conversion.scale import (
     ALPHA_SOURCES,
     BY_DEFAULT,
-    BY_HAND,
     BY_NOTHING,
-    BY_SCALING,
     Carried,
     Statement,
     carry,
 )
+from cogtools.conversion.trained import trained_notices
 from cogtools.errors import ExportError, OptionError, Problem, command
 from cogtools.formatting import counted, fold_numbers, number, shown
 from cogtools.layouts import sat
@@ -332,6 +331,7 @@ def plan_lora(
             *config_notices,
             *_scale_notices(scale, config),
             *_left_out_notice(lora),
+            *trained_notices(lora),
             *_size_notice(layout, transformer),
         ),
         config=None if config is None else config.path,

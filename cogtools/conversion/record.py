@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.dtypes import DTYPES
 from cogtools.checkpoint.plausible import is_positive
-from cogtools.conversion.scale import BY_HAND, BY_SCALING
+from cogtools.conversion.options import BY_HAND, BY_SCALING
 from cogtools.layouts.family import MAX_LAYERS
 
 if TYPE_CHECKING:

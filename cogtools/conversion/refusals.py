@@ -110,7 +110,7 @@ def what_it_holds(checkpoint: Checkpoint) -> tuple[str, Hint]:
         return f"a LoRA whose keys are no known program's: {unknown} …", look
     if "optimizer_state_dict" in checkpoint.values or "optimizer_state_dict" in keys:
         return _optimizer(checkpoint.path)
-    count = counted(len(keys), "tensor")
+    count = counted(len(checkpoint.tensors), "tensor")
     bare = [sat.bare_key(key) for key in keys]
     if any(key.startswith("transformer.layers.") for key in bare):
         return f"a base model without a LoRA ({count})", look
@@ -122,7 +122,7 @@ def what_it_holds(checkpoint: Checkpoint) -> tuple[str, Hint]:
         return f"a text encoder ({count})", look
     if _starts(keys, "first_stage_model.", "encoder.", "decoder."):
         return f"a VAE ({count})", look
-    return count + (f": {keys[0]} …" if keys else ""), look
+    return count + (f": {next(iter(checkpoint.tensors))} …" if checkpoint.tensors else ""), look
 
 
 def _optimizer(path: AnyPath) -> tuple[str, Hint]:

@@ -81,6 +81,12 @@ class BatchItem:
     error: CogtoolsError | None = None
     reason: str | None = None
 
+    @property
+    def is_wrong(self) -> bool:
+        """Whether what was written was checked and found wrong."""
+        verification = None if self.report is None else self.report.verification
+        return verification is not None and verification.verdict == "fail"
+
 
 @dataclass(frozen=True, slots=True)
 class BatchReport:
@@ -377,11 +383,13 @@ class _Made(NamedTuple):
     dtype: str | None
     alpha: float | None
     scaling: float | None
+    rank: int | None
 
     def __str__(self) -> str:
         by_hand = [f"--{name} {value}" for name, value in (("alpha", self.alpha), ("scaling", self.scaling)) if value]
         made = f"format {self.format}, scale {self.scale}, dtype {self.dtype}"
-        return ", ".join([made, *(by_hand or ["no --alpha"])])
+        cut = [] if self.rank is None else [f"--rank {self.rank}"]
+        return ", ".join([made, *cut, *(by_hand or ["no --alpha"])])
 
 
 def _is_done(file: AnyPath, output: AnyPath, options: ExportOptions) -> bool:
@@ -417,12 +425,13 @@ def _is_done(file: AnyPath, output: AnyPath, options: ExportOptions) -> bool:
 
 
 def _made(record: ExportRecord) -> _Made:
-    return _Made(record.format, record.scale, record.dtype, record.alpha_by_hand, record.scaling_by_hand)
+    by_hand = record.alpha_by_hand, record.scaling_by_hand
+    return _Made(record.format, record.scale, record.dtype, *by_hand, record.cut_to)
 
 
 def _wanted(record: ExportRecord, options: ExportOptions) -> _Made:
     dtype = record.source_dtype if options.dtype == "keep" else CASTS.get(options.dtype)
-    return _Made(options.format, options.way, dtype, options.alpha, options.scaling)
+    return _Made(options.format, options.way, dtype, options.alpha, options.scaling, options.rank)
 
 
 def _first_failure(report: VerifyReport) -> str:

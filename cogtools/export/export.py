@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from cogtools.conversion.loss import LossReport
     from cogtools.conversion.scale import Carried
     from cogtools.layouts.lora import LoraLayout
+    from cogtools.verification.report import VerifyReport
 
 
 Crc32Status = Literal["checked", "not checked", "not recorded"]
@@ -106,6 +107,7 @@ class ExportReport:
         lost: how much of the LoRA was lost where it was cut to a lower rank; else None.
         sha256: of the file of tensors, if asked for.
         notices: what the user should know.
+        verification: what `verify --against` found of it, all values looked at; None if not asked for.
     """
 
     checkpoint: AnyPath
@@ -134,6 +136,7 @@ class ExportReport:
     lost: LossReport | None
     sha256: str | None
     notices: tuple[str, ...]
+    verification: VerifyReport | None = None
 
 
 def export_lora(
@@ -153,6 +156,7 @@ def export_lora(
     dry_run: bool = False,
     sha256: bool = False,
     rank: int | None = None,
+    verify: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportReport:
     """Write the LoRA in a checkpoint or a LoRA file so that a program loads it at the right strength.
@@ -180,6 +184,7 @@ def export_lora(
         sha256: compute the SHA-256 of the output.
         rank: cut every module of a higher rank down to this one, to the best approximation there is; the scale is
             then multiplied in, and alpha / rank is 1.
+        verify: check what was written as `verify --against` does, every value of it.
         progress: called with the bytes written so far and the bytes in all.
 
     Raises:
@@ -199,6 +204,7 @@ def export_lora(
         dry_run=dry_run,
         sha256=sha256,
         rank=rank,
+        verify=verify,
     )
     return export_checkpoint(checkpoint, out, options, progress=progress)
 
@@ -226,6 +232,7 @@ def export_checkpoint(
         written = Written()
         if not options.dry_run:
             written = write(output, prepared.files, sources, progress, sha256=options.sha256)
+        notices = export_notices(opened, prepared.plan, options)
     plan = prepared.plan
     shown = local_type(target)
     weights = set(plan.folded.values()) if options.way == "none" else {1.0}
@@ -255,8 +262,16 @@ def export_checkpoint(
         largest_relative_error=written.largest_relative_error,
         lost=written.lost,
         sha256=written.sha256,
-        notices=export_notices(opened, plan, options),
+        notices=notices,
+        verification=_verified(opened, target, options) if options.verify and not options.dry_run else None,
     )
+
+
+def _verified(source: Checkpoint, target: Target, options: ExportOptions) -> VerifyReport:
+    """What `verify --against` finds of what was written; a LoRA that was cut is not the checkpoint's any more."""
+    from cogtools.verification.verify import verify_lora
+
+    return verify_lora(target.file, against=source.path if options.rank is None else None, format=options.format)
 
 
 def _refuse_base(options: ExportOptions) -> None:

@@ -335,6 +335,7 @@ def _record(plan: PartPlan) -> ModelRecord:
         model=None if model is None else model.slug,
         iteration=iteration if isinstance(iteration, int) else None,
         ema=None if run is None else run.chosen.ema,
+        dtype=None if plan.cast_to is None else plan.cast_to.name,
         merged=plan.merged or None,
     )
 
@@ -377,7 +378,9 @@ def _prepare_sat(source: Checkpoint, out: Path, options: ModelOptions, change: C
     notices += [f"Made up: {key} ({what})." for key, what in plan.made_up.items()]
     if sat.PREFIX + transformer.SAT_POSITIONS not in plan.rows and not _is_rotary(reading):
         notices.append(f"Left out: {transformer.SAT_POSITIONS}. SAT computes it, as it does for the released file.")
-    return PreparedModel((plan,), {out: sat_files(plan)}, {}, None, tuple(part.checkpoint.files), tuple(notices))
+    return PreparedModel(
+        (plan,), {out: sat_files(plan, _record(plan))}, {}, None, tuple(part.checkpoint.files), tuple(notices)
+    )
 
 
 def _is_rotary(reading: Reading) -> bool:

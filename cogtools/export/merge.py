@@ -353,7 +353,8 @@ def _merge_into_model(
         tensors = merged_into(plan, model_options.format, updates, dtype)
         merged = [key for key, reason in plan.dropped.items() if is_own and reason == LORA_DROPPED]
         dropped = {key: reason for key, reason in plan.dropped.items() if key not in set(merged)}
-        return replace(plan, tensors=tensors, dropped=dropped, merged=tuple(map(_merged_record, loras)))
+        records = tuple(map(_merged_record, loras))
+        return replace(plan, tensors=tensors, dropped=dropped, cast_to=dtype, merged=records)
 
     prepared = prepare_model(source, out, model_options, opened, change)
     sources = list(dict.fromkeys([*prepared.sources, *_files(loras)]))

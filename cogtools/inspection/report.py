@@ -273,7 +273,7 @@ class LoraReport:
             "adapter_config.json", "alpha tensors" …; None if it is not.
         reader: the program that the file is for.
         unstated_scaling: what that multiplies the updates by where nothing states the scale; None if it then loads
-            nothing.
+            nothing, or that differs by module.
         misstated: what is wrong with what a file in diffusers' or PEFT's layout states of its scale.
         scalings: what its updates are multiplied by, each once: alpha / rank, or 1 where nothing is stated; () if
             that is not known.
@@ -339,6 +339,14 @@ class IterationReport:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterReport:
+    """An adapter that is not a LoRA: what it is called, and who loads it."""
+
+    name: str
+    readers: str
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointReport:
     """What a checkpoint holds.
 
@@ -364,6 +372,7 @@ class CheckpointReport:
         metadata: the text entries of a safetensors header.
         model: None if it is not known.
         lora: None if there is none.
+        other_adapter: an adapter of another kind; None if there is none.
         tensors: those that were asked for, in the order that was asked for.
         selected: how many were asked for; more than `tensors` has if there was a limit.
     """
@@ -389,6 +398,7 @@ class CheckpointReport:
     metadata: dict[str, str]
     model: ModelReport | None
     lora: LoraReport | None
+    other_adapter: AdapterReport | None
     tensors: tuple[TensorReport, ...]
     selected: int
 

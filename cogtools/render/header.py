@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from cogtools.conversion.scale import ALPHA_SOURCES
 from cogtools.errors import SHOWN_PROBLEMS
 from cogtools.formatting import counted, first_of, fold_numbers, number, size, truncate
+from cogtools.render.lines import Line
 from cogtools.render.readers import reader_lines
-from cogtools.render.text import Line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         LoraReport,
         SecondCopy,
     )
-    from cogtools.render.text import Output
+    from cogtools.render.lines import Output
 
 SHOWN_ITERATIONS = 3
 """Of many iterations, so many are named at the beginning and at the end, besides the marked ones."""
@@ -54,8 +54,11 @@ def header_lines(report: CheckpointReport) -> Iterator[Line]:
         yield _field("model", report.model.name + facts)
     if report.lora is not None:
         yield from _lora(report.lora)
-    else:
+    elif report.other_adapter is None:
         yield from _lora_beside(report)
+    else:
+        adapter = report.other_adapter
+        yield _field("adapter", f"{adapter.name}, not a LoRA: load it with {adapter.readers}", "yellow")
     if report.trainer:
         yield _field("trainer", ", ".join(f"{name} {value}" for name, value in report.trainer.items()))
     if report.second_copy is not None:

@@ -56,6 +56,9 @@ def load_lora(lora: Lora, expected: Expected, *, model: str | None, layers: int 
         LibraryError: if the libraries cannot be imported.
         CheckpointError: if they cannot open a file at this path.
     """
+    layout = lora.intended
+    if layout.library is None:
+        return Loaded(Check("load", "skipped", f"{layout.reader} is not run here: diffusers and PEFT are"), {}, {})
     reason = _cannot(lora, expected)
     if reason is not None:
         return Loaded(Check("load", "fail", reason), {}, {})
@@ -64,7 +67,8 @@ def load_lora(lora: Lora, expected: Expected, *, model: str | None, layers: int 
         seen = "not loaded: what the file states is not handed on to the libraries"
         return Loaded(Check("load", "fail", seen, tuple(refused)), {}, {})
     _refuse_path(lora.checkpoint.path)
-    question = {"path": str(lora.checkpoint.path), "model": model, "layers": layers}
+    asked = None if lora.asked is None else lora.asked.name
+    question = {"path": str(lora.checkpoint.path), "format": asked, "model": model, "layers": layers}
     return _read(child.ask(_CHILD, question, "loading the file with diffusers and PEFT"))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.files import is_file, is_folder, list_folder
+from cogtools.checkpoint.folder import find_save_folder
 from cogtools.checkpoint.formats import safetensors
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.conversion.lora import read_lora
@@ -73,10 +74,15 @@ def find_lora_file(out: AnyPath) -> AnyPath:
         file=out,
         found=", ".join(found[:5]) or "no file that ends in .safetensors",
         expected=f"{diffusers.FILE_NAME} or {peft.FILE_NAME}",
-        hint=Hint("name the file itself")
-        if found
-        else command("export-lora", "CHECKPOINT", "OUT_DIR", advice="to write one"),
+        hint="name the file itself" if found else _what_else(out),
     )
+
+
+def _what_else(folder: AnyPath) -> Hint:
+    """What to do with a folder without a LoRA file: it may be a training that has not been exported yet."""
+    if find_save_folder(folder) is not None:
+        return command("export-lora", folder, "OUT_DIR", advice="export it, then verify what was written")
+    return Hint("give the folder or the file that export-lora wrote, or another LoRA")
 
 
 def _not_safetensors(lora: Lora) -> CheckpointError:

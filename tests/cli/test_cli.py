@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import cogtools
 from cogtools.layouts.diffusers import FILE_NAME
-from cogtools.render.text import printable
+from cogtools.render.lines import printable
 from tests.support.command_line import CommandLine, imported_by, program, run_program, run_python, surroundings
 from tests.support.factories import TOY_2B, sat_state_dict
 
@@ -40,7 +40,7 @@ def test_export_says_what_it_found_and_wrote_and_how_to_load_it(
     assert result.err == (
         "note: training_config.yaml sets no lora_alpha, so alpha is 1, SAT's default.\n"
         "note: The scale is stated in the file's header, which diffusers reads from 0.34 on. "
-        "For ComfyUI and everything else, export with --scale fold.\n"
+        "For older ones, export with --scale fold; for other programs, with --format.\n"
     )
 
 

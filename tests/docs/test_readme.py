@@ -15,6 +15,7 @@ import typer
 
 from cogtools import cli
 from cogtools.checkpoint import limits
+from cogtools.checkpoint.formats.signatures import MAX_SAFETENSORS_HEADER_BYTES
 from tests.support import hostile
 from tests.support.command_line import ROOT, surroundings
 from tests.support.damage import DAMAGES
@@ -113,7 +114,8 @@ def test_the_readme_states_the_limits_that_are_kept() -> None:
     stated = {
         "bytes of a pickle, unpacked": mebibytes(limits.MAX_PICKLE_BYTES),
         "bytes of a zip archive's directory": mebibytes(limits.MAX_DIRECTORY_BYTES),
-        "bytes of a safetensors header": mebibytes(limits.MAX_HEADER_BYTES),
+        "bytes of a safetensors header, without its metadata": mebibytes(limits.MAX_HEADER_BYTES),
+        "bytes of a safetensors header with its metadata": f"{MAX_SAFETENSORS_HEADER_BYTES // 10**6} MB",
         "bytes of an index of shards": mebibytes(limits.MAX_INDEX_BYTES),
         "bytes of `training_config.yaml`": f"{limits.MAX_TRAINING_CONFIG_BYTES >> 10} KiB",
         "tensors of a file, entries of a state dict": f"{limits.MAX_TENSORS:,}",

@@ -176,11 +176,13 @@ def test_the_header_states_the_scale_and_how_the_file_was_made(run: Path, tmp_pa
             "source": "mp_rank_00_model_states.pt",
             "iteration": 1000,
             "ema": False,
+            "format": "diffusers",
             "models": [],
             "transformer_layers": 3,
             "hidden_size": 128,
             "rank": 4,
             "alpha": 2.5,
+            "scaling": 0.625,
             "alpha_source": "--alpha",
             "scale": "metadata",
             "source_dtype": "float16",
@@ -196,8 +198,12 @@ def test_the_report_tells_all_of_it(run: Path, tmp_path: Path) -> None:
     assert report == ExportReport(
         checkpoint=run,
         output=target,
+        folder=out,
+        files=(target,),
+        format="diffusers",
         written=True,
         model="CogVideoX of no published size: 3 layers, hidden size 128",
+        pipeline=None,
         layers=(0, 1, 2),
         modules=12,
         rank=4,
@@ -205,8 +211,10 @@ def test_the_report_tells_all_of_it(run: Path, tmp_path: Path) -> None:
         alpha_source="default",
         scaling=0.25,
         scale="metadata",
+        weight=1.0,
         dtype="float16",
         source_dtype="float16",
+        has_base=False,
         tensors=24,
         size_bytes=target.stat().st_size,
         crc32="checked",
@@ -215,8 +223,8 @@ def test_the_report_tells_all_of_it(run: Path, tmp_path: Path) -> None:
         sha256=hashlib.sha256(target.read_bytes()).hexdigest(),
         notices=(
             "training_config.yaml sets no lora_alpha, so alpha is 1, SAT's default.",
-            "The scale is stated in the file's header, which diffusers reads from 0.34 on. "
-            "For ComfyUI and everything else, export with --scale fold.",
+            "The scale is stated in the file's header, which diffusers reads from 0.34 on. For older ones, export with "
+            "--scale fold; for other programs, with --format.",
         ),
     )
 

@@ -137,9 +137,11 @@ def test_a_good_file_passes_all_checks(good: Source) -> None:
     assert [(check.name, check.status) for check in report.checks] == [
         (name, "pass") for name in (*PLAIN_CHECKS, "against", "against-scale", "load")
     ]
-    assert replace(report, checks=(), libraries={}) == VerifyReport(
+    assert [reader.loads for reader in report.readers].count("yes") == 3  # new and old diffusers, kijai's wrapper
+    assert replace(report, checks=(), libraries={}, readers=()) == VerifyReport(
         path=good.file,
         layout="diffusers",
+        reader="diffusers",
         model="CogVideoX of no published size: 3 layers, hidden size 128",
         layers=(0, 1, 2),
         tensors=24,
@@ -147,6 +149,7 @@ def test_a_good_file_passes_all_checks(good: Source) -> None:
         dtype=("float16",),
         scaling=(0.25,),
         size_bytes=good.file.stat().st_size,
+        readers=(),
         against=good.checkpoint,
         libraries={},
         strict=False,
