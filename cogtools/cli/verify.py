@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
@@ -19,14 +18,17 @@ if TYPE_CHECKING:
 
 
 def verify_command(
-    out: Annotated[
-        Path,
+    paths: Annotated[
+        list[str],
         typer.Argument(
-            metavar="OUT", show_default=False, help="A LoRA, or a whole model or parts of it: a folder or a file."
+            metavar="OUT [LORA]...",
+            show_default=False,
+            help="A LoRA, or a whole model or parts of it: a folder or a file, or its URL. With --against BASE, the "
+            "LoRAs that were merged into it; with --against LORA, the others that were.",
         ),
     ],
     against: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="CHECKPOINT", help="Compare every value, and the scale, with the checkpoint's."),
     ] = None,
     iteration: Iteration = None,
@@ -60,7 +62,9 @@ def verify_command(
       cogtools verify out
       cogtools verify out --against ckpts/lora-disney --load
       cogtools verify pipeline --against ckpts/sft-disney
+      cogtools verify merged --against CogVideoX-2b style.safetensors motion.safetensors
     """
+    from cogtools.checkpoint.paths import as_path
     from cogtools.render.json_object import report_json
     from cogtools.render.progress import Progress
     from cogtools.render.verify import show_verification
@@ -68,15 +72,22 @@ def verify_command(
     from cogtools.verification.verify import verify_lora
     from cogtools.verification.verify_model import verify_model
 
+    out, *loras = paths
+    if loras and against is None:
+        raise OptionError(
+            "verify takes one output, and others only to hold it against",
+            found=" ".join(map(str, paths)),
+            expected="cogtools verify OUT --against BASE LORA...",
+        )
+    sources = None if against is None else [against, *loras]
     with Progress("verifying", hidden=quiet or json) as progress:
         report: ModelVerifyReport | VerifyReport
-        if holds_model(out):
-            for option, value in (("--layers", layers), ("--format", format)):
-                if value is not None:
-                    raise OptionError(f"{option} is for LoRAs, and this is a model", file=out, hint="leave it out")
+        path = as_path(out)
+        if holds_model(path):
+            _refuse_for_models(layers, format)
             report = verify_model(
-                out,
-                against=against,
+                path,
+                against=sources,
                 iteration=iteration,
                 ema=ema,
                 load=load,
@@ -87,8 +98,8 @@ def verify_command(
             )
         else:
             report = verify_lora(
-                out,
-                against=against,
+                path,
+                against=sources,
                 iteration=iteration,
                 ema=ema,
                 load=load,
@@ -106,3 +117,11 @@ def verify_command(
         show_verification(report, quiet=quiet)
     if wrong:
         raise typer.Exit(WRONG)
+
+
+def _refuse_for_models(layers: int | None, format_: object) -> None:
+    """Refuse the options that are for LoRAs only."""
+    if layers is not None:
+        raise OptionError("--layers is for LoRAs: a model's tensors say how many it has", hint="leave it out")
+    if format_ is not None:
+        raise OptionError("--format is for LoRAs: a model is held against the layout that it has", hint="leave it out")

@@ -27,6 +27,7 @@ from cogtools.layouts.pipeline import PARTS
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from cogtools.checkpoint.dtypes import DType
     from cogtools.checkpoint.tensors import TensorEntry
     from cogtools.conversion.model_reading import Reading
     from cogtools.conversion.model_record import ModelRecord
@@ -56,6 +57,7 @@ class PartPlan:
         rows: the rows that each of them consists of, by its key; none for a tensor that is made up.
         dropped: the keys of the checkpoint that are left out, and why.
         made_up: the keys of the output that the checkpoint does not have, and what they are.
+        cast_to: the dtype that all of its tensors are cast to; None if they are not.
         merged: the LoRAs that are merged into it.
     """
 
@@ -64,6 +66,7 @@ class PartPlan:
     rows: Mapping[str, tuple[SourceRows, ...]]
     dropped: Mapping[str, str]
     made_up: Mapping[str, str]
+    cast_to: DType | None = None
     merged: tuple[MergedRecord, ...] = ()
 
     @property
@@ -221,9 +224,14 @@ SAT_ITERATION = "1"
 """The folder of the iteration that a folder for SAT has."""
 
 
-def sat_files(plan: PartPlan) -> tuple[PlannedFile, ...]:
-    """The files of a folder that SAT loads."""
+def sat_files(plan: PartPlan, record: ModelRecord) -> tuple[PlannedFile, ...]:
+    """The files of a folder that SAT loads.
+
+    Args:
+        plan: the transformer.
+        record: how it was made.
+    """
     weights = f"{SAT_ITERATION}/{TRAINER_FILES[0]}"
     archive = TorchArchive(plan.tensors, wrapper="module")
     files = [PlannedFile(weights, tensors=plan.tensors, archive=archive), PlannedFile(LATEST, SAT_ITERATION.encode())]
-    return with_manifest(files)
+    return with_manifest(files, record.fields)

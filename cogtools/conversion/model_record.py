@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from cogtools.checkpoint.dtypes import DTYPES
+from cogtools.conversion.manifest import record_beside
 from cogtools.conversion.record import RECORD_KEY, MergedRecord, read_merged
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ class ModelRecord:
         model: the short name of the model; None for a text encoder.
         iteration: of the training.
         ema: whether its EMA weights were taken.
+        dtype: what all tensors were cast to; None if they were not.
         merged: the LoRAs that were merged into it; None if none were.
     """
 
@@ -32,19 +35,28 @@ class ModelRecord:
     model: str | None = None
     iteration: int | None = None
     ema: bool | None = None
+    dtype: str | None = None
     merged: tuple[MergedRecord, ...] | None = None
+
+    @property
+    def fields(self) -> dict[str, object]:
+        """What is known."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def text(self) -> str:
         """The record as it stands in the header: what is not known is left out."""
-        return json.dumps({name: value for name, value in asdict(self).items() if value is not None}, sort_keys=True)
+        return json.dumps(self.fields, sort_keys=True)
 
 
 def read_model_record(checkpoint: Checkpoint) -> ModelRecord:
-    """The record in a file, or in the first of several. It may come from anyone: other types count as not there."""
+    """The record in a file, in the first of several, or beside one that has no header for it.
+
+    It may come from anyone: other types count as not there.
+    """
     parts = [checkpoint, *checkpoint.parts.values()]
-    text = next((part.metadata[RECORD_KEY] for part in parts if RECORD_KEY in part.metadata), "{}")
+    text = next((part.metadata[RECORD_KEY] for part in parts if RECORD_KEY in part.metadata), None)
     try:
-        content = json.loads(text)
+        content = record_beside(checkpoint) if text is None else json.loads(text)
     except (ValueError, RecursionError):
         content = {}
     fields = content if isinstance(content, dict) else {}
@@ -61,5 +73,6 @@ def read_model_record(checkpoint: Checkpoint) -> ModelRecord:
         model=word("model"),
         iteration=iteration if type(iteration) is int else None,
         ema=ema if isinstance(ema, bool) else None,
+        dtype=word("dtype") if word("dtype") in DTYPES else None,
         merged=read_merged(fields.get("merged")),
     )

@@ -55,6 +55,7 @@ class ExportOptions:
         sha256: compute the SHA-256 of the output.
         rank: cut every module of a higher rank down to this one, to the best approximation there is; None keeps all.
             The scale is then multiplied in.
+        verify: check every value of what was written.
     """
 
     format: Format = "diffusers"
@@ -70,6 +71,7 @@ class ExportOptions:
     dry_run: bool = False
     sha256: bool = False
     rank: int | None = None
+    verify: bool = False
 
     @property
     def layout(self) -> LoraLayout:
@@ -114,6 +116,11 @@ class ExportOptions:
                 hint="leave --scale out",
             )
         return self.scale
+
+
+def format_words(layout: LoraLayout) -> list[str]:
+    """The words of a command that ask for a layout: none for the one that is written anyway."""
+    return [] if layout.name == ExportOptions().format else ["--format", layout.name]
 
 
 def checked_format(name: str) -> Format:

@@ -27,6 +27,7 @@ from cogtools.conversion.scale import (
     Statement,
     carry,
 )
+from cogtools.conversion.trained import trained_notices
 from cogtools.errors import ExportError, OptionError, Problem, command
 from cogtools.formatting import counted, fold_numbers, number, shown
 from cogtools.layouts import sat
@@ -37,10 +38,10 @@ from cogtools.layouts.programs import LOSERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
 
     from cogtools.checkpoint.dtypes import DType
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.checkpoint.tensors import Storage, TensorEntry
     from cogtools.conversion.lora import Lora
     from cogtools.conversion.options import ExportOptions
@@ -183,7 +184,7 @@ class LoraPlan:
     dtype: DType
     names: tuple[LoraKey, ...]
     notices: tuple[str, ...] = ()
-    config: Path | None = None
+    config: AnyPath | None = None
 
     @cached_property
     def modules(self) -> list[Module]:
@@ -330,6 +331,7 @@ def plan_lora(
             *config_notices,
             *_scale_notices(scale, config),
             *_left_out_notice(lora),
+            *trained_notices(lora),
             *_size_notice(layout, transformer),
         ),
         config=None if config is None else config.path,
@@ -427,7 +429,7 @@ def carried(plan: LoraPlan, options: ExportOptions, record: str | None = None) -
 
 
 def carry_one(
-    layout: LoraLayout, ranks: Mapping[Module, int], *, file: Path, layers: Sequence[int], record: str | None
+    layout: LoraLayout, ranks: Mapping[Module, int], *, file: AnyPath, layers: Sequence[int], record: str | None
 ) -> Carried:
     """State that the scaling of all modules is 1: their alphas are their ranks.
 

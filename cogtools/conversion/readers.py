@@ -70,7 +70,7 @@ def readers_of(lora: Lora, scale: Scale | None, transformer: Transformer | None)
 
 def _reader(program: Program, lora: Lora, scale: Scale | None, transformer: Transformer | None) -> Reader:
     trials = [_Trial(way, program, lora, transformer) for way in program.ways]
-    best = max(trials, key=lambda trial: len(trial.modules))  # the first of equals
+    best = max(trials, key=lambda trial: (len(trial.modules), trial.read))  # the first of equals
     as_run = best.scalings()
     loads: Loads = "no" if not best.modules else "yes" if len(best.modules) == len(lora.modules) else "partly"
     trained = {} if scale is None or scale.source == scales.BY_NOTHING else scale.scalings
@@ -121,6 +121,7 @@ class _Trial:
 
     Attributes:
         modules: the modules that it changes.
+        read: how many tensors it reads by their names.
         note: what its users should know of such a file.
     """
 
@@ -128,6 +129,7 @@ class _Trial:
         self._way, self._layout, self._lora = way, program.layout, lora
         self.note = way.note
         self._read = {name for name, tensor in lora.tensors.items() if _reads(way, lora, tensor.key)}
+        self.read = len(self._read)
         self._refusal = self._whole_file(transformer)
         self.modules = [] if self._refusal else [module for module in lora.modules if self._changes(module)]
 
@@ -159,8 +161,9 @@ class _Trial:
         lone = [name for name in self._read if name.part in way.lone and self._partner(name) not in self._read]
         if lone:
             return f"{counted(len(lone), 'factor')} without the other"
-        if way.whole and len(self._read) < len(lora.tensors):
-            return f"{counted(len(lora.tensors) - len(self._read), 'tensor')} that it does not know"
+        unknown = len(lora.tensors) - len(self._read) + len(lora.unplaced)
+        if way.whole and unknown:
+            return f"{counted(unknown, 'tensor')} that it does not know"
         if layout.only_size is not None and transformer is not None and transformer[:2] != layout.only_size:
             layers, hidden = layout.only_size
             return f"it has {layers} layers of hidden size {hidden} only"

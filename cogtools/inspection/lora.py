@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cogtools.conversion.lora import find_scale, scale_of
-from cogtools.conversion.options import FORMATS
+from cogtools.conversion.options import FORMATS, format_words
 from cogtools.conversion.plan import LoraPlan, can_hold, plan_lora
 from cogtools.conversion.readers import readers_of
 from cogtools.conversion.refusals import refuse_unexportable
@@ -47,12 +47,18 @@ def describe_lora(checkpoint: Checkpoint, lora: Lora, model: Transformer | None)
         alpha=scale.alpha if scale is not None else None,
         alpha_source=scale.source if scale is not None and is_stated else None,
         reader=lora.intended.reader,
-        unstated_scaling=lora.intended.unstated_scaling,
+        unstated_scaling=_unstated_scaling(lora),
         misstated=_misstated(lora),
         scalings=tuple(sorted(set(scalings))),
         export=outlook,
         readers=readers_of(lora, scale, model),
     )
+
+
+def _unstated_scaling(lora: Lora) -> float | None:
+    """What the program that the file is for multiplies every update by where nothing states the scale."""
+    found = {lora.intended.scaling_unstated(rank) for rank in lora.ranks.values() if rank} or {None}
+    return found.pop() if len(found) == 1 else None
 
 
 def _misstated(lora: Lora) -> tuple[Problem, ...]:
@@ -88,8 +94,8 @@ def _export_outlook(checkpoint: Checkpoint) -> tuple[LoraPlan | None, ExportOutl
     lora = plan.lora
     formats = tuple(name for name in FORMATS if can_hold(BY_NAME[name], lora))
     usual = (diffusers.LAYOUT, comfyui.LAYOUT)
-    other = next((layout.name for layout in usual if layout.name in formats and layout is not lora.layout), None)
-    hint = None if other is None else command("export-lora", checkpoint.path, "OUT_DIR", "--format", other)
+    other = next((layout for layout in usual if layout.name in formats and layout is not lora.layout), None)
+    hint = None if other is None else command("export-lora", checkpoint.path, "OUT_DIR", *format_words(other))
     return plan, ExportOutlook(
         possible=True, tensors=len(plan.names), size_bytes=size_bytes, formats=formats, notices=plan.notices, hint=hint
     )
@@ -107,7 +113,7 @@ def _expected(lora: Lora, model: Transformer | None, plan: LoraPlan | None) -> f
     if lora.layout is None:
         return frozenset()
     if plan is not None:
-        return lora.expected(plan.layers)
+        return frozenset(plan.names)  # it is refused if any is missing
     every = lora.expected(range(model.layers) if model is not None else lora.layers)
     stated = lora.stated.get(lora.intended.scale)
     if stated is None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cogtools.checkpoint.paths import RemotePath
 from cogtools.conversion.scale import ALPHA_SOURCES
+from cogtools.errors import command
 from cogtools.formatting import number, percent, size
 from cogtools.layouts.recognition import BY_NAME
 from cogtools.render.text import notice, shortened, show, talk
+from cogtools.render.verify import show_verification, verdict_line
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.loss import LossReport
     from cogtools.conversion.options import Format
     from cogtools.errors import CogtoolsError
@@ -21,11 +24,16 @@ if TYPE_CHECKING:
     from cogtools.layouts.lora import ScalePlace
 
 
-def show_export(report: ExportReport) -> None:
-    """Print what was found and written, and how to load it."""
-    for text in report.notices:
+def show_export(report: ExportReport, *, quiet: bool = False) -> None:
+    """Print what was found and written, how to load it, and how to check it; if quiet, only what is wrong with it."""
+    for text in () if quiet else report.notices:
         notice(text)
-    show(*summary(report))
+    if not quiet:
+        show(*summary(report), *_how_to_check(report))
+    if report.verification is not None:
+        if not quiet:
+            show("")
+        show_verification(replace(report.verification, notices=()), quiet=quiet)
 
 
 def summary(report: ExportReport) -> list[str]:
@@ -53,6 +61,14 @@ def summary(report: ExportReport) -> list[str]:
     if report.written:
         lines += ["", *_how_to_load(report)]
     return lines
+
+
+def _how_to_check(report: ExportReport) -> list[str]:
+    """The next command, if there is one: the same export checks all values itself with --verify."""
+    if not report.written or report.verification is not None:
+        return []
+    check = command("verify", report.output, "--against", report.checkpoint).command
+    return [f"Check every value of it (or export with --verify): {check}"]
 
 
 def lost(report: LossReport) -> str:
@@ -107,8 +123,8 @@ def _how_to_load(report: ExportReport) -> list[str]:
 
 def how_to_load(
     format_: Format,
-    file: Path,
-    folder: Path,
+    file: AnyPath,
+    folder: AnyPath,
     *,
     rank: int | None,
     alpha: str,
@@ -143,6 +159,8 @@ def how_to_load(
     if not is_scaled and usage.unscaled:
         advice, templates = "Load it and apply the scale:", (*templates, *usage.unscaled)
     lines = [line.format_map(facts) for line in templates]
+    if isinstance(file, RemotePath):
+        lines.insert(0, "# download it first: no program loads it from there")
     if pipeline is not None and any("pipe." in line for line in lines):
         lines.insert(0, f"pipe = {pipeline}.from_pretrained(...)")
     return [advice.format_map(facts), *(f"    {line}" for line in lines)]
@@ -165,6 +183,8 @@ def show_batch_item(item: BatchItem, *, quiet: bool = False) -> None:
             show(shortened(f"{item.status:<8} {item.output or item.checkpoint}: {item.reason}"))
         else:
             show(shortened(f"{'done    ' if report.written else 'would write'} {item.output}: {_in_short(report)}"))
+            if report.verification is not None:
+                show(shortened(f"         {verdict_line(report.verification)}"))
 
 
 def _why(error: CogtoolsError) -> str:

@@ -54,8 +54,11 @@ def header_lines(report: CheckpointReport) -> Iterator[Line]:
         yield _field("model", report.model.name + facts)
     if report.lora is not None:
         yield from _lora(report.lora)
-    else:
+    elif report.other_adapter is None:
         yield from _lora_beside(report)
+    else:
+        adapter = report.other_adapter
+        yield _field("adapter", f"{adapter.name}, not a LoRA: load it with {adapter.readers}", "yellow")
     if report.trainer:
         yield _field("trainer", ", ".join(f"{name} {value}" for name, value in report.trainer.items()))
     if report.second_copy is not None:
@@ -84,8 +87,8 @@ def _files(report: CheckpointReport) -> Iterator[Line]:
 
 def _name_in(report: CheckpointReport, part: FileReport) -> str:
     """The name of a file, with its folder where that is not the checkpoint's: a component of a pipeline."""
-    folder = report.checkpoint.parent
-    return str(part.file.relative_to(folder)) if part.file.is_relative_to(folder) else part.file.name
+    folder = f"{report.checkpoint.parent}/"
+    return str(part.file).removeprefix(folder) if str(part.file).startswith(folder) else part.file.name
 
 
 def _iterations(iterations: tuple[IterationReport, ...]) -> str:

@@ -31,10 +31,8 @@ def show_verification(report: VerifyReport | ModelVerifyReport, *, quiet: bool =
     output = output_of(sys.stdout)
     lines = _piped(checks) if output.width is None else _on_terminal(checks)
     verdict = Line((verdict_line(report), _STYLES[report.verdict]))
-    if isinstance(report, ModelVerifyReport):
-        about, readers = _about_model(report), []
-    else:
-        about, readers = _about(report), list(_readers(report))
+    about = _about_model(report) if isinstance(report, ModelVerifyReport) else _about(report)
+    readers = () if quiet or isinstance(report, ModelVerifyReport) else _readers(report)
     emit(output.draw([*about, "", *lines, "", *readers, verdict]))
 
 
@@ -48,14 +46,6 @@ def _about(report: VerifyReport) -> list[str]:
     if report.against is not None:
         rows.append(("against", str(report.against)))
     return [f"{name:<8} {value}" for name, value in rows]
-
-
-def _readers(report: VerifyReport) -> Iterator[Line]:
-    """Who loads the file."""
-    for label, text in reader_lines(report.readers):
-        yield Line(f"{label:<10} ", text, wrap=True)
-    if report.readers:
-        yield Line("")
 
 
 _KINDS = {
@@ -73,6 +63,14 @@ def _about_model(report: ModelVerifyReport) -> list[str]:
     rows.append(("parts", ", ".join(report.parts)))
     rows += [("against", str(report.against))] if report.against is not None else []
     return [f"{name:<8} {value}" for name, value in rows]
+
+
+def _readers(report: VerifyReport) -> Iterator[Line]:
+    """Who loads the file."""
+    for label, text in reader_lines(report.readers):
+        yield Line(f"{label:<10} ", text, wrap=True)
+    if report.readers:
+        yield Line("")
 
 
 def _piped(checks: list[Check]) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,18 +18,19 @@ from cogtools.conversion.model_reading import read_text_encoder, read_transforme
 from cogtools.conversion.model_record import read_model_record
 from cogtools.errors import Problem
 from cogtools.formatting import counted
-from cogtools.layouts import sat, transformer
+from cogtools.layouts import transformer
 from cogtools.layouts.family import MODELS
 from cogtools.layouts.pipeline import TRANSFORMER
+from cogtools.verification.model_merged import by_table, merged_checks, paired
 from cogtools.verification.model_values import difference
 from cogtools.verification.positions import Grid, grid_of, position_blocks
 from cogtools.verification.report import Check, judged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.model import ModelPart
     from cogtools.conversion.model_plan import PartPlan
     from cogtools.layouts.family import Model
@@ -49,10 +50,12 @@ class ModelSource:
     Attributes:
         checkpoint: it.
         parts: its parts.
+        loras: the LoRAs that are given beside it, open.
     """
 
     checkpoint: Checkpoint
     parts: Mapping[str, ModelPart]
+    loras: tuple[Checkpoint, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -61,17 +64,19 @@ class ModelSource:
 
 
 @contextmanager
-def open_model_source(path: Path, *, iteration: int | None, ema: bool) -> Iterator[ModelSource]:
-    """Open the checkpoint that a model is held against.
+def open_model_source(paths: Sequence[AnyPath], *, iteration: int | None, ema: bool) -> Iterator[ModelSource]:
+    """Open the checkpoint that a model is held against, and the LoRAs that were merged into it.
 
     Raises:
         CogtoolsError: if there is none, or it holds no model.
     """
-    with open_checkpoint(path, iteration=iteration, ema=ema) as checkpoint:
+    path, *others = paths
+    with ExitStack() as opened:
+        checkpoint = opened.enter_context(open_checkpoint(path, iteration=iteration, ema=ema))
         parts = find_parts(checkpoint)
         if not parts:
             raise no_model(checkpoint)
-        yield ModelSource(checkpoint, parts)
+        yield ModelSource(checkpoint, parts, tuple(opened.enter_context(open_checkpoint(other)) for other in others))
 
 
 def against_checks(
@@ -88,10 +93,27 @@ def against_checks(
     Raises:
         CogtoolsError: if the checkpoint cannot be read, or is not whole.
     """
+    others = {
+        name: other for name, part in written.parts.items() if (other := _made_of_other(part, source)) is not None
+    }
+    if len(others) == len(written.parts):  # the checkpoint has got another name
+        others = {}
     checks = []
-    for part in written.parts.values():
-        checks += _part_checks(part, source, model, advance)
+    for name, part in written.parts.items():
+        if name in others:
+            checks.append(Check(f"{name} against", "skipped", f"made of {others[name]}, as its record says"))
+        else:
+            checks += _part_checks(part, source, model, advance)
     return checks
+
+
+def _made_of_other(written: WrittenPart, source: ModelSource) -> str | None:
+    """What a part was made of, where its record names something else than the checkpoint; else None."""
+    if written.part is None or written.name not in source.parts:
+        return None
+    made_of = read_model_record(written.part.checkpoint).source
+    names = {source.checkpoint.path.name, source.parts[written.name].checkpoint.path.name}
+    return None if made_of in names else made_of
 
 
 def _part_checks(
@@ -102,11 +124,12 @@ def _part_checks(
         return [Check(name, "skipped", "it cannot be opened")]
     if written.name not in source.parts:
         return [Check(name, "skipped", f"the checkpoint has no {written.name}")]
-    made_of = read_model_record(written.part.checkpoint).source
-    if made_of not in (None, source.checkpoint.path.name):
-        return [Check(name, "skipped", f"made of {made_of}, as its record says")]
+    record = read_model_record(written.part.checkpoint)
     plan = _plan(written, source.parts[written.name], model)
-    checks = [_compared(name, written, plan, advance)]
+    if written.name == TRANSFORMER and (record.merged is not None or source.loras):
+        checks = merged_checks(name, written.part, plan, source, record, advance)
+    else:
+        checks = [_compared(name, written, plan, advance)]
     if written.name == TRANSFORMER and written.config is not None:
         checks.append(_config(written, plan))
         positions = _positions(written, source.parts[TRANSFORMER])
@@ -126,20 +149,14 @@ def _plan(written: WrittenPart, part: ModelPart, model: Model | None) -> PartPla
 
 
 def _compared(name: str, written: WrittenPart, plan: PartPlan, advance: Callable[[int], None]) -> Check:
-    found = {_by_table(key): (key, entry) for key, entry in (written.part.tensors.items() if written.part else ())}
     problems = []
-    for planned in plan.tensors:
-        key, entry = found.get(_by_table(planned.key), (planned.key, None))
+    for planned, key, entry in paired(written.part, plan.tensors):
         problem = Problem("missing", key) if entry is None else difference(key, entry, planned, advance)
         problems += [] if problem is None else [problem]
     good = f"{counted(len(plan.tensors), 'tensor')} equal the checkpoint's bit for bit"
     return judged(
         name, problems, good, f"{len(problems)} of {counted(len(plan.tensors), 'tensor')} are not the checkpoint's"
     )
-
-
-def _by_table(key: str) -> str:
-    return sat.without_original(sat.bare_key(key))
 
 
 def _config(written: WrittenPart, plan: PartPlan) -> Check:
@@ -168,7 +185,7 @@ def _positions(written: WrittenPart, part: ModelPart) -> Check | None:
     None where the checkpoint has none that are computed. They prove the sizes of videos and texts, which nothing else
     in a checkpoint of 2B tells.
     """
-    entry = next((entry for key, entry in part.tensors.items() if _by_table(key) == transformer.SAT_POSITIONS), None)
+    entry = next((entry for key, entry in part.tensors.items() if by_table(key) == transformer.SAT_POSITIONS), None)
     config = written.config or {}
     if entry is None or {**transformer.DEFAULTS, **config}["use_rotary_positional_embeddings"] is not False:
         return None

@@ -9,7 +9,7 @@ import numpy as np
 from cogtools.checkpoint.decoding import doubles
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.errors import Problem
-from cogtools.verification.values import FLOAT_FORMATS, SCAN_BYTES, place
+from cogtools.verification.values import SCAN_BYTES, bits_of, place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,17 +27,17 @@ def not_finite(key: str, entry: TensorEntry, advance: Callable[[int], None]) -> 
         entry: the tensor. One that is not of a float's dtype has none.
         advance: called with the bytes that were read, as they are.
     """
-    form = FLOAT_FORMATS.get(entry.dtype.name)
-    if form is None:
+    bits = bits_of(entry.dtype) if "float" in entry.dtype.name else None
+    if bits is None:
         return None
     first, count, position = "", 0, 0
     for chunk in tensor_chunks(entry, SCAN_BYTES):
-        exponents = np.frombuffer(chunk, form.bits) & form.exponent
-        if len(exponents) and exponents.max() == form.exponent:
-            wrong = np.flatnonzero(exponents == form.exponent)
+        values = np.frombuffer(chunk, bits.code)
+        wrong = np.flatnonzero(bits.not_finite(values))
+        if len(wrong):
             first = first or _shown(chunk, int(wrong[0]), entry.dtype, position, entry.shape)
             count += len(wrong)
-        position += len(exponents)
+        position += len(values)
         advance(len(chunk))
     return Problem("not_finite", key, f"{first} ({count:,} of {entry.numel:,} values)") if count else None
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cogtools.checkpoint.paths import as_path, local_path
 from cogtools.conversion.model_reading import model_of_slug
 from cogtools.conversion.notices import choice_notices
 from cogtools.errors import OptionError
@@ -15,21 +15,24 @@ from cogtools.verification.model_checks import model_of, part_checks, pipeline_c
 from cogtools.verification.model_report import ModelVerifyReport
 from cogtools.verification.model_written import open_model
 from cogtools.verification.report import verdict_of
+from cogtools.verification.verify import given_paths
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from cogtools.checkpoint.paths import RemotePath
     from cogtools.layouts.family import Model
     from cogtools.verification.model_against import ModelSource
     from cogtools.verification.model_written import WrittenModel
     from cogtools.verification.report import Check
+    from cogtools.verification.verify import Given
 
 
 def verify_model(
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | RemotePath,
     *,
-    against: str | os.PathLike[str] | None = None,
+    against: Given | Sequence[Given] | None = None,
     iteration: int | None = None,
     ema: bool = False,
     load: bool = False,
@@ -42,7 +45,8 @@ def verify_model(
 
     Args:
         out: a pipeline, a folder of parts, one part's folder, a file of weights, or a folder that SAT loads.
-        against: the checkpoint that it was made of: every byte is compared.
+        against: the checkpoint that it was made of: every byte is compared. Of a merged model, the base and then the
+            LoRAs, for all that was merged.
         iteration: which iteration of the checkpoint, where that is a save folder; None takes the latest.
         ema: hold it against its EMA weights.
         load: load every part with diffusers and transformers.
@@ -62,16 +66,18 @@ def verify_model(
         )
     asked = model_of_slug(model)
     with ExitStack() as opened:
-        written = opened.enter_context(open_model(Path(out)))
+        written = opened.enter_context(open_model(as_path(out)))
         source = None
-        if against is not None:
+        paths = given_paths(against)
+        if paths:
             from cogtools.verification.model_against import open_model_source
 
-            source = opened.enter_context(open_model_source(Path(against), iteration=iteration, ema=ema))
+            source = opened.enter_context(open_model_source(paths, iteration=iteration, ema=ema))
         known = asked or model_of(written)
         checks = _checks(written, source, known, _Meter(progress, written.size_bytes * (1 if source is None else 2)))
         libraries: dict[str, str] = {}
         if load:
+            local_path(written.path, "--load takes files of this machine: that is what the libraries load")
             if say is not None:
                 say("loading it with diffusers and transformers")
             from cogtools.verification.model_load import load_model

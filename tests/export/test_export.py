@@ -172,6 +172,7 @@ def test_the_header_states_the_scale_and_how_the_file_was_made(run: Path, tmp_pa
             "source": "mp_rank_00_model_states.pt",
             "iteration": 1000,
             "ema": False,
+            "format": "diffusers",
             "models": [],
             "transformer_layers": 3,
             "hidden_size": 128,
@@ -179,7 +180,6 @@ def test_the_header_states_the_scale_and_how_the_file_was_made(run: Path, tmp_pa
             "alpha": 2.5,
             "scaling": 0.625,
             "alpha_source": "--alpha",
-            "format": "diffusers",
             "scale": "metadata",
             "source_dtype": "float16",
             "dtype": "float16",
@@ -219,8 +219,8 @@ def test_the_report_tells_all_of_it(run: Path, tmp_path: Path) -> None:
         sha256=hashlib.sha256(target.read_bytes()).hexdigest(),
         notices=(
             "training_config.yaml sets no lora_alpha, so alpha is 1, SAT's default.",
-            "The scale is stated in the file's header, which diffusers reads from 0.34 on. "
-            "For older ones, export with --scale fold; for other programs, with --format.",
+            "The scale is stated in the file's header, which diffusers reads from 0.34 on. For older ones, export with "
+            "--scale fold; for other programs, with --format.",
         ),
     )
 

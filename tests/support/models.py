@@ -5,10 +5,11 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
+from diffusers.models.embeddings import CogVideoXPatchEmbed
 from safetensors.torch import load_file
 
 from tests.support.factories import MODELS as SAT_MODELS
@@ -22,6 +23,8 @@ from tests.support.factories import (
     sat_state_dict,
     save_run,
 )
+
+POSITIONS = f"{TRANSFORMER}mixins.pos_embed.pos_embedding"
 
 SAMPLE = {"latent_width": 8, "latent_height": 8, "num_frames": 9}
 """The sizes for which the toys' 48 positions are: 3 latent frames of 4 x 4 patches."""
@@ -39,6 +42,8 @@ def save_model_run(
 ) -> Path:
     """Write a save folder with a whole model; its training_config.yaml states what the trainer's does of a model."""
     state = sat_state_dict(model, rank, dtype, seed=seed) if state is None else state
+    if POSITIONS in state and not model.freqs:
+        state[POSITIONS] = computed_positions(model).to(state[POSITIONS].dtype)
     save_run(folder, sat_checkpoint(state), rank=rank or 4)
     path = folder / "training_config.yaml"
     if config:
@@ -48,6 +53,15 @@ def save_model_run(
     else:
         path.unlink()
     return folder
+
+
+def computed_positions(model: SatModel) -> torch.Tensor:
+    """The positions that a toy without rotary ones was trained with, as diffusers computes them."""
+    embed = CogVideoXPatchEmbed(
+        embed_dim=model.hidden, sample_width=8, sample_height=8, sample_frames=9, max_text_seq_length=model.text_length,
+        spatial_interpolation_scale=1.875,
+    )  # fmt: skip
+    return cast("torch.Tensor", embed.pos_embedding)
 
 
 def model_config(model: SatModel) -> dict[str, Any]:

@@ -55,8 +55,16 @@ _DATE = 1 << 5 | 1  # 1980-01-01: the same content gives the same bytes
 _PADDING = 0x4246  # the extra field by which PyTorch's writer moves bytes to where it wants them
 _EXTRA_HEADER = struct.Struct("<HH")
 _SIZES64 = struct.Struct("<HHQQ")
-_MAX_COUNT = 0xFFFF
 _DESCRIPTOR_MAGIC = b"PK\x07\x08"
+
+
+MAX_COUNT = 0xFFFF
+"""How many entries 16 bits can count."""
+
+
+def is_wide(number: int) -> bool:
+    """Whether a size or an offset needs 64 bits."""
+    return number >= IN_EXTRA_ZIP64
 
 
 class _Entry(NamedTuple):
@@ -76,7 +84,7 @@ class _Entry(NamedTuple):
 
     @property
     def is_large(self) -> bool:
-        return self.size_bytes >= IN_EXTRA_ZIP64
+        return is_wide(self.size_bytes)
 
     @property
     def end(self) -> int:
@@ -113,7 +121,7 @@ class TorchArchive:
     def _add(self, name: str, size_bytes: int) -> _Entry:
         offset = self._entries[-1].end if self._entries else 0
         encoded = f"{ROOT}/{name}".encode()
-        is_large = size_bytes >= IN_EXTRA_ZIP64
+        is_large = is_wide(size_bytes)
         shown_size = IN_EXTRA_ZIP64 if is_large else size_bytes
         extra = _SIZES64.pack(EXTRA_ZIP64, 16, size_bytes, size_bytes) if is_large else b""
         unpadded = offset + LOCAL_HEADER.size + len(encoded) + len(extra) + _EXTRA_HEADER.size
@@ -150,20 +158,20 @@ class TorchArchive:
     def _directory(self, crc32s: Sequence[int]) -> bytes:
         listed = b"".join(_listed(entry, crc32) for entry, crc32 in zip(self._entries, crc32s, strict=True))
         count, size, offset = len(self._entries), len(listed), self._directory_offset
-        if count <= _MAX_COUNT and offset < IN_EXTRA_ZIP64:
+        if count <= MAX_COUNT and not is_wide(offset):
             return listed + END.pack(END_MAGIC, 0, 0, count, count, size, offset, 0)
         # The size in this record is of what follows its first two fields.
         body = (END64.size - 12, _ZIP64_VERSION, _ZIP64_VERSION, 0, 0, count, count, size, offset)
         locator = END64_LOCATOR.pack(END64_LOCATOR_MAGIC, 0, offset + size, 1)
-        last = END.pack(END_MAGIC, 0, 0, _MAX_COUNT, _MAX_COUNT, IN_EXTRA_ZIP64, IN_EXTRA_ZIP64, 0)
+        last = END.pack(END_MAGIC, 0, 0, MAX_COUNT, MAX_COUNT, IN_EXTRA_ZIP64, IN_EXTRA_ZIP64, 0)
         return listed + END64.pack(END64_MAGIC, *body) + locator + last
 
 
 def _listed(entry: _Entry, crc32: int) -> bytes:
     """An entry in the directory: what does not fit into 32 bits stands in an extra field."""
     numbers = (entry.size_bytes, entry.size_bytes, entry.offset_bytes)
-    wide = [number for number in numbers if number >= IN_EXTRA_ZIP64]
-    narrow = [min(number, IN_EXTRA_ZIP64) for number in numbers]
+    wide = [number for number in numbers if is_wide(number)]
+    narrow = [IN_EXTRA_ZIP64 if is_wide(number) else number for number in numbers]
     extra = struct.pack(f"<HH{len(wide)}Q", EXTRA_ZIP64, 8 * len(wide), *wide) if wide else b""
     version = _ZIP64_VERSION if wide else _ZIP_VERSION
     lengths = (len(entry.name), len(extra), 0, 0, 0)
