@@ -16,7 +16,8 @@ import typer
 from cogtools import cli
 from cogtools.checkpoint import limits
 from cogtools.checkpoint.formats.signatures import MAX_SAFETENSORS_HEADER_BYTES
-from tests.support import hostile
+from cogtools.verification import child
+from tests.support import hostile, judge
 from tests.support.command_line import ROOT, surroundings
 from tests.support.damage import DAMAGES
 from tools.demo import make_sample
@@ -140,4 +141,15 @@ def test_the_readme_states_how_many_damages_are_found() -> None:
     text = " ".join(README.split())
     assert f"damaged in {len(DAMAGES)} ways" in text
     assert f"{silent} of them load without a word" in text
-    assert f"`verify` finds every one, {hidden} of them only with `--against` or `--load`" in text
+    doubted = sum(damage.plain == "warn" and damage.load == "fail" for damage in DAMAGES)
+    assert f"`verify` finds every one, {hidden} of them only with `--against`" in text
+    assert f"is in doubt about {doubted} until `--load` fails them" in text
+
+
+def test_the_readme_states_how_many_settings_are_judged() -> None:
+    assert f"`make judge` judges {len(judge.constructions())} settings" in " ".join(README.split())
+
+
+def test_the_readme_states_the_limits_of_loading() -> None:
+    text = " ".join(README.split())
+    assert f"at most {child.TIME_LIMIT_SECONDS} seconds and, on Linux, in {child.MEMORY_LIMIT_BYTES >> 30} GiB" in text
