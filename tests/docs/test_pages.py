@@ -13,7 +13,8 @@ import pytest
 
 from cogtools.checkpoint import limits
 from cogtools.checkpoint.formats.signatures import MAX_SAFETENSORS_HEADER_BYTES
-from tests.support import hostile
+from cogtools.verification import child
+from tests.support import hostile, judge
 from tests.support.command_line import ROOT, surroundings
 from tests.support.damage import DAMAGES
 from tools import cli_pages
@@ -116,4 +117,15 @@ def test_the_readme_states_how_many_damages_are_found() -> None:
     hidden = sum(damage.plain == "pass" for damage in DAMAGES)
     assert f"damaged in {len(DAMAGES)} ways" in EVERYTHING
     assert f"{silent} of them load without a word" in EVERYTHING
-    assert f"`verify` finds every one, {hidden} of them only with `--against` or `--load`" in EVERYTHING
+    doubted = sum(damage.plain == "warn" and damage.load == "fail" for damage in DAMAGES)
+    assert f"`verify` finds every one, {hidden} of them only with `--against`" in EVERYTHING
+    assert f"is in doubt about {doubted} until `--load` fails them" in EVERYTHING
+
+
+def test_the_pages_state_how_many_settings_are_judged() -> None:
+    assert f"`make judge` judges {len(judge.constructions())} settings" in EVERYTHING
+
+
+def test_the_pages_state_the_limits_of_loading() -> None:
+    limits_of_loading = f"at most {child.TIME_LIMIT_SECONDS} seconds and, on Linux, in {child.MEMORY_LIMIT_BYTES >> 30} GiB"
+    assert limits_of_loading in EVERYTHING
