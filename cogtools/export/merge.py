@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
 
 from cogtools.checkpoint.files import is_folder
 from cogtools.checkpoint.folder import find_save_folder
@@ -16,7 +17,7 @@ from cogtools.conversion.lora import find_lora
 from cogtools.conversion.loss import NOTABLE
 from cogtools.conversion.merge_plan import Stack, Weighted, common_transformer, merged_into, sum_of
 from cogtools.conversion.notices import source_notices
-from cogtools.conversion.options import MergeOptions, ModelOptions, checked_format
+from cogtools.conversion.options import MergeOptions, ModelFormat, ModelOptions, checked_format
 from cogtools.conversion.output import refuse_unwritable
 from cogtools.conversion.plan import named_dtype, one_rank, plan_lora, refuse_rank
 from cogtools.conversion.record import ExportRecord, MergedRecord
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.loss import LossReport
     from cogtools.conversion.model_plan import PartPlan
-    from cogtools.conversion.options import Dtype, Format, ModelFormat
+    from cogtools.conversion.options import Dtype, Format
     from cogtools.conversion.plan import Planned
     from cogtools.export.model_report import ModelExportReport
     from cogtools.layouts.family import Transformer
@@ -339,11 +340,15 @@ def _merge_into_model(
 ) -> MergeReport:
     if options.rank is not None:
         raise OptionError("--rank is that of a LoRA, and base weights have none", hint="leave it out")
+    if options.format not in (None, *get_args(ModelFormat)):
+        raise OptionError(
+            f"--format {options.format} is for LoRAs", found="base weights", expected=", ".join(get_args(ModelFormat))
+        )
     source, updates = base.checkpoint, sum_of(loras)
     is_own = any(lora.plan.lora.checkpoint is source for lora in loras)
     dtype = None if options.dtype is None else named_dtype(options.dtype)
     model_options = ModelOptions(
-        format=cast("ModelFormat", checked_format(options.format or "diffusers")),
+        format=cast("ModelFormat", options.format or "diffusers"),
         model=options.model,
         overwrite=options.overwrite,
         dry_run=options.dry_run,

@@ -104,13 +104,13 @@ def open_source(
 
 
 def _recorded(paths: Sequence[AnyPath], record: ExportRecord) -> Iteration | None:
-    """The iteration of a save folder that a file's record names; None if it is not there, or not one only."""
+    """The iteration of a save folder that a file's record names; None if it is not there, or there is no choice."""
     if record.iteration is None or record.merged is not None or not is_folder(paths[0]):
         return None
     folder = find_save_folder(paths[0])
     every = [] if folder is None else iterations_in(folder)
     found = [item for item in every if (item.number, item.ema) == (record.iteration, bool(record.ema))]
-    return found[0] if len(found) == 1 else None
+    return found[0] if len(found) == 1 and len(every) > 1 else None
 
 
 def source_notices(source: Source) -> list[str]:

@@ -75,8 +75,10 @@ def load_lora(lora: Lora, expected: Expected, *, model: str | None, layers: int 
 def _cannot(lora: Lora, expected: Expected) -> str | None:
     """Why there is nothing to load the file into, or nothing that should read it; None if all is well."""
     transformer = expected.transformer
-    if not lora.tensors or not transformer.hidden or not transformer.layers:
+    if not lora.tensors:
         return "the file has no LoRA tensors, so there is nothing to load"
+    if not transformer.hidden or not transformer.layers:
+        return "nothing tells which model the file belongs to: state it with --model"
     if transformer.hidden % HEAD_SIZE:
         return f"no CogVideoX transformer has hidden size {transformer.hidden}: its heads have {HEAD_SIZE} each"
     if lora.checkpoint.path.suffix != ".safetensors":
