@@ -46,6 +46,7 @@ format: $(READY)  ## Put the code into the project's format.
 
 bench: $(READY)  ## Measure speed and memory against torch and diffusers, as ratios.
 	$(BIN)/python -m benchmarks.bench .bench
+	$(BIN)/python -m benchmarks.remote .bench/remote
 
 stress: $(READY)  ## Kill hundreds of exports at random moments, and send others storms of signals.
 	$(BIN)/python -m tests.support.interruption --kills 300 --storms 300
