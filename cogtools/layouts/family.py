@@ -286,6 +286,8 @@ class Transformer(NamedTuple):
             return f"CogVideoX {size} family ({slugs})" if same_size else f"one of the CogVideoX models {slugs}"
         if self.others is not None:
             return f"not a CogVideoX: hidden size {self.hidden}, which {self.others} have"
+        if not self.hidden:
+            return "CogVideoX of unknown size"
         return f"CogVideoX of no published size: {self.layers} layers, hidden size {self.hidden}"
 
     @property
@@ -373,7 +375,7 @@ def rank_of(key: LoraKey, shape: tuple[int, ...]) -> int | None:
 
 def hidden_of(key: LoraKey, shape: tuple[int, ...]) -> int | None:
     """The hidden size that a factor of this shape has on its other side; None where that is not a hidden size."""
-    if len(shape) != 2 or key.part not in ("A", "B"):
+    if len(shape) not in (2, 4) or key.part not in ("A", "B"):
         return None
     linear = BY_NAME[key.name]
     size, width = (linear.inputs, shape[1]) if key.part == "A" else (linear.outputs, shape[0])

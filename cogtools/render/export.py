@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cogtools.checkpoint.paths import RemotePath
 from cogtools.conversion.scale import ALPHA_SOURCES
 from cogtools.errors import command
 from cogtools.formatting import number, percent, size
@@ -14,8 +15,7 @@ from cogtools.render.text import notice, shortened, show, talk
 from cogtools.render.verify import show_verification, verdict_line
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.loss import LossReport
     from cogtools.conversion.options import Format
     from cogtools.errors import CogtoolsError
@@ -123,8 +123,8 @@ def _how_to_load(report: ExportReport) -> list[str]:
 
 def how_to_load(
     format_: Format,
-    file: Path,
-    folder: Path,
+    file: AnyPath,
+    folder: AnyPath,
     *,
     rank: int | None,
     alpha: str,
@@ -159,6 +159,8 @@ def how_to_load(
     if not is_scaled and usage.unscaled:
         advice, templates = "Load it and apply the scale:", (*templates, *usage.unscaled)
     lines = [line.format_map(facts) for line in templates]
+    if isinstance(file, RemotePath):
+        lines.insert(0, "# download it first: no program loads it from there")
     if pipeline is not None and any("pipe." in line for line in lines):
         lines.insert(0, f"pipe = {pipeline}.from_pretrained(...)")
     return [advice.format_map(facts), *(f"    {line}" for line in lines)]

@@ -229,11 +229,13 @@ def check_shapes(lora: Lora, expected: Expected) -> Check:
             fits = len(shape) == len(entry.shape) and all(
                 wanted in (None, size) for size, wanted in zip(entry.shape, shape, strict=True)
             )
-        if not fits or not 0 < rank <= max(expected.transformer.hidden, 1):
+        if not fits or rank <= 0:
             wrong.append((name, Problem("shape", key, str(entry.shape), _shape_text(expected, name))))
     hidden = expected.transformer.hidden
     good = f"(rank, {hidden}) and ({hidden}, rank)"
-    if any(name.name not in ATTENTION for name in lora.tensors):
+    if not hidden:
+        good = "lora_A (rank, in) and lora_B (out, rank)"
+    elif any(name.name not in ATTENTION for name in lora.tensors):
         good = f"lora_A (rank, in) and lora_B (out, rank) of modules of hidden size {hidden}"
     return judged("shapes", folded(wrong), good, f"{counted(len(wrong), 'tensor')} with a shape that does not fit")
 

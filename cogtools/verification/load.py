@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from cogtools.checkpoint.paths import RemotePath
 from cogtools.errors import CheckpointError, KilledError, LibraryError, Problem
 from cogtools.layouts.family import HEAD_SIZE, Module
 from cogtools.verification import child
@@ -17,8 +18,8 @@ from cogtools.verification.report import Check
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.lora import Lora
     from cogtools.errors import CogtoolsError
     from cogtools.verification.expected import Expected
@@ -74,8 +75,10 @@ def load_lora(lora: Lora, expected: Expected, *, model: str | None, layers: int 
 def _cannot(lora: Lora, expected: Expected) -> str | None:
     """Why there is nothing to load the file into, or nothing that should read it; None if all is well."""
     transformer = expected.transformer
-    if not lora.tensors or not transformer.hidden or not transformer.layers:
+    if not lora.tensors:
         return "the file has no LoRA tensors, so there is nothing to load"
+    if not transformer.hidden or not transformer.layers:
+        return "nothing tells which model the file belongs to: state it with --model"
     if transformer.hidden % HEAD_SIZE:
         return f"no CogVideoX transformer has hidden size {transformer.hidden}: its heads have {HEAD_SIZE} each"
     if lora.checkpoint.path.suffix != ".safetensors":
@@ -89,8 +92,14 @@ def _not_handed_on(lora: Lora) -> list[Problem]:
     return [] if stated is None else list(stated.not_handed_on)
 
 
-def _refuse_path(path: Path) -> None:
-    """Refuse a path that the safetensors library cannot open, which takes UTF-8 only."""
+def _refuse_path(path: AnyPath) -> None:
+    """Refuse a path that the libraries cannot open: safetensors takes UTF-8 only, and none takes a URL."""
+    if isinstance(path, RemotePath):
+        raise CheckpointError(
+            "--load takes a file of this machine: that is what the libraries load",
+            file=path,
+            hint="download the file, and verify the copy",
+        )
     try:
         str(path).encode()
     except UnicodeEncodeError as error:

@@ -29,9 +29,9 @@ from cogtools.verification.report import Check, judged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.model import ModelPart
     from cogtools.conversion.model_plan import PartPlan
     from cogtools.layouts.family import Model
@@ -65,7 +65,7 @@ class ModelSource:
 
 
 @contextmanager
-def open_model_source(paths: Sequence[Path], *, iteration: int | None, ema: bool) -> Iterator[ModelSource]:
+def open_model_source(paths: Sequence[AnyPath], *, iteration: int | None, ema: bool) -> Iterator[ModelSource]:
     """Open the checkpoint that a model is held against, and the LoRAs that were merged into it.
 
     Raises:
