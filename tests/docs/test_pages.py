@@ -129,5 +129,7 @@ def test_the_pages_state_how_many_settings_are_judged() -> None:
 
 
 def test_the_pages_state_the_limits_of_loading() -> None:
-    limits_of_loading = f"at most {child.TIME_LIMIT_SECONDS} seconds and, on Linux, in {child.MEMORY_LIMIT_BYTES >> 30} GiB"
+    limits_of_loading = (
+        f"at most {child.TIME_LIMIT_SECONDS} seconds and, on Linux, in {child.MEMORY_LIMIT_BYTES >> 30} GiB"
+    )
     assert limits_of_loading in EVERYTHING
