@@ -25,9 +25,9 @@ def make_sample(folder: Path) -> Path:
     return save_run(folder, sat_checkpoint(state), rank=RANK)
 
 
-def make_model_sample(folder: Path) -> Path:
-    """Write a save folder of a whole model, with its VAE and text encoder, at toy size."""
-    return save_model_run(folder, TOY_2B)
+def make_model_sample(folder: Path, rank: int | None = None) -> Path:
+    """Write a save folder of a whole model, with its VAE and text encoder, at toy size; with a LoRA of this rank."""
+    return save_model_run(folder, TOY_2B, rank=rank)
 
 
 def main(cogtools: str, folder: Path) -> None:

@@ -18,7 +18,7 @@ from tests.support import hostile, judge
 from tests.support.command_line import ROOT, surroundings
 from tests.support.damage import DAMAGES
 from tools import cli_pages
-from tools.demo import make_model_sample, make_sample
+from tools.demo import RANK, make_model_sample, make_sample
 
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
@@ -59,6 +59,8 @@ def test_a_page_shows_what_its_commands_print(page: str, tmp_path: Path) -> None
     make_sample(tmp_path / "ckpts" / "lora-disney")
     if "$ cogtools export-model ckpts/sft-disney" in TEXT[page]:
         make_model_sample(tmp_path / "ckpts" / "sft-disney")
+    if "$ cogtools merge ckpts/lora-toy" in TEXT[page]:
+        make_model_sample(tmp_path / "ckpts" / "lora-toy", rank=RANK)
     for example in examples(TEXT[page]):
         done = subprocess.run(
             ["sh", "-c", f"{shlex.quote(sys.executable)} -m {example.command}"],
