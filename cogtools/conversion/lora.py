@@ -23,7 +23,7 @@ from cogtools.conversion.training_config import TrainingConfig, find_training_co
 from cogtools.errors import CheckpointError, CogtoolsError, ExportError, OptionError, Problem
 from cogtools.formatting import number
 from cogtools.layouts import diffusers, peft, sat
-from cogtools.layouts.family import LoraKey, Module, Transformer, hidden_of, rank_of, recognise
+from cogtools.layouts.family import OTHER_SAT_MODELS, LoraKey, Module, Transformer, hidden_of, rank_of, recognise
 from cogtools.layouts.folded import ATTENTION_KINDS, Kind, fold_modules, folded_names
 from cogtools.layouts.lora import is_lora_key, other_adapter
 from cogtools.layouts.recognition import LAYOUTS, layout_of_names, read_names, recognise_transformer
@@ -235,7 +235,11 @@ class Lora:
 def find_lora(checkpoint: Checkpoint) -> Lora | None:
     """The LoRA in a checkpoint's state dict, in whatever layout; None if it has no key of one."""
     lora = read_lora(checkpoint)
-    return lora if lora.tensors or lora.alphas or lora.unplaced or lora.unreadable else None
+    if lora.tensors or lora.unreadable:
+        return lora
+    # Other adapters have alphas too, which alone are not a LoRA.
+    has_keys = bool(lora.alphas or lora.unplaced)
+    return lora if has_keys and find_other_adapter(checkpoint) is None else None
 
 
 def read_lora(checkpoint: Checkpoint) -> Lora:
@@ -449,6 +453,8 @@ def find_transformer(checkpoint: Checkpoint, lora: Lora | None) -> Transformer |
     if lora.layout is sat.LAYOUT:  # a few base weights may be there, beside layers that are not
         known = sat.recognise_transformer(shapes, hidden)
     known = known or recognise(hidden, lora.record.transformer_layers)
+    if known is None and hidden in OTHER_SAT_MODELS:
+        return Transformer(max(lora.layers, default=-1) + 1, hidden, ())
     if known is None:
         return None
     recorded = tuple(model for model in known.models if model.slug in lora.record.models)

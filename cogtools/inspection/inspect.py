@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.conversion.lora import find_lora, find_transformer, scale_of
+from cogtools.conversion.lora import find_lora, find_other_adapter, find_transformer, scale_of
 from cogtools.inspection.contents import files_of, iterations_of, judged, kinds_of, trainer_facts
 from cogtools.inspection.listing import add_offsets, add_statistics, list_tensors, select
 from cogtools.inspection.lora import describe_lora
@@ -102,9 +102,15 @@ def describe(
         metadata=checkpoint.metadata,
         model=None if model is None else _model_report(model),
         lora=lora_report,
+        other_adapter=None if lora is not None else _other_adapter(checkpoint),
         tensors=tuple(tensor.report for tensor in listed),
         selected=len(selected),
     )
+
+
+def _other_adapter(checkpoint: Checkpoint) -> str | None:
+    adapter = find_other_adapter(checkpoint)
+    return None if adapter is None else f"{adapter.name}: not a LoRA; load it with {adapter.readers}"
 
 
 def _model_report(model: Transformer) -> ModelReport:

@@ -363,6 +363,7 @@ class CheckpointReport:
         metadata: the text entries of a safetensors header.
         model: None if it is not known.
         lora: None if there is none.
+        other_adapter: what adapter of another kind its tensors are, and who loads it; None if they are not one.
         tensors: those that were asked for, in the order that was asked for.
         selected: how many were asked for; more than `tensors` has if there was a limit.
     """
@@ -388,6 +389,7 @@ class CheckpointReport:
     metadata: dict[str, str]
     model: ModelReport | None
     lora: LoraReport | None
+    other_adapter: str | None
     tensors: tuple[TensorReport, ...]
     selected: int
 

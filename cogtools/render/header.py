@@ -52,9 +52,11 @@ def header_lines(report: CheckpointReport) -> Iterator[Line]:
     if report.model is not None:
         facts = f" ({report.model.layers} layers, hidden size {report.model.hidden})" if report.model.slugs else ""
         yield _field("model", report.model.name + facts)
+    if report.other_adapter is not None:
+        yield _field("adapter", report.other_adapter, "yellow")
     if report.lora is not None:
         yield from _lora(report.lora)
-    else:
+    elif report.other_adapter is None:
         yield from _lora_beside(report)
     if report.trainer:
         yield _field("trainer", ", ".join(f"{name} {value}" for name, value in report.trainer.items()))

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _CHILD = "cogtools.verification.load_child"
 
+_READ_BY_LIBRARIES = ("header", "adapter_config")
+"""Where files state their scale that diffusers and PEFT load: no other program is installed with cogtools."""
+
 
 class Loaded(NamedTuple):
     """What came of loading a file.
@@ -55,6 +58,9 @@ def load_lora(lora: Lora, expected: Expected, *, model: str | None, layers: int 
         LibraryError: if the libraries cannot be imported.
         CheckpointError: if they cannot open a file at this path.
     """
+    if lora.intended.scale not in _READ_BY_LIBRARIES:
+        reader = lora.intended.reader
+        return Loaded(Check("load", "skipped", f"the file is for {reader}: diffusers and PEFT do not read it"), {}, {})
     reason = _cannot(lora, expected)
     if reason is not None:
         return Loaded(Check("load", "fail", reason), {}, {})
@@ -63,7 +69,8 @@ def load_lora(lora: Lora, expected: Expected, *, model: str | None, layers: int 
         seen = "not loaded: what the file states is not handed on to the libraries"
         return Loaded(Check("load", "fail", seen, tuple(refused)), {}, {})
     _refuse_path(lora.checkpoint.path)
-    question = {"path": str(lora.checkpoint.path), "model": model, "layers": layers}
+    asked = None if lora.asked is None else lora.asked.name
+    question = {"path": str(lora.checkpoint.path), "format": asked, "model": model, "layers": layers}
     return _read(child.ask(_CHILD, question, "loading the file with diffusers and PEFT"))
 
 

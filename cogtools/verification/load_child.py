@@ -24,6 +24,7 @@ from cogtools.layouts.diffusers import module_path, parse_module
 from cogtools.layouts.family import HEAD_SIZE, MODELS, LoraKey
 from cogtools.layouts.folded import fold_modules
 from cogtools.layouts.lora import PEFT_STYLE
+from cogtools.layouts.recognition import BY_NAME
 from cogtools.verification.checks import figures, scalings
 from cogtools.verification.child import answer_with
 from cogtools.verification.expected import expect
@@ -57,7 +58,7 @@ def main() -> None:
 def answer(question: dict[str, object]) -> dict[str, object]:
     """Load the file that a question names, into the model that it names."""
     model, layers = question["model"], question["layers"]
-    with open_written(Path(str(question["path"]))) as lora:
+    with open_written(Path(str(question["path"])), BY_NAME.get(str(question["format"]))) as lora:
         expected = expect(
             lora,
             model=model if isinstance(model, str) else None,

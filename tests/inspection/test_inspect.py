@@ -242,6 +242,7 @@ def test_the_report_of_a_training_says_what_is_in_it(toy: Path) -> None:
             ),
             readers=report.lora.readers,  # in tests of their own
         ),
+        other_adapter=None,
         tensors=(),
         selected=2 * len(shapes) - tensors["lora"] + 1,
     )
