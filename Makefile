@@ -5,10 +5,10 @@ READY := .venv/.ready
 SECONDS ?= 300
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench stress fuzz clean
+.PHONY: help demo test test-all docs check format bench stress fuzz clean
 
 help:  ## List the targets.
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -19,13 +19,26 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## Make a sample checkpoint, then export, verify and inspect it.
 	@$(BIN)/python -m tools.demo $(BIN)/cogtools .demo
 
-test: $(READY)  ## Run the tests.
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+test: $(READY)  ## Run the tests but for the slow ones.
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
-check: $(READY)  ## Check format, lint and types.
+test-all: $(READY)  ## Run the slow tests: those that need a server, a cluster or minutes.
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow || test $$? -eq 5  # pytest's code for "no tests"
+
+check: $(READY)  ## Check format, lint, types, the pages' examples and the workflows.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m tools.page_examples .examples
+	$(BIN)/mypy .examples
+	$(BIN)/python -m tools.cli_pages --check
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+docs: $(READY)  ## Make the page of the command line, the picture of the README, and the site, in .site.
+	$(BIN)/python -m tools.cli_pages
+	$(BIN)/python -m tools.picture docs/images/strength.png
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(READY)  ## Put the code into the project's format.
 	$(BIN)/ruff format .
@@ -33,6 +46,7 @@ format: $(READY)  ## Put the code into the project's format.
 
 bench: $(READY)  ## Measure speed and memory against torch and diffusers, as ratios.
 	$(BIN)/python -m benchmarks.bench .bench
+	$(BIN)/python -m benchmarks.remote .bench/remote
 
 stress: $(READY)  ## Kill hundreds of exports at random moments, and send others storms of signals.
 	$(BIN)/python -m tests.support.interruption --kills 300 --storms 300
@@ -42,4 +56,4 @@ fuzz: $(READY)  ## Fuzz all that reads files, for SECONDS=300 in all.
 	$(BIN)/python -m tests.support.fuzz_readers .fuzz --seconds $(SECONDS)
 
 clean:  ## Remove everything that make and the tools made.
-	rm -rf .venv .demo .bench .fuzz build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .demo .bench .fuzz .site .examples build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -14,6 +14,11 @@ def number(value: float) -> str:
     return f"{value:.10g}"
 
 
+def percent(share: float) -> str:
+    """A share in percent, with two digits that count: "94 %", "0.031 %"."""
+    return f"{100 * share:.2g} %"
+
+
 def counted(count: int, noun: str) -> str:
     """A number of things: "1 tensor", "24 tensors"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

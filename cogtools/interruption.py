@@ -8,7 +8,6 @@ reference) is lost with the message "Exception ignored in …": it is raised aga
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import sys
 import time
@@ -25,7 +24,7 @@ CLEANUP_SECONDS = 10.0
 
 _AGAIN_SECONDS = 0.01
 
-_raised_at = -math.inf
+_raised_at = float("-inf")
 
 
 def raise_on_signals() -> None:
@@ -34,7 +33,7 @@ def raise_on_signals() -> None:
     A signal that is ignored, as a shell and nohup have it for jobs in the background, stays ignored.
     """
     global _raised_at
-    _raised_at = -math.inf
+    _raised_at = float("-inf")
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
@@ -45,7 +44,7 @@ def raise_on_signals() -> None:
 
 def is_interrupted() -> bool:
     """Whether a signal was heard. Libraries and Python itself may turn its KeyboardInterrupt into another error."""
-    return _raised_at > -math.inf
+    return _raised_at > float("-inf")
 
 
 def ignore_signals() -> None:
@@ -91,5 +90,5 @@ def _raise_again(unraisable: sys.UnraisableHookArgs) -> None:
     if not isinstance(unraisable.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
     elif hasattr(signal, "setitimer"):
-        _raised_at = -math.inf
+        _raised_at = float("-inf")
         signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)

@@ -1,6 +1,7 @@
 """What the tests share."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,15 @@ def real() -> Path:
     return Path(folder)
 
 
+@pytest.fixture(scope="session")
+def truth() -> Path:
+    """The folder of what SAT's own models computed."""
+    folder = os.environ.get("COGTOOLS_MODEL_TRUTH")
+    if folder is None:
+        pytest.skip("COGTOOLS_MODEL_TRUTH does not name the folder of what SAT's own models computed")
+    return Path(folder)
+
+
 @pytest.fixture(params=["2b-fp16", "2b-fp32", "5b-bf16", "2b-bf16-legacy", "2b-bf16-numpy1", "2b-bf16-plain"])
 def real_run(real: Path, request: pytest.FixtureRequest) -> Path:
     """Each save folder of the real trainer with a complete LoRA: 3 layers, rank 4, alpha 1."""
@@ -27,11 +37,18 @@ def real_run(real: Path, request: pytest.FixtureRequest) -> Path:
     return real / name
 
 
+@pytest.fixture(scope="session")
+def saved_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trainer's save folder with a toy LoRA of rank 4, which tests copy."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    save_run(folder, sat_checkpoint(sat_state_dict(TOY_2B, 4)), rank=4)
+    return folder
+
+
 @pytest.fixture
-def run_folder(tmp_path: Path) -> Path:
+def run_folder(saved_run: Path, tmp_path: Path) -> Path:
     """A trainer's save folder with a toy LoRA of rank 4."""
-    save_run(tmp_path / "run", sat_checkpoint(sat_state_dict(TOY_2B, 4)), rank=4)
-    return tmp_path / "run"
+    return Path(shutil.copytree(saved_run, tmp_path / "run"))
 
 
 @pytest.fixture

@@ -41,8 +41,9 @@ def allowed_names() -> dict[str, set[str]]:
 
     for module in REGISTERING:
         importlib.import_module(module)
+    user_names = unpickler._get_user_allowed_globals()  # type: ignore[no-untyped-call]  # noqa: SLF001
     names: dict[str, set[str]] = defaultdict(set)
-    for path in {*unpickler._get_allowed_globals(), *unpickler._get_user_allowed_globals()}:  # noqa: SLF001
+    for path in {*unpickler._get_allowed_globals(), *user_names}:  # noqa: SLF001
         module, _, name = path.rpartition(".")
         names[module].add(name)
     return dict(names)

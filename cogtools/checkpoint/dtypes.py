@@ -97,3 +97,25 @@ BY_TORCH_NAME = {name: dtype for name, dtype in DTYPES.items() if dtype.bits >= 
 BY_SAFETENSORS_CODE = {dtype.safetensors: dtype for dtype in DTYPES.values() if dtype.safetensors}
 BY_STORAGE_CLASS = {dtype.storage_class: dtype for dtype in DTYPES.values() if dtype.storage_class}
 UNTYPED_STORAGE_CLASS = "UntypedStorage"
+
+
+class FloatFormat(NamedTuple):
+    """How the bits of a floating-point number are divided. Infinities and NaNs have an exponent of ones.
+
+    Attributes:
+        exponent: the bits of its exponent.
+        precision: the bits of its fraction.
+        least: the exponent of its smallest normal number.
+    """
+
+    exponent: int
+    precision: int
+    least: int
+
+
+FLOAT_FORMATS = {
+    "float16": FloatFormat(0x7C00, 10, -14),
+    "bfloat16": FloatFormat(0x7F80, 7, -126),
+    "float32": FloatFormat(0x7F80_0000, 23, -126),
+    "float64": FloatFormat(0x7FF0_0000_0000_0000, 52, -1022),
+}

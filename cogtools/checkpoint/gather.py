@@ -6,14 +6,15 @@ sliced or from a big-endian machine, are rearranged here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cogtools.checkpoint.files import FileRange
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cogtools.checkpoint.decoding import Array
+    from numpy.typing import NDArray
+
     from cogtools.checkpoint.tensors import TensorEntry
 
 CHUNK_BYTES = 8 << 20
@@ -56,7 +57,7 @@ def _rearranged(entry: TensorEntry, chunk_bytes: int) -> Iterator[bytes]:
     yield from _pieces(view, chunk_bytes)
 
 
-def _pieces(view: Array, piece_bytes: int) -> Iterator[bytes]:
+def _pieces(view: NDArray[Any], piece_bytes: int) -> Iterator[bytes]:
     """The bytes of a view in row-major order: as many rows at a time as fit, or parts of a row that is larger."""
     row_bytes = view[0].nbytes
     if row_bytes > piece_bytes and view.ndim > 1:

@@ -8,33 +8,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from cogtools.checkpoint.files import read_whole
 from cogtools.checkpoint.limits import MAX_TENSORS
 from cogtools.checkpoint.pickle.machine import Global, Pickle, Record, short_name
-from cogtools.checkpoint.tensors import OtherTensor, TensorEntry
+from cogtools.checkpoint.state_dict import MAX_DEPTH, StateDict, find_state_dict, key_name, shortened
+from cogtools.checkpoint.tensors import TensorEntry
 from cogtools.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from pathlib import Path
 
     from cogtools.checkpoint.files import SourceFile
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.checkpoint.run import Run
-
-WRAPPERS = ("module", "model", "state_dict")
-"""The keys under which a state dict is kept, by DeepSpeed and by people who save one again."""
-
-MAX_WRAPPERS = 8
-"""How many of them may lie in each other; more is a dict that holds itself."""
-
-MAX_DEPTH = 32
-"""How deep tensors beside the state dict are looked for. In real checkpoints they lie 3 deep."""
 
 BARE_TENSOR = "<tensor>"
 """The path of a tensor that is all that a file holds."""
 
 MAX_NAME = 1000
 """How many characters of a key stand in the path to a tensor beside the state dict."""
-
-MAX_CONTAINER = 200
-"""How many characters of what leads to that key do: a few bytes can mention a tensor, and each mention has its path."""
 
 
 class Place(NamedTuple):
@@ -55,7 +44,7 @@ class Place(NamedTuple):
 class SmallFile(NamedTuple):
     """A file that was read as a whole: where it is, for messages, and what is in it."""
 
-    path: Path
+    path: AnyPath
     content: bytes
 
 
@@ -83,7 +72,7 @@ class Checkpoint:
         index: the file that names these, where there is one. Like them it is held open until `close`.
     """
 
-    path: Path
+    path: AnyPath
     format: str
     files: list[SourceFile]
     tensors: dict[str, TensorEntry]
@@ -150,26 +139,22 @@ class Checkpoint:
 def index_pickle(pickle: Pickle, file: SourceFile, file_format: str) -> Checkpoint:
     """Find the state dict in what a pickle holds, and what lies beside it."""
     state_dict = find_state_dict(pickle.value)
-    wrapper = state_dict.wrapper
-    holder = pickle.value
-    for name in wrapper:
-        holder = holder[name]  # type: ignore[index] # that is how it was found
-    module = class_of_module(holder)
+    module = state_dict.module
     checkpoint = Checkpoint(
         path=file.path,
         format=file_format if module is None else f"{file_format}, a whole module ({short_name(module)})",
         files=[file],
         tensors={},
-        wrapper=wrapper,
+        wrapper=state_dict.wrapper,
         module=module,
-        values=_values_beside(pickle.value, wrapper),
+        values=_values_beside(pickle.value, state_dict.wrapper),
         foreign=pickle.foreign,
     )
     if len(state_dict.entries) > MAX_TENSORS:
         raise _too_many(file, f"{len(state_dict.entries):,} entries in its state dict")
     unused = _UnusedNames()
     for key, value in state_dict.entries.items():
-        name = unused(_name(key))
+        name = unused(key_name(key))
         if isinstance(value, TensorEntry):
             checkpoint.tensors[name] = value
         else:
@@ -194,116 +179,12 @@ def _too_many(file: SourceFile, found: str) -> CheckpointError:
     )
 
 
-class StateDict(NamedTuple):
-    """The state dict in what a pickle holds.
-
-    Attributes:
-        wrapper: the keys that lead to it.
-        entries: its entries; {} if nothing looks like a state dict.
-        holders: the dicts that these entries stand in, which are several for a module.
-    """
-
-    wrapper: tuple[str, ...]
-    entries: dict[object, object]
-    holders: tuple[object, ...]
-
-
-def find_state_dict(root: object) -> StateDict:
-    """Find the innermost dict that has tensors, or module; where none has, the innermost dict that has anything."""
-    wrapper = _way_to_tensors(root, set(), 0)
-    if wrapper is None:
-        wrapper = _way_inward(root)
-    if wrapper is None:
-        return StateDict((), {}, ())
-    found: Any = root
-    for name in wrapper:
-        found = found[name]
-    if class_of_module(found) is not None:
-        return StateDict(wrapper, *state_dict_of_module(found))
-    return StateDict(wrapper, found, (found,))
-
-
-def _way_to_tensors(value: object, visited: set[int], depth: int) -> tuple[str, ...] | None:
-    """The wrappers that lead from here to a dict of tensors, or a module; None if none do."""
-    if class_of_module(value) is not None:
-        return ()
-    if not isinstance(value, dict) or depth == MAX_WRAPPERS or id(value) in visited:
-        return None
-    visited.add(id(value))
-    for name in WRAPPERS:
-        rest = _way_to_tensors(value.get(name), visited, depth + 1)
-        if rest is not None:
-            return (name, *rest)
-    return () if any(isinstance(item, (TensorEntry, OtherTensor)) for item in value.values()) else None
-
-
-def _way_inward(value: object) -> tuple[str, ...] | None:
-    """The wrappers that lead from here through dicts with anything in them; None if they do not end."""
-    way: list[str] = []
-    while isinstance(value, dict) and len(way) < MAX_WRAPPERS:
-        inside = next((name for name in WRAPPERS if isinstance(value.get(name), dict) and value[name]), None)
-        if inside is None:
-            return tuple(way)
-        way.append(inside)
-        value = value[inside]
-    return None
-
-
-# Modules that were pickled as a whole, as torch.save(model) does
-
-
-_PARTS_OF_A_MODULE = ("_parameters", "_buffers", "_modules")
-
-
-def class_of_module(value: object) -> Global | None:
-    """The class of a pickled torch.nn.Module; None if this is not one."""
-    if not isinstance(value, Record) or not isinstance(value.state, dict) or not isinstance(value.function, Global):
-        return None
-    return value.function if all(isinstance(value.state.get(part), dict) for part in _PARTS_OF_A_MODULE) else None
-
-
-def state_dict_of_module(module: Record) -> tuple[dict[object, object], tuple[object, ...]]:
-    """The state dict that a pickled module would give, and the dicts that its entries stand in.
-
-    Keys are the names of the modules that lead to an entry, joined with dots (torch/nn/modules/module.py).
-    A module that is reached twice has its entries under both names, as there, unless it holds itself.
-    """
-    entries: dict[object, object] = {}
-    holders: dict[int, object] = {}
-    pending: list[tuple[str, Record, tuple[int, ...]]] = [("", module, ())]
-    for _ in range(MAX_TENSORS):  # a few bytes can hold a module twice, and that one another, and so on
-        if not pending:
-            break
-        prefix, inner, above = pending.pop()
-        state: dict[str, Any] = inner.state  # type: ignore[assignment] # that is what makes it a module
-        unsaved = state.get("_non_persistent_buffers_set")
-        for part in _PARTS_OF_A_MODULE[:2]:
-            holders[id(state[part])] = state[part]
-            for name, value in state[part].items():
-                is_saved = value is not None and not (part == "_buffers" and _is_in(name, unsaved))
-                if is_saved and len(entries) <= MAX_TENSORS:
-                    entries[_shortened(prefix + _name(name))] = value
-        if len(above) == MAX_DEPTH or len(entries) > MAX_TENSORS:
-            continue
-        modules = [
-            (f"{_shortened(prefix + _name(name))}.", value, (*above, id(inner)))
-            for name, value in state["_modules"].items()
-            if class_of_module(value) is not None and id(value) not in above and value is not inner
-        ]
-        pending += reversed(modules)  # last in, first out: in the order of the module
-    return entries, tuple(holders.values())
-
-
-def _is_in(name: object, names: object) -> bool:
-    return isinstance(names, (set, frozenset, dict)) and isinstance(name, str) and name in names
-
-
 def _values_beside(root: object, wrapper: tuple[str, ...]) -> dict[str, object]:
     """What lies beside the wrappers and beside the state dict; of equal names, what is nearest to the state dict."""
     values: dict[str, object] = {}
     level: Any = root
     for name in wrapper:
-        values |= {_name(key): value for key, value in level.items() if key != name}
+        values |= {key_name(key): value for key, value in level.items() if key != name}
         level = level[name]
     return values
 
@@ -325,7 +206,7 @@ def walk_tensors(root: object, state_dict: StateDict) -> Iterator[tuple[Place, T
                 if len(levels) == 1:
                     yield Place("", BARE_TENSOR), value
                 elif not (id(level.holder) in holders and id(value) in entries):
-                    yield Place(level.path, _name(key)[:MAX_NAME]), value
+                    yield Place(level.path, key_name(key)[:MAX_NAME]), value
             elif (
                 isinstance(value, _MAY_HOLD_TENSORS)
                 and value
@@ -334,8 +215,8 @@ def walk_tensors(root: object, state_dict: StateDict) -> Iterator[tuple[Place, T
                 and id(value) not in visited
             ):
                 visited.add(id(value))
-                path = str(Place(level.path, _name(key)[:MAX_NAME])) if len(levels) > 1 else ""
-                levels.append(_Level(_shortened(path), _items(value), value))
+                path = str(Place(level.path, key_name(key)[:MAX_NAME])) if len(levels) > 1 else ""
+                levels.append(_Level(shortened(path), _items(value), value))
                 break
         else:
             levels.pop()
@@ -365,11 +246,6 @@ class _UnusedNames:
         return unused
 
 
-def _name(key: object) -> str:
-    """The name of a dict's entry. Keys that are made of others are not spelled out: that may take for ever."""
-    return str(key) if isinstance(key, (str, int, float, Global)) else f"<{type(key).__name__}>"
-
-
 _MAY_HOLD_TENSORS = (dict, list, tuple, Record)
 
 
@@ -391,7 +267,3 @@ def _without_repeated_tensors(items: Iterable[object]) -> Iterator[tuple[object,
                 continue
             seen.add(id(item))
         yield index, item
-
-
-def _shortened(path: str) -> str:
-    return path if len(path) <= MAX_CONTAINER else f"…{path[-MAX_CONTAINER:]}"

@@ -15,13 +15,17 @@ MAX_DIRECTORY_BYTES = 8 << 20
 """The directory of a zip archive. Real: 0.3 MB."""
 
 MAX_HEADER_BYTES = 8 << 20
-"""The header of a safetensors file. Real: 0.2 MB; some trainers add 2 MB of notes on their data."""
+"""The header of a safetensors file without its metadata, and how much of its metadata is kept. Real: 0.2 MB; some
+trainers add notes on their data, of 2 MB or even 40 MB."""
 
 MAX_TENSORS = 100_000
 """The tensors of a file, and the other entries of its state dict. Real: 3,000."""
 
 MAX_INDEX_BYTES = 8 << 20
 """An index of shards. Real: 0.1 MB for 1,500 tensors."""
+
+MAX_LATEST_BYTES = 1024
+"""The file `latest`, which holds the name of a folder. Real: 4."""
 
 MAX_TRAINING_CONFIG_BYTES = 128 << 10
 """training_config.yaml: PyYAML takes its time. Real: 8 kB."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import closing
-from pathlib import Path
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from cogtools.cli.options import COULD_NOT, Ema, Iteration, Json, Quiet
+from cogtools.cli.options import COULD_NOT, WRONG, Ema, Iteration, Json, Quiet, Rank
 from cogtools.conversion.options import Cast, ExportOptions, Format, Scale
 from cogtools.errors import OptionError, PrintError
 from cogtools.render import text
@@ -50,6 +49,7 @@ def export_lora_command(
         ),
     ] = None,
     dtype: Annotated[Cast, typer.Option(metavar="keep|fp32|fp16|bf16", help="Cast the tensors.")] = "keep",
+    rank: Rank = None,
     base: Annotated[
         str | None, typer.Option(metavar="BASE", help="For sat: write the base weights of this checkpoint beside it.")
     ] = None,
@@ -60,6 +60,13 @@ def export_lora_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.")] = False,
     sha256: Annotated[bool, typer.Option("--sha256", help="Print the output's SHA-256.")] = False,
+    dask: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Export on the Dask cluster whose scheduler has this address."),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check every value of what was written, as verify --against does.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     sat_pt_path: Annotated[str | None, typer.Option("--sat_pt_path", hidden=True)] = None,
@@ -73,8 +80,11 @@ def export_lora_command(
       cogtools export-lora out ComfyUI/models/loras --format comfyui
       cogtools export-lora old.safetensors fixed --alpha 1
       cogtools export-lora ckpts/*/ loras/
+      cogtools export-lora 's3://runs/*/' s3://loras/ --dask tcp://10.0.0.1:8786
     """
     from cogtools.checkpoint.files import is_folder
+    from cogtools.checkpoint.folder import has_pattern
+    from cogtools.checkpoint.paths import as_path
     from cogtools.export.export import export_checkpoint
     from cogtools.render.export import show_export
     from cogtools.render.json_object import report_json
@@ -94,17 +104,29 @@ def export_lora_command(
         overwrite=overwrite,
         dry_run=dry_run,
         sha256=sha256,
+        verify=verify,
+        rank=rank,
     )
+    source = as_path(sources[0])
     # As `cp` has it: a folder that goes into another one keeps a name of its own there.
-    if len(sources) > 1 or every or (is_folder(Path(sources[0])) and out.endswith(("/", os.sep))):
-        _export_many(sources, out, options, every=every, json=json, quiet=quiet)
+    if (
+        len(sources) > 1
+        or every
+        or dask is not None
+        or has_pattern(source)
+        or (out.endswith(("/", os.sep)) and is_folder(source))
+    ):
+        _export_many(sources, out, options, every=every, dask=dask, json=json, quiet=quiet)
         return
     with Progress("writing", hidden=quiet or json) as progress:
-        report = export_checkpoint(sources[0], out, options, progress=progress.update)
+        report = export_checkpoint(source, out, options, progress=progress.update)
+    wrong = report.verification is not None and report.verification.verdict == "fail"
     if json:
-        text.emit(report_json("export-lora", "ok", report))
-    elif not quiet:
-        show_export(report)
+        text.emit(report_json("export-lora", "wrong" if wrong else "ok", report))
+    else:
+        show_export(report, quiet=quiet)
+    if wrong:
+        raise typer.Exit(WRONG)
 
 
 def _sources_and_output(paths: list[str], sat_pt_path: str | None, lora_save_directory: str | None) -> list[str]:
@@ -135,9 +157,11 @@ def _export_many(
     options: ExportOptions,
     *,
     every: bool,
+    dask: str | None,
     json: bool,
     quiet: bool,
 ) -> None:
+    from cogtools.checkpoint.paths import as_path
     from cogtools.export.batch import batch_report, export_many, plan_batch
     from cogtools.render.export import show_batch, show_batch_item
     from cogtools.render.json_object import report_json
@@ -153,8 +177,14 @@ def _export_many(
         except PrintError as error:
             unprinted = unprinted or error
 
-    with closing(export_many(plan_batch(sources, Path(out), options, every=every), options)) as exports:
-        for item in exports:
+    jobs = plan_batch(sources, as_path(out), options, every=every)
+    with ExitStack() as stack:
+        executor = None
+        if dask is not None:
+            from cogtools.export.cluster import dask_executor
+
+            executor = stack.enter_context(dask_executor(dask))
+        for item in stack.enter_context(closing(export_many(jobs, options, executor))):
             items.append(item)
             if not json:
                 show(show_batch_item, item, quiet=quiet)
@@ -167,3 +197,5 @@ def _export_many(
         raise unprinted
     if report.failed:
         raise typer.Exit(COULD_NOT)
+    if any(item.is_wrong for item in items):
+        raise typer.Exit(WRONG)

@@ -8,7 +8,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from cogtools.cli.export_lora import export_lora_command
+from cogtools.cli.export_model import export_model_command
 from cogtools.cli.inspect import inspect_command
+from cogtools.cli.merge import merge_command
 from cogtools.cli.options import COULD_NOT, DONE, INTERRUPTED
 from cogtools.cli.verify import verify_command
 from cogtools.errors import CogtoolsError, InterruptedByUserError, OptionError, PrintError
@@ -43,12 +45,16 @@ def _shown_by_us(help_option: TyperOption | None) -> TyperOption | None:
 app = typer.Typer(
     name="cogtools",
     cls=_Group,
-    help="Export, inspect and verify CogVideoX LoRA checkpoints.",
+    help="Export, merge, inspect and verify CogVideoX checkpoints: LoRAs and whole models.",
     rich_markup_mode=None,  # plain help: long names stay whole, and nothing else has to be imported
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("export-lora", cls=_Command, short_help="Write a LoRA for a program.")(export_lora_command)
+app.command("export-lora", cls=_Command, short_help="Export a checkpoint's LoRA for diffusers.")(export_lora_command)
+app.command("export-model", cls=_Command, short_help="Export a whole model for diffusers, or back for SAT.")(
+    export_model_command
+)
+app.command("merge", cls=_Command, short_help="Merge LoRAs into base weights, or into one LoRA.")(merge_command)
 app.command("inspect", cls=_Command, short_help="Show what a checkpoint holds.")(inspect_command)
 app.command("verify", cls=_Command, short_help="Prove that a LoRA is complete, faithful and loads.")(verify_command)
 

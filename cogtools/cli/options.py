@@ -15,5 +15,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Iteration = Annotated[
     int | None, typer.Option(metavar="N", help="Take this iteration of a save folder, not the latest.")
 ]
+Rank = Annotated[
+    int | None,
+    typer.Option(metavar="R", help="Cut modules of a higher rank down to this one, as near as that rank can come."),
+]
 Ema = Annotated[bool, typer.Option("--ema", help="Take the EMA weights (the folder N-ema).")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]

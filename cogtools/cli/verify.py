@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from cogtools.cli.options import WRONG, Ema, Iteration, Json, Quiet
 from cogtools.conversion.options import Format
+from cogtools.errors import OptionError
 from cogtools.layouts.family import MODELS
 from cogtools.render import text
 
+if TYPE_CHECKING:
+    from cogtools.verification.model_report import ModelVerifyReport
+    from cogtools.verification.report import VerifyReport
+
 
 def verify_command(
-    out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="The LoRA: a folder or a file.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="OUT [LORA]...",
+            show_default=False,
+            help="A LoRA, or a whole model or parts of it: a folder or a file, or its URL. With --against BASE, the "
+            "LoRAs that were merged into it; with --against LORA, the others that were.",
+        ),
+    ],
     against: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="CHECKPOINT", help="Compare every value, and the scale, with the checkpoint's."),
     ] = None,
     iteration: Iteration = None,
@@ -41,7 +53,7 @@ def verify_command(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check that a LoRA is complete, equals its checkpoint, and loads at the right strength.
+    """Check that a LoRA or a model is complete, equals its checkpoint, and loads.
 
     Exit code: 0 verified, 1 something is wrong with it, 2 it could not be opened.
 
@@ -49,26 +61,55 @@ def verify_command(
     Examples:
       cogtools verify out
       cogtools verify out --against ckpts/lora-disney --load
+      cogtools verify pipeline --against ckpts/sft-disney
+      cogtools verify merged --against CogVideoX-2b style.safetensors motion.safetensors
     """
+    from cogtools.checkpoint.paths import as_path
     from cogtools.render.json_object import report_json
     from cogtools.render.progress import Progress
     from cogtools.render.verify import show_verification
+    from cogtools.verification.model_written import holds_model
     from cogtools.verification.verify import verify_lora
+    from cogtools.verification.verify_model import verify_model
 
-    with Progress("verifying", hidden=quiet or json) as progress:
-        report = verify_lora(
-            out,
-            against=against,
-            iteration=iteration,
-            ema=ema,
-            load=load,
-            format=format,
-            model=model,
-            layers=layers,
-            strict=strict,
-            progress=progress.update,
-            say=progress.say,
+    out, *loras = paths
+    if loras and against is None:
+        raise OptionError(
+            "verify takes one output, and others only to hold it against",
+            found=" ".join(map(str, paths)),
+            expected="cogtools verify OUT --against BASE LORA...",
         )
+    sources = None if against is None else [against, *loras]
+    with Progress("verifying", hidden=quiet or json) as progress:
+        report: ModelVerifyReport | VerifyReport
+        path = as_path(out)
+        if holds_model(path):
+            _refuse_for_models(layers, format)
+            report = verify_model(
+                path,
+                against=sources,
+                iteration=iteration,
+                ema=ema,
+                load=load,
+                model=model,
+                strict=strict,
+                progress=progress.update,
+                say=progress.say,
+            )
+        else:
+            report = verify_lora(
+                path,
+                against=sources,
+                iteration=iteration,
+                ema=ema,
+                load=load,
+                format=format,
+                model=model,
+                layers=layers,
+                strict=strict,
+                progress=progress.update,
+                say=progress.say,
+            )
     wrong = report.verdict == "fail"
     if json:
         text.emit(report_json("verify", "wrong" if wrong else "ok", report))
@@ -76,3 +117,11 @@ def verify_command(
         show_verification(report, quiet=quiet)
     if wrong:
         raise typer.Exit(WRONG)
+
+
+def _refuse_for_models(layers: int | None, format_: object) -> None:
+    """Refuse the options that are for LoRAs only."""
+    if layers is not None:
+        raise OptionError("--layers is for LoRAs: a model's tensors say how many it has", hint="leave it out")
+    if format_ is not None:
+        raise OptionError("--format is for LoRAs: a model is held against the layout that it has", hint="leave it out")

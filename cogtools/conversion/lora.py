@@ -23,10 +23,12 @@ from cogtools.conversion.training_config import TrainingConfig, find_training_co
 from cogtools.errors import CheckpointError, CogtoolsError, ExportError, OptionError, Problem
 from cogtools.formatting import number
 from cogtools.layouts import diffusers, peft, sat
+from cogtools.layouts.diffusers import module_path
 from cogtools.layouts.family import OTHER_SAT_MODELS, LoraKey, Module, Transformer, hidden_of, rank_of, recognise
 from cogtools.layouts.folded import ATTENTION_KINDS, Kind, fold_modules, folded_names
 from cogtools.layouts.lora import is_lora_key, other_adapter
 from cogtools.layouts.recognition import LAYOUTS, layout_of_names, read_names, recognise_transformer
+from cogtools.layouts.transformer import runs_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -82,6 +84,15 @@ class Lora:
         """The keys of the state dict that are none of its tensors."""
         own = {tensor.key for tensor in [*self.tensors.values(), *self.alphas.values()]}
         return [key for key in self.checkpoint.tensors if key not in own]
+
+    @cached_property
+    def base_weights(self) -> list[str]:
+        """The keys of base weights that its program loads with the adapter, as PEFT does; biases mostly."""
+        if not self.intended.loads_base_weights:
+            return []
+        adapted = set(map(module_path, self.modules))
+        prefix = self.intended.written.prefix
+        return [key for key in self.foreign if key.startswith(prefix) and _is_base(key[len(prefix) :], adapted)]
 
     @property
     def everything(self) -> list[TensorEntry]:
@@ -232,14 +243,22 @@ class Lora:
         return scales.scaling_as_run(layout, self.statements(), self.factors)
 
 
+def _is_base(name: str, adapted: Collection[str]) -> bool:
+    """Whether a name is that of a base weight in a model in which these modules are adapted."""
+    bare = name.replace(".base_layer.", ".")
+    is_wrapped = bare.rpartition(".")[0] in adapted
+    return is_wrapped == (bare != name) and runs_of(bare, "diffusers") is not None
+
+
 def find_lora(checkpoint: Checkpoint) -> Lora | None:
-    """The LoRA in a checkpoint's state dict, in whatever layout; None if it has no key of one."""
+    """The LoRA in a checkpoint's state dict, in whatever layout; None if it has no key of one.
+
+    Alphas alone, among the keys of another kind of adapter, are that one's.
+    """
     lora = read_lora(checkpoint)
-    if lora.tensors or lora.unreadable:
-        return lora
-    # Other adapters have alphas too, which alone are not a LoRA.
-    has_keys = bool(lora.alphas or lora.unplaced)
-    return lora if has_keys and find_other_adapter(checkpoint) is None else None
+    if not lora.tensors and not lora.unreadable and find_other_adapter(checkpoint) is not None:
+        return None
+    return lora if lora.tensors or lora.alphas or lora.unplaced or lora.unreadable else None
 
 
 def read_lora(checkpoint: Checkpoint) -> Lora:

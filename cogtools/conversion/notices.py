@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.pickle.dangers import danger_of
+from cogtools.conversion.adapter_config import live_dropout
+from cogtools.conversion.first_values import value_notices
 from cogtools.errors import SHOWN_PROBLEMS
 from cogtools.formatting import MAX_SHOWN_CHARS, number
 
@@ -20,16 +22,25 @@ def export_notices(checkpoint: Checkpoint, plan: LoraPlan, options: ExportOption
     lora_only = [layout.lora_only_note] if layout.lora_only_note is not None and options.base is None else []
     return (
         *lora_only,
-        *_of_dangers(checkpoint),
-        *choice_notices(checkpoint),
-        *plan.notices,
+        *source_notices(checkpoint, plan),
         *_of_the_scale(plan, options),
         *layout.notes,
         *_of_the_crc32s(plan),
     )
 
 
-def _of_dangers(checkpoint: Checkpoint) -> list[str]:
+def source_notices(checkpoint: Checkpoint, plan: LoraPlan) -> tuple[str, ...]:
+    """What to say of a checkpoint whose LoRA is taken, and of the choices that were made for the user."""
+    return (
+        *danger_notices(checkpoint),
+        *choice_notices(checkpoint),
+        *plan.notices,
+        *value_notices(plan),
+        *_of_dropout(plan),
+    )
+
+
+def danger_notices(checkpoint: Checkpoint) -> list[str]:
     """Warn of a checkpoint that would run code if it were loaded: whoever exports from it may try that next."""
     names = sorted(str(name) for name in checkpoint.foreign if danger_of(*name) == "dangerous")
     shown = ", ".join(name[:MAX_SHOWN_CHARS] for name in names[:SHOWN_PROBLEMS])
@@ -44,6 +55,16 @@ def choice_notices(checkpoint: Checkpoint) -> list[str]:
     if run.chosen.ema:
         return [f"Took the EMA weights of iteration {run.chosen.number}. The plain ones are in {run.twin} beside them."]
     return [f"Took the plain weights of iteration {run.chosen.number}. Its EMA weights are in {run.twin} beside them."]
+
+
+def _of_dropout(plan: LoraPlan) -> list[str]:
+    """Dropout that the file states where diffusers reads it: that is left out of what is written."""
+    header = plan.lora.stated.get("header")
+    dropout = None if header is None or header.config is None else live_dropout(header.config.fields)
+    if dropout is None:
+        return []
+    return [f"The file states lora_dropout {number(dropout)}, which diffusers applies whenever it runs the model: what "
+            "is written does without it."]  # fmt: skip
 
 
 def _of_the_scale(plan: LoraPlan, options: ExportOptions) -> list[str]:

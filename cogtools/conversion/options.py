@@ -21,8 +21,14 @@ Scale = Literal["metadata", "fold", "none"]
 """How an exported file carries alpha / rank: stated where its program looks for it, multiplied into its weights, or
 not at all."""
 
+BY_HAND, BY_SCALING = "--alpha", "--scaling"
+"""The options that state the scale, by which reports and records name it where the user did."""
+
 Cast = Literal["keep", "fp32", "fp16", "bf16"]
 """What an exported file's tensors are cast to."""
+
+Dtype = Literal["fp32", "fp16", "bf16"]
+"""The dtypes that can be asked for."""
 
 CASTS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """The dtypes that these words stand for, by PyTorch's names."""
@@ -47,6 +53,9 @@ class ExportOptions:
         overwrite: replace an output that is there already.
         dry_run: find out everything, write nothing.
         sha256: compute the SHA-256 of the output.
+        rank: cut every module of a higher rank down to this one, to the best approximation there is; None keeps all.
+            The scale is then multiplied in.
+        verify: check every value of what was written.
     """
 
     format: Format = "diffusers"
@@ -61,6 +70,8 @@ class ExportOptions:
     overwrite: bool = False
     dry_run: bool = False
     sha256: bool = False
+    rank: int | None = None
+    verify: bool = False
 
     @property
     def layout(self) -> LoraLayout:
@@ -81,11 +92,17 @@ class ExportOptions:
             OptionError: if there is no such way, or the format has no place for a scale.
         """
         layout = self.layout
+        if self.rank is not None and self.scale in (None, "metadata", "fold"):
+            return "fold"
         if self.scale is None:
             return "fold" if layout.scale == "nowhere" else "metadata"
         if self.scale not in get_args(Scale):
             expected = ", ".join(get_args(Scale))
             raise OptionError("there is no such way to carry the scale", found=self.scale, expected=expected)
+        if self.rank is not None:
+            raise OptionError(
+                "--scale none does not go with --rank, which multiplies the scale in", hint="leave --scale out"
+            )
         if self.scale == "metadata" and layout.scale == "nowhere":
             raise OptionError(
                 f"--scale metadata: {layout.reader} reads the scale from no file",
@@ -116,3 +133,65 @@ def checked_format(name: str) -> Format:
         expected = ", ".join(FORMATS)
         raise OptionError("there is no such format", found=name, expected=expected)
     return FORMATS[name]
+
+
+ModelFormat = Literal["diffusers", "sat"]
+"""What a whole model is written for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """The options of an export of a whole model.
+
+    Attributes:
+        format: "diffusers" writes a folder for each part; "sat" a folder that SAT loads the transformer from.
+        model: the short name of the model, where nothing else tells.
+        iteration: which iteration of a save folder; None takes the latest.
+        ema: take its EMA weights.
+        max_shard_size: how large a file of weights may be; None takes the default.
+        vae: a file of SAT's VAE, in place of the checkpoint's.
+        base: a pipeline on this machine that gives the parts that are missing.
+        overwrite: replace the folders of parts that cogtools wrote.
+        dry_run: find out everything, write nothing.
+    """
+
+    format: ModelFormat = "diffusers"
+    model: str | None = None
+    iteration: int | None = None
+    ema: bool = False
+    max_shard_size: str | None = None
+    vae: str | None = None
+    base: str | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """The options of a merge.
+
+    Attributes:
+        weights: of the LoRAs, in their order; () is 1 for all.
+        alpha: the training's alpha of the only LoRA; None takes what is stated.
+        dtype: what is written; None is the dtype of the base weights, and fp32 for a LoRA.
+        rank: cut modules of a LoRA of several down to this rank, to the best approximation there is; None keeps all.
+        format: the layout of the output: of a LoRA, or of a model (`ModelFormat`); None is diffusers'.
+        model: the short name of the model, where nothing else tells.
+        iteration: which iteration of a save folder; None takes the latest.
+        ema: take its EMA weights.
+        allow_partial: accept a LoRA that adapts some of the layers only.
+        overwrite: replace an output that is there already.
+        dry_run: find out everything, write nothing.
+    """
+
+    weights: tuple[float, ...] = ()
+    alpha: float | None = None
+    dtype: Dtype | None = None
+    rank: int | None = None
+    format: Format | None = None
+    model: str | None = None
+    iteration: int | None = None
+    ema: bool = False
+    allow_partial: bool = False
+    overwrite: bool = False
+    dry_run: bool = False

@@ -17,18 +17,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.checkpoint.dtypes import DTYPES
 from cogtools.conversion.lora import find_lora, find_scale, find_transformer, read_config
-from cogtools.conversion.options import CASTS
+from cogtools.conversion.options import BY_HAND, BY_SCALING, CASTS
 from cogtools.conversion.refusals import no_lora, refuse_unexportable, tensor_parallel
 from cogtools.conversion.scale import (
     ALPHA_SOURCES,
     BY_DEFAULT,
-    BY_HAND,
     BY_NOTHING,
-    BY_SCALING,
     Carried,
     Statement,
     carry,
 )
+from cogtools.conversion.trained import trained_notices
 from cogtools.errors import ExportError, OptionError, Problem, command
 from cogtools.formatting import counted, fold_numbers, number, shown
 from cogtools.layouts import sat
@@ -38,10 +37,11 @@ from cogtools.layouts.lora import other_adapter
 from cogtools.layouts.programs import LOSERS
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterable, Mapping, Sequence
 
     from cogtools.checkpoint.dtypes import DType
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.checkpoint.tensors import Storage, TensorEntry
     from cogtools.conversion.lora import Lora
     from cogtools.conversion.options import ExportOptions
@@ -53,24 +53,77 @@ FLOATS = ("float32", "float16", "bfloat16", "float64")
 """The dtypes that a LoRA can have."""
 
 
-class Fold(NamedTuple):
-    """Arithmetic on one tensor of a module: lora_B @ lora_A comes out multiplied by `scaling`, and a bias too.
+class Update(NamedTuple):
+    """What a LoRA adds to the weight of a module: scaling * b @ a.
 
     Attributes:
+        a: lora_A: (rank, in), or with the kernel of a convolution behind it.
+        b: lora_B: (out, rank), or with a kernel of 1 x 1 behind it.
         scaling: the factor.
-        part: which tensor of the module this is.
-        a: lora_A.
-        b: lora_B.
     """
 
-    scaling: float
-    part: str
     a: TensorEntry
     b: TensorEntry
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """Its rank."""
+        return self.a.shape[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The rows and columns of the weight that it is added to; a convolution's kernel counts as columns."""
+        return self.b.shape[0], prod(self.a.shape[1:])
+
+    def of_rows(self, first: int, last: int) -> Update:
+        """What it adds to the rows from `first` up to `last`, which is not one of them."""
+        return self._replace(b=self.b.rows(first, last))
+
+
+class Fold(NamedTuple):
+    """Arithmetic on a tensor of a module: lora_B @ lora_A comes out as the sum of updates, at a scaling of 1.
+
+    Those of several are stacked: lora_A row under row, lora_B column beside column. A bias of lora_B is multiplied as
+    the product is.
+
+    Attributes:
+        module: the module.
+        part: which tensor of the module this is.
+        updates: what is folded into it.
+        rank: the rank that it is cut down to, to the best approximation of that rank; None keeps all.
+    """
+
+    module: Module
+    part: str
+    updates: tuple[Update, ...]
+    rank: int | None = None
 
 
 class Cast(NamedTuple):
     """Arithmetic on one tensor: its numbers in another dtype."""
+
+
+class Added(NamedTuple):
+    """What is added to a run of rows of a base weight.
+
+    Attributes:
+        module: the module whose rows they are.
+        updates: what is added, each with as many rows; none where nothing is.
+    """
+
+    module: Module
+    updates: tuple[Update, ...] = ()
+
+
+class Merge(NamedTuple):
+    """Arithmetic on a base weight: updates are added to its rows.
+
+    Attributes:
+        added: for each piece of the planned tensor, what is added to it.
+    """
+
+    added: tuple[Added, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +143,7 @@ class Planned:
     dtype: DType
     shape: tuple[int, ...]
     pieces: tuple[TensorEntry | bytes, ...]
-    compute: Fold | Cast | None = None
+    compute: Fold | Cast | Merge | None = None
     source: str = ""
 
     @property
@@ -100,8 +153,11 @@ class Planned:
 
     @property
     def storages(self) -> list[Storage]:
-        """The storages that its pieces view."""
-        return [piece.storage for piece in self.pieces if not isinstance(piece, bytes)]
+        """The storages that it is made of."""
+        entries = [piece for piece in self.pieces if not isinstance(piece, bytes)]
+        if isinstance(self.compute, Merge):
+            entries += [entry for added in self.compute.added for update in added.updates for entry in update[:2]]
+        return [entry.storage for entry in entries]
 
 
 @dataclass(frozen=True)
@@ -128,7 +184,7 @@ class LoraPlan:
     dtype: DType
     names: tuple[LoraKey, ...]
     notices: tuple[str, ...] = ()
-    config: Path | None = None
+    config: AnyPath | None = None
 
     @cached_property
     def modules(self) -> list[Module]:
@@ -144,8 +200,7 @@ class LoraPlan:
     @property
     def rank(self) -> int | None:
         """The rank of every module; None if they differ."""
-        found = set(self.ranks.values())
-        return found.pop() if len(found) == 1 else None
+        return one_rank(self.ranks)
 
     @cached_property
     def scalings(self) -> dict[Module, float]:
@@ -197,6 +252,17 @@ class LoraPlan:
         """What to multiply each update by, so that the layout's reader has it right where nothing is stated."""
         as_read = {module: self.layout.scaling_unstated(rank) or 1.0 for module, rank in self.ranks.items()}
         return {module: scaling / as_read[module] for module, scaling in self.scalings.items()}
+
+    def update(self, module: Module, scaling: float | None = None) -> Update:
+        """What the LoRA adds to a module's weight, at its own scaling or another one."""
+        a, b = (self.entry(LoraKey(*module, part)) for part in "AB")
+        return Update(a, b, self.scalings[module] if scaling is None else scaling)
+
+
+def one_rank(ranks: Mapping[Module, int]) -> int | None:
+    """The rank that all modules have; None if they differ."""
+    found = set(ranks.values())
+    return found.pop() if len(found) == 1 else None
 
 
 def _alpha(rank: int, scaling: float, stated: float | None) -> float:
@@ -265,6 +331,7 @@ def plan_lora(
             *config_notices,
             *_scale_notices(scale, config),
             *_left_out_notice(lora),
+            *trained_notices(lora),
             *_size_notice(layout, transformer),
         ),
         config=None if config is None else config.path,
@@ -278,24 +345,54 @@ def planned_tensors(plan: LoraPlan, options: ExportOptions) -> list[Planned]:
         OptionError: if there is no such dtype.
     """
     dtype = target_dtype(plan, options)
-    planned = [_planned_alpha(plan, module, alpha) for module, alpha in carried(plan, options).alphas.items()]
+    alphas = carried(plan, options).alphas
+    planned = [planned_alpha(plan.layout, module, alpha) for module, alpha in alphas.items()]
     folded = plan.folded if options.way == "fold" else {}
     for name in plan.names:
-        entry = plan.entry(name)
+        key, entry, source = plan.key(name), plan.entry(name), plan.lora.tensors[name].key
+        if options.rank is not None:
+            planned.append(planned_factor(key, name, (plan.update(name.module),), dtype, options.rank, source))
+            continue
         compute: Fold | Cast | None = None
         if folded.get(name.module, 1.0) != 1.0 and name.part in ("A", "B", "bias"):
-            a, b = (plan.entry(name._replace(part=part)) for part in "AB")
-            compute = Fold(folded[name.module], name.part, a, b)
+            compute = Fold(name.module, name.part, (plan.update(name.module, folded[name.module]),))
         elif dtype != entry.dtype:
             compute = Cast()
-        source = plan.lora.tensors[name].key
-        planned.append(Planned(plan.key(name), dtype, entry.shape, (entry,), compute, source))
+        planned.append(Planned(key, dtype, entry.shape, (entry,), compute, source))
     return sorted(planned, key=lambda tensor: tensor.key)
 
 
-def _planned_alpha(plan: LoraPlan, module: Module, alpha: float) -> Planned:
-    # Numbers that are accepted as a scale are far from the ends of float32's range.
-    return Planned(plan.key(LoraKey(*module, "alpha")), DTYPES["float32"], (), (struct.pack("<f", alpha),))
+def planned_factor(
+    key: str, name: LoraKey, updates: tuple[Update, ...], dtype: DType, rank: int | None, source: str
+) -> Planned:
+    """A factor of the sum of a module's updates.
+
+    Args:
+        key: its key in the output.
+        name: which factor of which module it is.
+        updates: what is added up.
+        dtype: its dtype in the output.
+        rank: the largest rank that it may have; None keeps that of all updates together.
+        source: the key of what it is made of, for messages.
+    """
+    stacked, kept = sum(update.rank for update in updates), kept_rank(updates, rank)
+    first = updates[0]
+    shape = (kept, *first.a.shape[1:]) if name.part == "A" else (first.b.shape[0], kept, *first.b.shape[2:])
+    pieces = tuple(update.a if name.part == "A" else update.b for update in updates)
+    compute = Fold(name.module, name.part, updates, kept if kept < stacked else None)
+    return Planned(key, dtype, shape, pieces, compute, source)
+
+
+def kept_rank(updates: Sequence[Update], rank: int | None) -> int:
+    """The rank of a sum of updates that are stacked, or cut down to `rank` where that is less."""
+    stacked = sum(update.rank for update in updates)
+    return stacked if rank is None else min(stacked, rank, *updates[0].size)
+
+
+def planned_alpha(layout: LoraLayout, module: Module, alpha: float) -> Planned:
+    """The tensor that states the alpha of a module, in float32: what is accepted as a scale is far from its ends."""
+    key = layout.key(LoraKey(*module, "alpha")) or ""
+    return Planned(key, DTYPES["float32"], (), (struct.pack("<f", alpha),))
 
 
 def carried(plan: LoraPlan, options: ExportOptions, record: str | None = None) -> Carried:
@@ -309,7 +406,10 @@ def carried(plan: LoraPlan, options: ExportOptions, record: str | None = None) -
     Raises:
         ExportError: if the layout's place has one alpha for all modules, and they have different ones.
     """
-    layout, ranks = plan.layout, plan.ranks
+    layout, ranks, file = plan.layout, plan.ranks, plan.lora.checkpoint.path
+    layers = plan.layers if len(plan.layers) < plan.transformer.layers else ()
+    if options.rank is not None:
+        return carry_one(layout, target_ranks(plan, options), file=file, layers=layers, record=record)
     if options.way == "none":
         return Carried()
     alphas = plan.alphas
@@ -321,12 +421,75 @@ def carried(plan: LoraPlan, options: ExportOptions, record: str | None = None) -
     if layout.one_rank and len(set(alphas.values())) > 1:
         raise ExportError(
             f"{layout.reader} has one alpha for all modules, and this LoRA has different ones",
-            file=plan.lora.checkpoint.path,
+            file=file,
             found=", ".join(map(number, sorted(set(alphas.values())))),
             hint="export with --scale fold",
         )
-    layers = plan.layers if len(plan.layers) < plan.transformer.layers else ()
     return carry(layout, ranks, alphas, parts=plan.parts, layers=layers, record=record)
+
+
+def carry_one(
+    layout: LoraLayout, ranks: Mapping[Module, int], *, file: AnyPath, layers: Sequence[int], record: str | None
+) -> Carried:
+    """State that the scaling of all modules is 1: their alphas are their ranks.
+
+    Args:
+        layout: the layout of the output.
+        ranks: of every module.
+        file: what it is made of, for messages.
+        layers: those that it adapts, where that is not all; () if it is.
+        record: how it is made, for a layout whose file has no header.
+
+    Raises:
+        ExportError: if the layout's modules have one rank, and these have different ones.
+    """
+    found = sorted(set(ranks.values()))
+    if layout.one_rank and len(found) > 1:
+        raise ExportError(
+            f"{layout.reader} has one rank for all modules, and this LoRA would have different ones",
+            file=file,
+            found=", ".join(map(str, found)),
+            hint=f"cut all to one with --rank {found[0]}, or choose another --format",
+        )
+    return carry(layout, ranks, ranks, layers=layers, record=record)
+
+
+def target_ranks(plan: LoraPlan, options: ExportOptions) -> dict[Module, int]:
+    """The rank of every module of the output.
+
+    Raises:
+        OptionError: if the rank that is asked for is not below that of any module.
+    """
+    if options.rank is None:
+        return plan.ranks
+    refuse_more_than_factors(plan, "cut to a lower rank")
+    refuse_rank(options.rank, plan.ranks.values())
+    return {module: kept_rank([plan.update(module)], options.rank) for module in plan.modules}
+
+
+def refuse_more_than_factors(plan: LoraPlan, done: str) -> None:
+    """Raise an `ExportError` for biases and magnitude vectors: what they add is not a product of two factors.
+
+    Args:
+        plan: the LoRA.
+        done: what cannot be done with them: "merged".
+    """
+    more = [name for name in plan.names if name.part not in ("A", "B")]
+    if more:
+        raise ExportError(
+            f"a LoRA with biases, or with magnitude vectors (DoRA), cannot be {done}",
+            file=plan.lora.checkpoint.path,
+            problems=plan.lora.problems("unexpected", more, expected="lora_A and lora_B only"),
+            hint="load it as it is, with the program that it is for",
+        )
+
+
+def refuse_rank(rank: int, ranks: Iterable[int]) -> None:
+    """Raise an `OptionError` if cutting modules of these ranks down to `rank` is impossible, or changes none."""
+    largest = max(ranks)
+    if not 0 < rank < largest:
+        expected = f"a rank from 1 to {largest - 1}: the LoRA has rank {largest}"
+        raise OptionError(f"the LoRA cannot be cut down to rank {rank}", expected=expected, hint="leave --rank out")
 
 
 def target_dtype(plan: LoraPlan, options: ExportOptions) -> DType:
@@ -337,9 +500,22 @@ def target_dtype(plan: LoraPlan, options: ExportOptions) -> DType:
     """
     if options.dtype == "keep":
         return plan.dtype
-    if options.dtype not in CASTS:
-        raise OptionError("there is no such dtype", found=options.dtype, expected="keep, " + ", ".join(CASTS))
-    return DTYPES[CASTS[options.dtype]]
+    return named_dtype(options.dtype, "keep")
+
+
+def named_dtype(name: str, *others: str) -> DType:
+    """The dtype of a name in `CASTS`.
+
+    Args:
+        name: the name.
+        others: what else could have been asked for, for the message.
+
+    Raises:
+        OptionError: if there is no such dtype.
+    """
+    if name not in CASTS:
+        raise OptionError("there is no such dtype", found=name, expected=", ".join([*others, *CASTS]))
+    return DTYPES[CASTS[name]]
 
 
 class _Common(NamedTuple):

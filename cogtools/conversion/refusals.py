@@ -20,9 +20,9 @@ from cogtools.layouts.lora import is_lora_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath
 
 _RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt", re.ASCII)
 _FIRST_RANK, *_ = TRAINER_FILES
@@ -36,16 +36,21 @@ def refuse_unexportable(checkpoint: Checkpoint) -> None:
 
 
 def _refuse_tensor_parallel(checkpoint: Checkpoint) -> None:
+    found = other_rank_of(checkpoint)
+    if found is not None:
+        raise tensor_parallel(checkpoint, found)
+
+
+def other_rank_of(checkpoint: Checkpoint) -> str | None:
+    """What tells that a checkpoint is one rank of a tensor-parallel training; None if nothing does."""
     ranks = checkpoint.values.get("mp_world_size")
     if isinstance(ranks, int) and ranks > 1:
-        raise tensor_parallel(checkpoint, f"mp_world_size {ranks} in the checkpoint")
-    for path in dict.fromkeys((checkpoint.path, checkpoint.path.resolve())):
-        found = _other_rank(path)
-        if found is not None:
-            raise tensor_parallel(checkpoint, found)
+        return f"mp_world_size {ranks} in the checkpoint"
+    paths = dict.fromkeys((checkpoint.path, checkpoint.path.resolve()))
+    return next((found for path in paths if (found := _other_rank(path)) is not None), None)
 
 
-def _other_rank(path: Path) -> str | None:
+def _other_rank(path: AnyPath) -> str | None:
     """What a file's name, or the file beside it, says of another tensor-parallel rank."""
     match = _RANK_FILE.fullmatch(path.name)
     if match is None:
@@ -83,7 +88,7 @@ def _refuse_parts(checkpoint: Checkpoint) -> None:
 
 def no_lora(checkpoint: Checkpoint) -> ExportError:
     """The error for a checkpoint without a LoRA: what it holds instead, and what to do with that."""
-    found, hint = _what_it_holds(checkpoint, [*checkpoint.tensors, *checkpoint.not_tensors])
+    found, hint = what_it_holds(checkpoint)
     return ExportError(
         "there is no LoRA in this checkpoint",
         file=checkpoint.path,
@@ -93,7 +98,9 @@ def no_lora(checkpoint: Checkpoint) -> ExportError:
     )
 
 
-def _what_it_holds(checkpoint: Checkpoint, keys: list[str]) -> tuple[str, Hint]:
+def what_it_holds(checkpoint: Checkpoint) -> tuple[str, Hint]:
+    """What a checkpoint holds that has no LoRA, and what to do about it."""
+    keys = [*checkpoint.tensors, *checkpoint.not_tensors]
     look = command("inspect", checkpoint.path)
     adapter = find_other_adapter(checkpoint)
     if adapter is not None:
@@ -103,7 +110,7 @@ def _what_it_holds(checkpoint: Checkpoint, keys: list[str]) -> tuple[str, Hint]:
         return f"a LoRA whose keys are no known program's: {unknown} …", look
     if "optimizer_state_dict" in checkpoint.values or "optimizer_state_dict" in keys:
         return _optimizer(checkpoint.path)
-    count = counted(len(keys), "tensor")
+    count = counted(len(checkpoint.tensors), "tensor")
     bare = [sat.bare_key(key) for key in keys]
     if any(key.startswith("transformer.layers.") for key in bare):
         return f"a base model without a LoRA ({count})", look
@@ -115,10 +122,10 @@ def _what_it_holds(checkpoint: Checkpoint, keys: list[str]) -> tuple[str, Hint]:
         return f"a text encoder ({count})", look
     if _starts(keys, "first_stage_model.", "encoder.", "decoder."):
         return f"a VAE ({count})", look
-    return count + (f": {keys[0]} …" if keys else ""), look
+    return count + (f": {next(iter(checkpoint.tensors))} …" if checkpoint.tensors else ""), look
 
 
-def _optimizer(path: Path) -> tuple[str, Hint]:
+def _optimizer(path: AnyPath) -> tuple[str, Hint]:
     found = "an optimizer's state (a zero_pp_rank file of DeepSpeed)"
     weights = path.with_name(_FIRST_RANK)
     if is_file(weights):

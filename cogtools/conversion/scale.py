@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cogtools.checkpoint.gather import scalar
 from cogtools.checkpoint.plausible import is_positive
 from cogtools.conversion.adapter_config import Stated, config_fields, parse_config
+from cogtools.conversion.options import BY_HAND, BY_SCALING
 from cogtools.conversion.training_config import FILE_NAME as TRAINING_CONFIG
 from cogtools.conversion.training_config import config_text
 from cogtools.errors import OptionError
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from cogtools.layouts.family import Module
     from cogtools.layouts.lora import LoraLayout, ScalePlace
 
-BY_HAND, BY_SCALING, BY_CONFIG, BY_DEFAULT = "--alpha", "--scaling", TRAINING_CONFIG, "default"
+BY_CONFIG, BY_DEFAULT = TRAINING_CONFIG, "default"
 BY_HEADER, BY_ADAPTER_CONFIG = diffusers.METADATA_KEY, peft.CONFIG_NAME
 BY_PEFT_HEADER = f"{BY_HEADER} ({peft.PREFIX})"
 BY_TENSORS, BY_FINETRAINERS, BY_RECORD, BY_NOTHING = "alpha tensors", "lora_config", "cogtools", "nothing"

@@ -21,9 +21,9 @@ from cogtools.layouts.family import MAX_LAYERS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from cogtools.checkpoint.index import Checkpoint, SmallFile
+    from cogtools.checkpoint.paths import AnyPath
 
 FILE_NAME = "training_config.yaml"
 
@@ -54,7 +54,7 @@ class TrainingConfig:
         layers: `layer_range`, the layers that were trained; negative ones count from the last layer back.
     """
 
-    path: Path
+    path: AnyPath
     rank: int | None
     alpha: float | None
     layers: tuple[int, ...] | None
@@ -117,7 +117,7 @@ def read_training_config(file: SmallFile, *, with_alpha: bool = True) -> Trainin
         CheckpointError: if the file is not YAML, or a value in it is not valid.
     """
     path = file.path
-    params: object = _load(file)
+    params: object = load_yaml(file)
     for name in _PATH:
         params = params.get(name) if isinstance(params, dict) else None
     if not isinstance(params, dict):
@@ -126,11 +126,11 @@ def read_training_config(file: SmallFile, *, with_alpha: bool = True) -> Trainin
     alpha = _number(params.get("lora_alpha")) if with_alpha else None
     layers = params.get("layer_range")
     if rank is not None and (not is_number(rank) or rank != int(rank) or rank < 1):
-        raise _invalid(path, "r", params["r"], "a whole number, 1 or more")
+        raise invalid(path, "r", params["r"], "a whole number, 1 or more")
     if alpha is not None and (not is_positive(alpha)):
-        raise _invalid(path, "lora_alpha", params["lora_alpha"], "a number above 0")
+        raise invalid(path, "lora_alpha", params["lora_alpha"], "a number above 0")
     if layers is not None and not _are_layers(layers):
-        raise _invalid(path, "layer_range", layers, "a list of layer numbers")
+        raise invalid(path, "layer_range", layers, "a list of layer numbers")
     return TrainingConfig(
         path=path,
         rank=None if rank is None else int(rank),
@@ -155,7 +155,12 @@ def _are_layers(value: object) -> TypeGuard[list[int]]:
     return all(type(item) is int and -MAX_LAYERS <= item < MAX_LAYERS for item in value)
 
 
-def _load(file: SmallFile) -> object:
+def load_yaml(file: SmallFile, hint: str = _HINT) -> object:
+    """What stands in a training configuration, as plain data.
+
+    Raises:
+        CheckpointError: if it is not YAML, or makes more data than it has text.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -174,26 +179,27 @@ def _load(file: SmallFile) -> object:
         return yaml.load(file.content, Loader)  # noqa: S506 - the class is derived from SafeLoader
     except (yaml.YAMLError, RecursionError, *_BAD_SCALAR) as error:
         reason = getattr(error, "problem", None) or str(error)
-        raise _unreadable(file.path, reason, "YAML as the trainer writes it") from error
+        raise _unreadable(file.path, reason, "YAML as the trainer writes it", hint) from error
 
 
-def _unreadable(path: Path, found: str, expected: str) -> CheckpointError:
+def _unreadable(path: AnyPath, found: str, expected: str, hint: str) -> CheckpointError:
     return CheckpointError(
         "the training configuration cannot be read",
         file=path,
         found=found,
         expected=expected,
-        hint=_HINT,
+        hint=hint,
     )
 
 
-def _invalid(path: Path, name: str, value: object, expected: str) -> CheckpointError:
+def invalid(path: AnyPath, name: str, value: object, expected: str, hint: str = _HINT) -> CheckpointError:
+    """The error for a value in a training configuration that cannot be."""
     return CheckpointError(
         f"`{name}` in the training configuration is not valid",
         file=path,
         found=_shown(value),
         expected=expected,
-        hint=_HINT,
+        hint=hint,
     )
 
 

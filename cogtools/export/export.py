@@ -12,16 +12,26 @@ from cogtools.checkpoint.files import is_folder
 from cogtools.checkpoint.formats.safetensors import safetensors_header
 from cogtools.checkpoint.formats.torch_zip_writer import TorchArchive
 from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.checkpoint.paths import as_path
 from cogtools.conversion.base import base_tensors
 from cogtools.conversion.carry_out import PlannedFile, Written, write
 from cogtools.conversion.lora import read_lora
 from cogtools.conversion.notices import export_notices
 from cogtools.conversion.options import Cast, ExportOptions, Format, Scale
 from cogtools.conversion.output import AtomicFile, AtomicFolder, refuse_unwritable
-from cogtools.conversion.plan import LoraPlan, Planned, carried, plan_lora, planned_tensors, target_dtype
+from cogtools.conversion.plan import (
+    LoraPlan,
+    Planned,
+    carried,
+    one_rank,
+    plan_lora,
+    planned_tensors,
+    target_dtype,
+    target_ranks,
+)
 from cogtools.conversion.record import RECORD_KEY, ExportRecord
 from cogtools.errors import OptionError
-from cogtools.export.names import Target, target_of
+from cogtools.export.names import Target, local_type, target_of
 from cogtools.version import __version__
 
 if TYPE_CHECKING:
@@ -30,7 +40,15 @@ if TYPE_CHECKING:
 
     from cogtools.checkpoint.dtypes import DType
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath, RemotePath
+    from cogtools.conversion.carry_out import Output
+    from cogtools.conversion.loss import LossReport
+    from cogtools.conversion.scale import Carried
     from cogtools.layouts.lora import LoraLayout
+    from cogtools.verification.report import VerifyReport
+
+
+Crc32Status = Literal["checked", "not checked", "not recorded"]
 
 
 class PreparedExport(NamedTuple):
@@ -72,10 +90,10 @@ class ExportReport:
         pipeline: the class of its pipeline in diffusers; None if that is not known.
         layers: the adapted layers.
         modules: how many modules are adapted.
-        rank: the rank of every module; None if they differ.
+        rank: the rank of every module in the output; None if they differ.
         alpha: the training's alpha; None if modules have different ones, or none is stated.
         alpha_source: where the scale comes from: "--alpha", "training_config.yaml", "default" …
-        scaling: what every module's update is multiplied by: alpha / rank; None if that differs.
+        scaling: what every module's update was multiplied by in the training: alpha / rank; None if that differs.
         scale: how the output carries it: "metadata", "fold" or "none".
         weight: the strength at which the format's program has to load it; None if that differs by module.
         dtype: of the LoRA's tensors in the output.
@@ -83,13 +101,16 @@ class ExportReport:
         has_base: whether the output has base weights beside the LoRA.
         tensors: how many tensors the output has.
         size_bytes: the size of the output.
-        crc32: "checked", "not checked" in a dry run, or "not recorded" if the checkpoint has no CRC-32s to check.
-        largest_relative_error: of any tensor, where folding or casting changed the values; else None.
+        crc32: "checked"; "not checked" in a dry run, or where only parts of storages were fetched; "not recorded" if
+            the checkpoint has no CRC-32s to check.
+        largest_relative_error: of any tensor, where folding, casting or cutting changed the values; else None.
+        lost: how much of the LoRA was lost where it was cut to a lower rank; else None.
         sha256: of the file of tensors, if asked for.
         notices: what the user should know.
+        verification: what `verify --against` found of it, all values looked at; None if not asked for.
     """
 
-    checkpoint: Path
+    checkpoint: AnyPath
     output: Path
     folder: Path
     files: tuple[Path, ...]
@@ -110,15 +131,17 @@ class ExportReport:
     has_base: bool
     tensors: int
     size_bytes: int
-    crc32: Literal["checked", "not checked", "not recorded"]
+    crc32: Crc32Status
     largest_relative_error: float | None
+    lost: LossReport | None
     sha256: str | None
     notices: tuple[str, ...]
+    verification: VerifyReport | None = None
 
 
 def export_lora(
-    checkpoint: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | RemotePath,
+    out: str | os.PathLike[str] | RemotePath,
     *,
     format: Format = "diffusers",  # noqa: A002 - the option's name
     alpha: float | None = None,
@@ -132,6 +155,8 @@ def export_lora(
     overwrite: bool = False,
     dry_run: bool = False,
     sha256: bool = False,
+    rank: int | None = None,
+    verify: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportReport:
     """Write the LoRA in a checkpoint or a LoRA file so that a program loads it at the right strength.
@@ -157,6 +182,9 @@ def export_lora(
         overwrite: replace an output that is there already.
         dry_run: find out everything, write nothing.
         sha256: compute the SHA-256 of the output.
+        rank: cut every module of a higher rank down to this one, to the best approximation there is; the scale is
+            then multiplied in, and alpha / rank is 1.
+        verify: check what was written as `verify --against` does, every value of it.
         progress: called with the bytes written so far and the bytes in all.
 
     Raises:
@@ -175,13 +203,15 @@ def export_lora(
         overwrite=overwrite,
         dry_run=dry_run,
         sha256=sha256,
+        rank=rank,
+        verify=verify,
     )
     return export_checkpoint(checkpoint, out, options, progress=progress)
 
 
 def export_checkpoint(
-    checkpoint: str | os.PathLike[str],
-    out: str | os.PathLike[str] | Target,
+    checkpoint: str | os.PathLike[str] | RemotePath,
+    out: str | os.PathLike[str] | RemotePath | Target,
     options: ExportOptions,
     *,
     progress: Callable[[int, int], None] | None = None,
@@ -191,8 +221,8 @@ def export_checkpoint(
     _refuse_base(options)
     with ExitStack() as stack:
         opened = stack.enter_context(open_checkpoint(checkpoint, iteration=options.iteration, ema=options.ema))
-        target = out if isinstance(out, Target) else target_of(Path(out), layout, opened.path)
-        output = _output(target, layout, overwrite=options.overwrite)
+        target = out if isinstance(out, Target) else target_of(as_path(out), layout, opened.path)
+        output = output_at(target, layout, overwrite=options.overwrite)
         output.refuse_existing()
         base = None if options.base is None else stack.enter_context(open_checkpoint(options.base))
         sources = [*opened.files, *(base.files if base is not None else ())]
@@ -202,20 +232,22 @@ def export_checkpoint(
         written = Written()
         if not options.dry_run:
             written = write(output, prepared.files, sources, progress, sha256=options.sha256)
+        notices = export_notices(opened, prepared.plan, options)
     plan = prepared.plan
+    shown = local_type(target)
     weights = set(plan.folded.values()) if options.way == "none" else {1.0}
     return ExportReport(
         checkpoint=opened.path,
-        output=target.file,
-        folder=target.folder,
-        files=tuple(target.folder / file.path if target.is_folder else target.file for file in prepared.files),
+        output=shown.file,
+        folder=shown.folder,
+        files=tuple(shown.folder / file.path if target.is_folder else shown.file for file in prepared.files),
         format=options.format,
         written=not options.dry_run,
         model=plan.transformer.name,
         pipeline=plan.transformer.pipeline,
         layers=plan.layers,
         modules=len(plan.modules),
-        rank=plan.rank,
+        rank=one_rank(target_ranks(plan, options)),
         alpha=plan.scale.alpha,
         alpha_source=plan.scale.source,
         scaling=plan.scaling,
@@ -226,11 +258,20 @@ def export_checkpoint(
         has_base=base is not None,
         tensors=len(prepared.tensors),
         size_bytes=prepared.size_bytes,
-        crc32="not recorded" if not plan.has_crc32 else "not checked" if options.dry_run else "checked",
+        crc32=_crc32(plan, written, options),
         largest_relative_error=written.largest_relative_error,
+        lost=written.lost,
         sha256=written.sha256,
-        notices=export_notices(opened, plan, options),
+        notices=notices,
+        verification=_verified(opened, target, options) if options.verify and not options.dry_run else None,
     )
+
+
+def _verified(source: Checkpoint, target: Target, options: ExportOptions) -> VerifyReport:
+    """What `verify --against` finds of what was written; a LoRA that was cut is not the checkpoint's any more."""
+    from cogtools.verification.verify import verify_lora
+
+    return verify_lora(target.file, against=source.path if options.rank is None else None, format=options.format)
 
 
 def _refuse_base(options: ExportOptions) -> None:
@@ -242,10 +283,22 @@ def _refuse_base(options: ExportOptions) -> None:
         )
 
 
-def _output(target: Target, layout: LoraLayout, *, overwrite: bool) -> AtomicFile | AtomicFolder:
+def output_at(target: Target, layout: LoraLayout, *, overwrite: bool) -> Output:
+    """The file or folder of a LoRA that is to be written."""
+    place = target.folder if target.is_folder else target.file
+    if not isinstance(place, Path):
+        from cogtools.conversion.upload import Upload
+
+        return Upload(place, overwrite=overwrite, is_folder=target.is_folder)
     if not target.is_folder:
-        return AtomicFile(target.file, overwrite=overwrite)
-    return AtomicFolder(target.folder, overwrite=overwrite, is_ours=partial(is_ours, layout=layout))
+        return AtomicFile(place, overwrite=overwrite)
+    return AtomicFolder(place, overwrite=overwrite, is_ours=partial(is_ours, layout=layout))
+
+
+def _crc32(plan: LoraPlan, written: Written, options: ExportOptions) -> Crc32Status:
+    if not plan.has_crc32:
+        return "not recorded"
+    return "not checked" if options.dry_run or written.unchecked else "checked"
 
 
 def is_ours(folder: Path, layout: LoraLayout) -> bool:
@@ -272,7 +325,20 @@ def prepare_export(checkpoint: Checkpoint, options: ExportOptions, base: Checkpo
     dtype = target_dtype(plan, options)
     tensors = (*planned_tensors(plan, options), *(base_tensors(base, plan.transformer) if base is not None else ()))
     record = _record(plan, checkpoint, options, dtype)
-    carries = carried(plan, options, record)
+    return PreparedExport(plan, lora_files(layout, tensors, carried(plan, options, record), record), dtype)
+
+
+def lora_files(
+    layout: LoraLayout, tensors: tuple[Planned, ...], carries: Carried, record: str
+) -> tuple[PlannedFile, ...]:
+    """The files of a LoRA, that of its tensors first.
+
+    Args:
+        layout: its layout.
+        tensors: its tensors.
+        carries: how it states its scale.
+        record: how it was made.
+    """
     path = layout.path or ""
     if layout.container == "torch":
         file = PlannedFile(path, tensors=tensors, archive=TorchArchive(tensors, "module"))
@@ -280,8 +346,7 @@ def prepare_export(checkpoint: Checkpoint, options: ExportOptions, base: Checkpo
         metadata = {"format": "pt", RECORD_KEY: record, **carries.header}
         file = PlannedFile(path, safetensors_header(tensors, metadata), tensors)
     beside = {**layout.beside_content, **carries.files}
-    files = (file, *(PlannedFile(name, content) for name, content in beside.items()))
-    return PreparedExport(plan, files, dtype)
+    return (file, *(PlannedFile(name, content) for name, content in beside.items()))
 
 
 def _record(plan: LoraPlan, checkpoint: Checkpoint, options: ExportOptions, dtype: DType) -> str:
@@ -295,7 +360,8 @@ def _record(plan: LoraPlan, checkpoint: Checkpoint, options: ExportOptions, dtyp
         models=tuple(model.slug for model in plan.transformer.models),
         transformer_layers=plan.transformer.layers,
         hidden_size=plan.transformer.hidden,
-        rank=plan.rank,
+        rank=one_rank(target_ranks(plan, options)),
+        cut_to=options.rank,
         alpha=plan.scale.alpha,
         scaling=plan.scaling,
         alpha_source=plan.scale.source,

@@ -253,10 +253,15 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
+_KEPT: list[object] = []
+"""What a process inherits of the standard output: let go, it would print again what the main process was printing."""
+
+
 def _serve(connection: Connection, parents_end: Connection) -> None:
     """What a process does. Ctrl-C it leaves to the main process, which ends its processes."""
     parents_end.close()  # or the pipe would not end with the main process
-    sys.stdout = None  # what the main process was just printing is not printed again
+    _KEPT.append(sys.stdout)
+    sys.stdout = None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:

@@ -15,7 +15,7 @@ from cogtools.conversion.lora import find_lora, find_other_adapter, find_transfo
 from cogtools.inspection.contents import files_of, iterations_of, judged, kinds_of, trainer_facts
 from cogtools.inspection.listing import add_offsets, add_statistics, list_tensors, select
 from cogtools.inspection.lora import describe_lora
-from cogtools.inspection.report import CheckpointReport, InspectReport, ModelReport
+from cogtools.inspection.report import AdapterReport, CheckpointReport, InspectReport, ModelReport
 from cogtools.inspection.selection import Selection
 from cogtools.inspection.totals import dtype_totals, second_copy, section_totals, stored_bytes, unviewed_bytes
 
@@ -102,15 +102,15 @@ def describe(
         metadata=checkpoint.metadata,
         model=None if model is None else _model_report(model),
         lora=lora_report,
-        other_adapter=None if lora is not None else _other_adapter(checkpoint),
+        other_adapter=_other_adapter(checkpoint) if lora is None else None,
         tensors=tuple(tensor.report for tensor in listed),
         selected=len(selected),
     )
 
 
-def _other_adapter(checkpoint: Checkpoint) -> str | None:
-    adapter = find_other_adapter(checkpoint)
-    return None if adapter is None else f"{adapter.name}: not a LoRA; load it with {adapter.readers}"
+def _other_adapter(checkpoint: Checkpoint) -> AdapterReport | None:
+    found = find_other_adapter(checkpoint)
+    return None if found is None else AdapterReport(found.name, found.readers)
 
 
 def _model_report(model: Transformer) -> ModelReport:

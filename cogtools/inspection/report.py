@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.checkpoint.pickle.dangers import Danger
     from cogtools.conversion.readers import Reader
     from cogtools.errors import Hint, Problem
@@ -70,7 +71,7 @@ class TensorReport:
     storage_offset: int
     in_state_dict: bool
     container: str
-    file: Path | None = None
+    file: AnyPath | None = None
     offset_bytes: int | None = None
     statistics: Statistics | None = None
 
@@ -314,7 +315,7 @@ class FileReport:
         tensors: how many it has.
     """
 
-    file: Path
+    file: AnyPath
     format: str
     size_bytes: int
     tensors: int
@@ -335,6 +336,14 @@ class IterationReport:
     ema: bool
     latest: bool
     inspected: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReport:
+    """An adapter that is not a LoRA: what it is called, and who loads it."""
+
+    name: str
+    readers: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,12 +372,12 @@ class CheckpointReport:
         metadata: the text entries of a safetensors header.
         model: None if it is not known.
         lora: None if there is none.
-        other_adapter: what adapter of another kind its tensors are, and who loads it; None if they are not one.
+        other_adapter: an adapter of another kind; None if there is none.
         tensors: those that were asked for, in the order that was asked for.
         selected: how many were asked for; more than `tensors` has if there was a limit.
     """
 
-    checkpoint: Path
+    checkpoint: AnyPath
     format: str
     size_bytes: int
     files: tuple[FileReport, ...]
@@ -389,7 +398,7 @@ class CheckpointReport:
     metadata: dict[str, str]
     model: ModelReport | None
     lora: LoraReport | None
-    other_adapter: str | None
+    other_adapter: AdapterReport | None
     tensors: tuple[TensorReport, ...]
     selected: int
 

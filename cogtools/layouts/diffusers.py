@@ -70,6 +70,7 @@ LAYOUT = LoraLayout(
     also_read=(Spelling(NAMES, OLD_DIFFUSERS_STYLE, PREFIX),),
     parts=("A", "B", "bias", "magnitude"),
     reads_convolutions=True,
+    library="diffusers",
     stated_note="The scale is stated in the file's header, which diffusers reads from 0.34 on. For older ones, export "
     "with --scale fold; for other programs, with --format.",
 )

@@ -153,7 +153,10 @@ class Model(NamedTuple):
         learned_positions: whether it has a table of positions that was trained, too.
         ofs_embed: whether it has an embedding of the frame rate's offset.
         sample: width, height and frames of the latent video that it was released for (frames: of the video).
+        scaling_factor: what its VAE's latents are multiplied by.
+        snr_shift_scale: the shift of its noise levels.
         diffusers_version: of its released config.json.
+        repository: where its pipeline was released on the Hugging Face Hub.
     """
 
     slug: str
@@ -168,7 +171,10 @@ class Model(NamedTuple):
     learned_positions: bool = False
     ofs_embed: bool = False
     sample: tuple[int, int, int] = (90, 60, 49)
+    scaling_factor: float = 0.7
+    snr_shift_scale: float = 1.0
     diffusers_version: str = "0.31.0.dev0"
+    repository: str = ""
 
     @property
     def hidden(self) -> int:
@@ -234,17 +240,20 @@ class Model(NamedTuple):
 _V1_5 = (170, 96, 81)
 
 MODELS = (
-    Model("2b", "CogVideoX-2B", "2B", 30, 30, "float16", rotary=False, diffusers_version="0.30.0.dev0"),
-    Model("5b", "CogVideoX-5B", "5B", 42, 48, "bfloat16"),
-    Model("5b-i2v", "CogVideoX-5B-I2V", "5B", 42, 48, "bfloat16", in_channels=32, learned_positions=True),
+    Model("2b", "CogVideoX-2B", "2B", 30, 30, "float16", rotary=False, scaling_factor=1.15258426,
+          snr_shift_scale=3.0, diffusers_version="0.30.0.dev0", repository="THUDM/CogVideoX-2b"),
+    Model("5b", "CogVideoX-5B", "5B", 42, 48, "bfloat16", repository="THUDM/CogVideoX-5b"),
+    Model("5b-i2v", "CogVideoX-5B-I2V", "5B", 42, 48, "bfloat16", in_channels=32, learned_positions=True,
+          repository="THUDM/CogVideoX-5b-I2V"),
     Model("1.5-5b", "CogVideoX1.5-5B", "5B", 42, 48, "bfloat16", patch_size_t=2, sample=_V1_5,
-          diffusers_version="0.32.0.dev0"),
+          diffusers_version="0.32.0.dev0", repository="THUDM/CogVideoX1.5-5B"),
     Model("1.5-5b-i2v", "CogVideoX1.5-5B-I2V", "5B", 42, 48, "bfloat16", in_channels=32, patch_size_t=2,
-          ofs_embed=True, sample=_V1_5, diffusers_version="0.32.0.dev0"),
+          ofs_embed=True, sample=_V1_5, diffusers_version="0.32.0.dev0", repository="THUDM/CogVideoX1.5-5B-I2V"),
 )  # fmt: skip
 """The published models."""
 
-SLUGS = tuple(model.slug for model in MODELS)
+BY_SLUG = {model.slug: model for model in MODELS}
+SLUGS = tuple(BY_SLUG)
 
 
 OTHER_SAT_MODELS = {4096: "VisualGLM-6B and CogVLM"}
@@ -277,6 +286,8 @@ class Transformer(NamedTuple):
             return f"CogVideoX {size} family ({slugs})" if same_size else f"one of the CogVideoX models {slugs}"
         if self.others is not None:
             return f"not a CogVideoX: hidden size {self.hidden}, which {self.others} have"
+        if not self.hidden:
+            return "CogVideoX of unknown size"
         return f"CogVideoX of no published size: {self.layers} layers, hidden size {self.hidden}"
 
     @property
@@ -364,7 +375,7 @@ def rank_of(key: LoraKey, shape: tuple[int, ...]) -> int | None:
 
 def hidden_of(key: LoraKey, shape: tuple[int, ...]) -> int | None:
     """The hidden size that a factor of this shape has on its other side; None where that is not a hidden size."""
-    if len(shape) != 2 or key.part not in ("A", "B"):
+    if len(shape) not in (2, 4) or key.part not in ("A", "B"):
         return None
     linear = BY_NAME[key.name]
     size, width = (linear.inputs, shape[1]) if key.part == "A" else (linear.outputs, shape[0])

@@ -273,6 +273,9 @@ class LoraLayout:
             1.0 models.
         always: the kinds of modules that its trainer always adapts; () if any.
         one_rank: whether all modules have one rank, and one alpha.
+        library: the library that `verify --load` runs, where its reader is one.
+        loads_base_weights: whether its reader loads base weights that lie among the LoRA, as PEFT's `bias` and
+            `modules_to_save` put them there.
         only_size: the layers and the hidden size of the only model that its reader has; None if it has all.
         notes: what users of such a file should know.
         stated_note: the same, of a file that states its scale.
@@ -296,6 +299,8 @@ class LoraLayout:
     reads_convolutions: bool = False
     always: tuple[str, ...] = ()
     one_rank: bool = False
+    library: Literal["diffusers", "peft"] | None = None
+    loads_base_weights: bool = False
     only_size: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
     stated_note: str | None = None

@@ -48,4 +48,6 @@ LAYOUT = LoraLayout(
     parts=("A", "B", "bias", "magnitude"),
     ignores_alphas=True,
     reads_convolutions=True,
+    library="peft",
+    loads_base_weights=True,
 )

@@ -103,6 +103,11 @@ def bare_key(key: str) -> str:
     return unwrapped_key(key).removeprefix("model.").removeprefix("diffusion_model.")
 
 
+def without_original(key: str) -> str:
+    """A key of a base weight without the segment that SAT's LoRA puts into the names of those it adapts."""
+    return key.replace(".original.", ".") if ".original." in key else key
+
+
 _TRANSFORMER_STARTS = ("transformer.", "mixins.", "time_embed.", "ofs_embed.")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cogtools.formatting import counted
 from cogtools.layouts.family import Module
 from cogtools.render.heat_map import module_rows, not_computed_lines
-from cogtools.render.text import Line
+from cogtools.render.lines import Line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cogtools.checkpoint.paths import RemotePath
 from cogtools.conversion.scale import ALPHA_SOURCES
-from cogtools.formatting import number, size
+from cogtools.errors import command
+from cogtools.formatting import number, percent, size
 from cogtools.layouts.recognition import BY_NAME
 from cogtools.render.text import notice, shortened, show, talk
+from cogtools.render.verify import show_verification, verdict_line
 
 if TYPE_CHECKING:
+    from cogtools.checkpoint.paths import AnyPath
+    from cogtools.conversion.loss import LossReport
+    from cogtools.conversion.options import Format
     from cogtools.errors import CogtoolsError
     from cogtools.export.batch import BatchItem, BatchReport
     from cogtools.export.export import ExportReport
     from cogtools.layouts.lora import ScalePlace
 
 
-def show_export(report: ExportReport) -> None:
-    """Print what was found and written, and how to load it."""
-    for text in report.notices:
+def show_export(report: ExportReport, *, quiet: bool = False) -> None:
+    """Print what was found and written, how to load it, and how to check it; if quiet, only what is wrong with it."""
+    for text in () if quiet else report.notices:
         notice(text)
-    show(*summary(report))
+    if not quiet:
+        show(*summary(report), *_how_to_check(report))
+    if report.verification is not None:
+        if not quiet:
+            show("")
+        show_verification(replace(report.verification, notices=()), quiet=quiet)
 
 
 def summary(report: ExportReport) -> list[str]:
@@ -39,6 +51,8 @@ def summary(report: ExportReport) -> list[str]:
     ]
     if report.largest_relative_error is not None:
         rows.append(("rounding", f"largest relative error of any tensor {report.largest_relative_error:.2g}"))
+    if report.lost is not None:
+        rows.append(("cut", f"to rank {rank}: {lost(report.lost)}"))
     if report.crc32 == "checked":
         rows.append(("checked", "the CRC-32s of the weights that were read"))
     if report.sha256 is not None:
@@ -47,6 +61,20 @@ def summary(report: ExportReport) -> list[str]:
     if report.written:
         lines += ["", *_how_to_load(report)]
     return lines
+
+
+def _how_to_check(report: ExportReport) -> list[str]:
+    """The next command, if there is one: the same export checks all values itself with --verify."""
+    if not report.written or report.verification is not None:
+        return []
+    check = command("verify", report.output, "--against", report.checkpoint).command
+    return [f"Check every value of it (or export with --verify): {check}"]
+
+
+def lost(report: LossReport) -> str:
+    """How much of a LoRA is lost, and where most."""
+    worst = report.worst
+    return f"{percent(report.lost)} of the LoRA is lost; most, {percent(worst.lost)}, in {worst.module}"
 
 
 def _scale(report: ExportReport) -> str:
@@ -71,28 +99,70 @@ def _scaling(report: ExportReport) -> str:
     """The scaling, as the quotient that it is where all modules have one alpha and one rank."""
     if report.scaling is None:
         return "different by module"
-    if report.alpha is None or report.rank is None:
+    if report.alpha is None or report.rank is None or report.alpha / report.rank != report.scaling:
         return number(report.scaling)
     return f"{number(report.alpha)}/{report.rank} = {number(report.scaling)}"
 
 
 def _how_to_load(report: ExportReport) -> list[str]:
-    usage = BY_NAME[report.format].usage
-    is_scaled = report.scale != "none"
+    alpha = "…" if report.alpha is None else number(report.alpha)
+    if report.scale == "fold":
+        alpha = "1" if report.lost is None else str(report.rank)
+    return how_to_load(
+        report.format,
+        report.output,
+        report.folder,
+        rank=report.rank,
+        alpha=alpha,
+        pipeline=report.pipeline,
+        weight="1.0" if report.scale != "none" else "…" if report.weight is None else number(report.weight),
+        is_scaled=report.scale != "none",
+        has_base=report.has_base,
+    )
+
+
+def how_to_load(
+    format_: Format,
+    file: AnyPath,
+    folder: AnyPath,
+    *,
+    rank: int | None,
+    alpha: str,
+    pipeline: str | None,
+    weight: str = "1.0",
+    is_scaled: bool = True,
+    has_base: bool = False,
+) -> list[str]:
+    """How the program of a format loads a LoRA.
+
+    Args:
+        format_: the format.
+        file: the file of its tensors.
+        folder: the folder that the program is given, where it is given one.
+        rank: its rank, for a program that has to be told.
+        alpha: the same of its alpha.
+        pipeline: the class of its model's pipeline in diffusers.
+        weight: the strength to load it at.
+        is_scaled: whether the file carries its scale.
+        has_base: whether base weights are beside it.
+    """
+    usage = BY_NAME[format_].usage
     facts = {
-        "path": _literal(str(report.output)),
-        "folder": _literal(str(report.folder)),
-        "name": _literal(report.output.name),
-        "weight": "1.0" if is_scaled else "…" if report.weight is None else number(report.weight),
-        "rank": report.rank,
-        "alpha": 1 if report.scale == "fold" else "…" if report.alpha is None else number(report.alpha),
+        "path": _literal(str(file)),
+        "folder": _literal(str(folder)),
+        "name": _literal(file.name),
+        "weight": weight,
+        "rank": rank,
+        "alpha": alpha,
     }
-    advice, templates = usage.whole if report.has_base and usage.whole is not None else usage[:2]
+    advice, templates = usage.whole if has_base and usage.whole is not None else usage[:2]
     if not is_scaled and usage.unscaled:
         advice, templates = "Load it and apply the scale:", (*templates, *usage.unscaled)
     lines = [line.format_map(facts) for line in templates]
-    if report.pipeline is not None and any("pipe." in line for line in lines):
-        lines.insert(0, f"pipe = {report.pipeline}.from_pretrained(...)")
+    if isinstance(file, RemotePath):
+        lines.insert(0, "# download it first: no program loads it from there")
+    if pipeline is not None and any("pipe." in line for line in lines):
+        lines.insert(0, f"pipe = {pipeline}.from_pretrained(...)")
     return [advice.format_map(facts), *(f"    {line}" for line in lines)]
 
 
@@ -113,6 +183,8 @@ def show_batch_item(item: BatchItem, *, quiet: bool = False) -> None:
             show(shortened(f"{item.status:<8} {item.output or item.checkpoint}: {item.reason}"))
         else:
             show(shortened(f"{'done    ' if report.written else 'would write'} {item.output}: {_in_short(report)}"))
+            if report.verification is not None:
+                show(shortened(f"         {verdict_line(report.verification)}"))
 
 
 def _why(error: CogtoolsError) -> str:

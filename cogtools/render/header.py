@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from cogtools.conversion.scale import ALPHA_SOURCES
 from cogtools.errors import SHOWN_PROBLEMS
 from cogtools.formatting import counted, first_of, fold_numbers, number, size, truncate
+from cogtools.render.lines import Line
 from cogtools.render.readers import reader_lines
-from cogtools.render.text import Line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         LoraReport,
         SecondCopy,
     )
-    from cogtools.render.text import Output
+    from cogtools.render.lines import Output
 
 SHOWN_ITERATIONS = 3
 """Of many iterations, so many are named at the beginning and at the end, besides the marked ones."""
@@ -52,12 +52,13 @@ def header_lines(report: CheckpointReport) -> Iterator[Line]:
     if report.model is not None:
         facts = f" ({report.model.layers} layers, hidden size {report.model.hidden})" if report.model.slugs else ""
         yield _field("model", report.model.name + facts)
-    if report.other_adapter is not None:
-        yield _field("adapter", report.other_adapter, "yellow")
     if report.lora is not None:
         yield from _lora(report.lora)
     elif report.other_adapter is None:
         yield from _lora_beside(report)
+    else:
+        adapter = report.other_adapter
+        yield _field("adapter", f"{adapter.name}, not a LoRA: load it with {adapter.readers}", "yellow")
     if report.trainer:
         yield _field("trainer", ", ".join(f"{name} {value}" for name, value in report.trainer.items()))
     if report.second_copy is not None:
@@ -86,8 +87,8 @@ def _files(report: CheckpointReport) -> Iterator[Line]:
 
 def _name_in(report: CheckpointReport, part: FileReport) -> str:
     """The name of a file, with its folder where that is not the checkpoint's: a component of a pipeline."""
-    folder = report.checkpoint.parent
-    return str(part.file.relative_to(folder)) if part.file.is_relative_to(folder) else part.file.name
+    folder = f"{report.checkpoint.parent}/"
+    return str(part.file).removeprefix(folder) if str(part.file).startswith(folder) else part.file.name
 
 
 def _iterations(iterations: tuple[IterationReport, ...]) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cogtools.formatting import counted, number
 from cogtools.layouts.family import IN_LAYERS, Module
 from cogtools.layouts.folded import fold_modules
-from cogtools.render.text import Line
+from cogtools.render.lines import Line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -54,7 +54,7 @@ def heat_map_lines(lora: LoraReport, updates: Sequence[UpdateReport]) -> Iterato
     if computed:
         measures = f"norm of {_scaled_by(computed)}, and effective rank (at most {max(lora.ranks)})"
         yield Line(measures, wrap=True)
-        yield from _rows(computed)
+        yield from _rows(updates)
     yield from not_computed_lines(updates)
 
 

@@ -12,14 +12,15 @@ from cogtools.formatting import counted
 from cogtools.render.comparison import comparison_lines
 from cogtools.render.header import header_lines, section_lines
 from cogtools.render.heat_map import heat_map_lines
+from cogtools.render.lines import Line
 from cogtools.render.table import table_lines
-from cogtools.render.text import Line, emit, notice, output_of
+from cogtools.render.text import emit, notice, output_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cogtools.inspection.report import CheckpointReport, InspectReport
-    from cogtools.render.text import Output
+    from cogtools.render.lines import Output
 
 
 def show_inspection(report: InspectReport, *, tree: bool = False) -> None:

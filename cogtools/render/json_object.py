@@ -11,6 +11,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Literal
 
+from cogtools.checkpoint.paths import RemotePath
 from cogtools.errors import CogtoolsError
 
 SCHEMA_VERSION = 1
@@ -34,7 +35,7 @@ def plain(value: object) -> object:
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, CogtoolsError):
         return value.to_dict()
-    if isinstance(value, Path):
+    if isinstance(value, (Path, RemotePath)):
         return str(value)
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}

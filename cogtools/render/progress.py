@@ -6,6 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Self
 
+from cogtools.interruption import signals_held_back
 from cogtools.render.text import is_terminal
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class Progress:
 
         self._end_line()
         self._line = Screen(sys.stderr).console.status(text)
-        self._line.start()
+        with signals_held_back():  # the thread that draws does not hear signals: they have to wake the main thread
+            self._line.start()
 
     def _end_line(self) -> None:
         if self._line is not None:
@@ -62,15 +64,28 @@ class Progress:
         if self._bar is None:
             self._bar = self._make_bar()
             self._bar.add_task(self._verb, total=all_bytes)
-            self._bar.start()
+            with signals_held_back():
+                self._bar.start()
         self._bar.update(self._bar.task_ids[0], completed=done_bytes, total=all_bytes)
 
     @staticmethod
     def _make_bar() -> RichProgress:
-        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
         from rich.progress import Progress as RichProgress
 
         from cogtools.render.screen import Screen
 
-        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
         return RichProgress(*columns, console=Screen(sys.stderr).console, transient=True)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.segment import Segment
 from rich.text import Text
 
-from cogtools.render.text import Line, Output, printable
+from cogtools.render.lines import Line, Output, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -7,13 +7,13 @@ from os.path import commonprefix
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.formatting import size, truncate
-from cogtools.render.text import MAX_PADDING, MIN_KEY_WIDTH, Line, printable
+from cogtools.render.lines import MAX_PADDING, MIN_KEY_WIDTH, Line, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from cogtools.inspection.report import Statistics, TensorReport
-    from cogtools.render.text import Output
+    from cogtools.render.lines import Output
 
 MAX_ON_SCREEN = 4096
 """Of a longer key, a screen gets only so much of its end; a hostile one has many millions of characters."""

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 from cogtools.formatting import size, truncate
 from cogtools.render.folding import fold, open_lines
-from cogtools.render.text import MAX_PADDING, MIN_KEY_WIDTH, Line, printable
+from cogtools.render.lines import MAX_PADDING, MIN_KEY_WIDTH, Line, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from cogtools.inspection.report import TensorReport
     from cogtools.render.folding import TreeLine
-    from cogtools.render.text import Output
+    from cogtools.render.lines import Output
 
 CLOSED = " +"
 """Stands after a label with more below it than there is room for."""

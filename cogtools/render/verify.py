@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from cogtools.errors import SHOWN_PROBLEMS
 from cogtools.formatting import first_of, number, size
+from cogtools.render.lines import Line
 from cogtools.render.readers import reader_lines
-from cogtools.render.text import Line, emit, notice, output_of
+from cogtools.render.text import emit, notice, output_of
+from cogtools.verification.model_report import ModelVerifyReport
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "skipped": "dim"}
 
 
-def show_verification(report: VerifyReport, *, quiet: bool = False) -> None:
+def show_verification(report: VerifyReport | ModelVerifyReport, *, quiet: bool = False) -> None:
     """Print the checks and the verdict; if quiet, only what is wrong."""
     for text in () if quiet else report.notices:
         notice(text)
@@ -29,8 +31,9 @@ def show_verification(report: VerifyReport, *, quiet: bool = False) -> None:
     output = output_of(sys.stdout)
     lines = _piped(checks) if output.width is None else _on_terminal(checks)
     verdict = Line((verdict_line(report), _STYLES[report.verdict]))
-    readers = () if quiet else _readers(report)
-    emit(output.draw([*_about(report), "", *lines, "", *readers, verdict]))
+    about = _about_model(report) if isinstance(report, ModelVerifyReport) else _about(report)
+    readers = () if quiet or isinstance(report, ModelVerifyReport) else _readers(report)
+    emit(output.draw([*about, "", *lines, "", *readers, verdict]))
 
 
 def _about(report: VerifyReport) -> list[str]:
@@ -42,6 +45,23 @@ def _about(report: VerifyReport) -> list[str]:
     rows += [("model", report.model), ("LoRA", lora)] if report.layers else [("LoRA", "none")]
     if report.against is not None:
         rows.append(("against", str(report.against)))
+    return [f"{name:<8} {value}" for name, value in rows]
+
+
+_KINDS = {
+    "pipeline": "a pipeline",
+    "parts": "parts of a pipeline, without model_index.json",
+    "part": "one part",
+    "file": "a file of weights",
+    "sat": "for SAT",
+}
+
+
+def _about_model(report: ModelVerifyReport) -> list[str]:
+    rows = [("path", f"{report.path} ({size(report.size_bytes)})"), ("kind", _KINDS[report.kind])]
+    rows += [("model", report.model)] if report.model is not None else []
+    rows.append(("parts", ", ".join(report.parts)))
+    rows += [("against", str(report.against))] if report.against is not None else []
     return [f"{name:<8} {value}" for name, value in rows]
 
 
@@ -85,7 +105,7 @@ def _with_details(checks: list[Check]) -> Iterator[tuple[Check, list[str]]]:
         yield check, lines
 
 
-def verdict_line(report: VerifyReport) -> str:
+def verdict_line(report: VerifyReport | ModelVerifyReport) -> str:
     """The verdict in one line."""
     of = {status: [check.name for check in report.checks if check.status == status] for status in _STYLES}
     done = len(report.checks) - len(of["skipped"])

@@ -8,16 +8,22 @@ double precision holds.
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from cogtools.checkpoint.decoding import doubles, tensor_doubles
+from cogtools.checkpoint.dtypes import FLOAT_FORMATS
+from cogtools.checkpoint.files import is_folder
+from cogtools.checkpoint.folder import find_save_folder, iterations_in
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.conversion.merge_plan import Weighted
+from cogtools.conversion.notices import choice_notices
+from cogtools.conversion.options import BY_HAND
 from cogtools.conversion.plan import plan_lora
-from cogtools.conversion.scale import ALPHA_SOURCES, BY_CONFIG, BY_DEFAULT, BY_HAND, BY_NOTHING
+from cogtools.conversion.scale import ALPHA_SOURCES, BY_CONFIG, BY_DEFAULT, BY_NOTHING
 from cogtools.conversion.training_config import FILE_NAME as CONFIG_FILE_NAME
 from cogtools.errors import CheckpointError, Hint, Problem, command
 from cogtools.formatting import counted, number
@@ -26,15 +32,17 @@ from cogtools.verification.checks import figures
 from cogtools.verification.expected import stated_of
 from cogtools.verification.hints import only_load_tells
 from cogtools.verification.report import Check, folded
-from cogtools.verification.values import FLOAT_FORMATS, place
+from cogtools.verification.sums import as_recorded, check_sum, refuse_other_number
+from cogtools.verification.values import place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath
+    from cogtools.checkpoint.run import Iteration
     from cogtools.checkpoint.tensors import TensorEntry
     from cogtools.conversion.lora import Lora, LoraTensor
     from cogtools.conversion.plan import LoraPlan
@@ -48,34 +56,77 @@ the wider of the two. In float64 the product that is compared with is itself rou
 
 
 class Source(NamedTuple):
-    """The checkpoint that a file is held against, open, and what its LoRA should have become."""
+    """What a file is held against, open.
+
+    Attributes:
+        checkpoint: the checkpoint; of several, the first.
+        plan: what its LoRA should have become.
+        summed: the LoRAs whose sum the file should add, where its record says that it was made of several or cut to a
+            lower rank; () where its tensors should be those of the plan.
+        recorded: which iteration of a save folder the file's record names, where that was taken; else None.
+    """
 
     checkpoint: Checkpoint
     plan: LoraPlan
+    summed: tuple[Weighted, ...] = ()
+    recorded: Iteration | None = None
 
 
 @contextmanager
 def open_source(
-    path: Path, record: ExportRecord, *, iteration: int | None = None, ema: bool = False
+    paths: Sequence[AnyPath], record: ExportRecord, *, iteration: int | None = None, ema: bool = False
 ) -> Iterator[Source]:
-    """Open the checkpoint that a file is to be held against.
+    """Open the checkpoint that a file is to be held against, or the LoRAs that it was made of.
 
     Args:
-        path: the checkpoint.
-        record: how the file was made.
-        iteration: as `open_checkpoint` has it.
+        paths: the checkpoint, or all of these LoRAs.
+        record: how the file was made: of one save folder, the weights that it names are taken.
+        iteration: as `open_checkpoint` has it; then the record does not matter.
         ema: the same.
 
     Raises:
-        CogtoolsError: if the checkpoint cannot be read, or has no LoRA that could have been exported.
+        OptionError: if they are not as many as the file was made of.
+        CogtoolsError: if one cannot be read, or has no LoRA that could have been exported.
     """
-    with open_checkpoint(path, iteration=iteration, ema=ema) as opened:
+    refuse_other_number(paths, record.merged)
+    recorded = _recorded(paths, record) if iteration is None and not ema else None
+    if recorded is not None:
+        iteration, ema = recorded.number, recorded.ema
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_checkpoint(path, iteration=iteration, ema=ema)) for path in paths]
+        if record.merged is not None:
+            loras = as_recorded(opened, record.merged)
+            yield Source(loras[0].plan.lora.checkpoint, loras[0].plan, tuple(loras))
+            return
         # What the checkpoint has is what the file should have, be it the LoRA of all layers or of some.
-        yield Source(opened, _plan(opened, record))
+        plan = _plan(opened[0], record)
+        yield Source(opened[0], plan, () if record.cut_to is None else (Weighted(plan),), recorded)
+
+
+def _recorded(paths: Sequence[AnyPath], record: ExportRecord) -> Iteration | None:
+    """The iteration of a save folder that a file's record names; None if it is not there, or there is no choice."""
+    if record.iteration is None or record.merged is not None or not is_folder(paths[0]):
+        return None
+    folder = find_save_folder(paths[0])
+    every = [] if folder is None else iterations_in(folder)
+    found = [item for item in every if (item.number, item.ema) == (record.iteration, bool(record.ema))]
+    return found[0] if len(found) == 1 and len(every) > 1 else None
+
+
+def source_notices(source: Source) -> list[str]:
+    """What to say of the weights that a file is held against."""
+    recorded = source.recorded
+    if recorded is None:
+        return choice_notices(source.checkpoint)
+    kind = "EMA weights" if recorded.ema else "plain weights"
+    return [f"Held against the {kind} of iteration {recorded.number}, which the file's record names."]
 
 
 def _plan(checkpoint: Checkpoint, record: ExportRecord) -> LoraPlan:
     """What the checkpoint's LoRA is: diffusers' layout has a place for all that a LoRA can have."""
+    if record.cut_to is not None:  # the scale is in the values, which are compared at the one that was taken
+        alpha, scaling = record.alpha_by_hand, record.scaling_by_hand
+        return plan_lora(checkpoint, diffusers.LAYOUT, alpha=alpha, scaling=scaling, allow_partial=True)
     try:
         return plan_lora(checkpoint, diffusers.LAYOUT, allow_partial=True)
     except CheckpointError:
@@ -96,6 +147,8 @@ def against_checks(
         found: the scaling of every module of the file, as far as it is known.
         advance: told the bytes of the file that were compared, as they are.
     """
+    if source.summed:
+        return [check_sum(lora, source.summed, found, advance)]
     return [_check_tensors(lora, source, advance), _check_scale(lora, source.plan, found)]
 
 
@@ -192,7 +245,7 @@ class _Comparison:
         for expected in tensor_chunks(source):
             found = read(position, len(expected))
             if found != expected:
-                bits = FLOAT_FORMATS[dtype.name].bits
+                bits = f"<u{dtype.itemsize}"
                 places = np.flatnonzero(np.frombuffer(found, bits) != np.frombuffer(expected, bits))
                 if not different:
                     index = position // dtype.itemsize + int(places[0])

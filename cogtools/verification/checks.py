@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from cogtools.conversion.adapter_config import AdapterConfig
     from cogtools.conversion.lora import Lora
     from cogtools.layouts.family import Module
+    from cogtools.layouts.lora import OtherAdapter
     from cogtools.verification.expected import Expected
 
 SHOWN_FIGURES = 10
@@ -62,12 +63,11 @@ def check_names(lora: Lora, expected: Expected) -> Check:
     transformer, layout = expected.transformer, lora.intended
     if not lora.checkpoint.tensors:
         return Check("names", "fail", "the file has no tensor", hint=_look(lora))
+    other = _other_adapter(lora)
+    if other is not None:
+        return Check("names", "fail", f"this is {other.name}, not a LoRA", hint=Hint(f"load it with {other.readers}"))
     beyond = [name for name in lora.tensors if name.layer is not None and name.layer >= transformer.layers]
     unknown_modules = [name for name in lora.tensors if name.layer is None and not transformer.has(name.module)]
-    adapter = find_other_adapter(lora.checkpoint) if not lora.tensors else None
-    if adapter is not None:
-        seen = f"this is {adapter.name}, which {layout.reader} does not load"
-        return Check("names", "fail", seen, hint=Hint(f"load it with {adapter.readers}"))
     odd = misnamed(lora)
     problems = [
         *_wrong_file_name(lora),
@@ -77,8 +77,15 @@ def check_names(lora: Lora, expected: Expected) -> Check:
         *lora.problems("unexpected", unknown_modules, expected=f"a module of {transformer.name}"),
     ]
     good = f"all are {layout.title}" if layout.reader != "PEFT" else "all are PEFT's names"
+    if lora.base_weights:
+        good += f"; {counted(len(lora.base_weights), 'base weight')} among them, which {layout.reader} loads too"
     bad = _bad_names(lora, odd, len(beyond) + len(unknown_modules))
     return judged("names", problems, good, bad, hint=_who_reads_them(lora, odd))
+
+
+def _other_adapter(lora: Lora) -> OtherAdapter | None:
+    """The kind of adapter that the file has in place of a LoRA; None if it is not known."""
+    return find_other_adapter(lora.checkpoint) if not lora.tensors else None
 
 
 def _wrong_file_name(lora: Lora) -> list[Problem]:
@@ -113,7 +120,8 @@ def _unknown(lora: Lora) -> list[Problem]:
     """Keys that mean nothing, those that differ in the layer and the module only in one line."""
     layout = lora.intended
     # A program that loads whole models finds its base weights there.
-    unknown = [] if layout.lora_only_note is not None else lora.foreign
+    known = set(lora.base_weights if layout.lora_only_note is None else lora.foreign)
+    unknown = [key for key in lora.foreign if key not in known]
     unknown = [key for key in unknown if (kind := other_adapter(key)) is None or kind.readers != layout.reader]
     if layout.scale != "alpha_tensors" and not layout.ignores_alphas:
         unknown = [*unknown, *(tensor.key for tensor in lora.alphas.values())]
@@ -170,7 +178,9 @@ def check_complete(lora: Lora, expected: Expected) -> Check:
     """Every tensor is there that the file states, and each kind of module that occurs is in every layer."""
     name = "complete"
     if not expected.names or not lora.tensors:
-        return Check(name, "fail", "no LoRA tensor at all", hint=_why_nothing(lora))
+        other = _other_adapter(lora)
+        seen = "no LoRA tensor at all" if other is None else f"no LoRA tensor: this is {other.name}"
+        return Check(name, "fail", seen, hint=_why_nothing(lora))
     there = len(expected.names & lora.tensors.keys())
     seen = f"{there} of {len(expected.names)} tensors of {expected.transformer.name}"
     if expected.known_by is not None:
@@ -193,6 +203,9 @@ def check_complete(lora: Lora, expected: Expected) -> Check:
 
 def _why_nothing(lora: Lora) -> Hint:
     """What may have emptied a file, and what to do."""
+    other = _other_adapter(lora)
+    if other is not None:
+        return Hint(f"load it with {other.readers}")
     if lora.checkpoint.tensors:
         return _look(lora)
     return Hint(
@@ -231,11 +244,13 @@ def check_shapes(lora: Lora, expected: Expected) -> Check:
             fits = len(shape) == len(entry.shape) and all(
                 wanted in (None, size) for size, wanted in zip(entry.shape, shape, strict=True)
             )
-        if not fits or not 0 < rank <= max(expected.transformer.hidden, 1):
+        if not fits or rank <= 0:
             wrong.append((name, Problem("shape", key, str(entry.shape), _shape_text(expected, name))))
     hidden = expected.transformer.hidden
     good = f"(rank, {hidden}) and ({hidden}, rank)"
-    if any(name.name not in ATTENTION for name in lora.tensors):
+    if not hidden:
+        good = "lora_A (rank, in) and lora_B (out, rank)"
+    elif any(name.name not in ATTENTION for name in lora.tensors):
         good = f"lora_A (rank, in) and lora_B (out, rank) of modules of hidden size {hidden}"
     return judged("shapes", folded(wrong), good, f"{counted(len(wrong), 'tensor')} with a shape that does not fit")
 
@@ -305,14 +320,17 @@ def check_dtype(lora: Lora) -> Check:
     if not dtypes:
         return Check("dtype", "skipped", "no tensors")
     common, _ = dtypes.most_common(1)[0]
-    wanted = common if common in FLOATS else "one of " + ", ".join(FLOATS)
+    # diffusers and PEFT cast what they load to the dtype of the model: measured with float8_e4m3fn.
+    is_cast = common.startswith("float8") and lora.intended.library is not None
+    wanted = common if is_cast or common in FLOATS else "one of " + ", ".join(FLOATS)
     wrong = [
         (name, Problem("dtype", tensor.key, tensor.entry.dtype.name, wanted))
         for name, tensor in lora.tensors.items()
-        if tensor.entry.dtype.name != common or common not in FLOATS
+        if tensor.entry.dtype.name != wanted
     ]
     bad = ", ".join(f"{name} in {counted(count, 'tensor')}" for name, count in dtypes.items())
-    return judged("dtype", folded(wrong), common, bad)
+    good = f"{common}, which {lora.intended.reader} casts to the dtype of the model" if is_cast else common
+    return judged("dtype", folded(wrong), good, bad)
 
 
 def scalings(lora: Lora) -> dict[Module, float]:
@@ -421,6 +439,11 @@ def _weight(lora: Lora) -> Hint:
     recorded = record.scaling_of(rank) if record.scale == "none" else None
     if recorded is not None:
         return Hint(f"load it at weight {number(recorded)}, as it was exported with --scale none")
+    if len(set(lora.ranks.values())) > 1:  # not of SAT
+        return command(
+            "export-lora", path, "OUT_DIR", "--format", lora.intended.name, "--scaling", "1",
+            advice="if it was trained at scaling 1, write a file that states it",
+        )  # fmt: skip
     weight = number(1 / rank) if rank else "1 / rank"
     return command(
         "export-lora", path, "OUT_DIR", *format_words(lora.intended), "--alpha", "1",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from cogtools.checkpoint.paths import RemotePath
 from cogtools.errors import CheckpointError, KilledError, LibraryError, Problem
 from cogtools.layouts.family import HEAD_SIZE, Module
 from cogtools.verification import child
@@ -17,17 +18,14 @@ from cogtools.verification.report import Check
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.lora import Lora
     from cogtools.errors import CogtoolsError
     from cogtools.verification.expected import Expected
     from cogtools.verification.report import Status
 
 _CHILD = "cogtools.verification.load_child"
-
-_READ_BY_LIBRARIES = ("header", "adapter_config")
-"""Where files state their scale that diffusers and PEFT load: no other program is installed with cogtools."""
 
 
 class Loaded(NamedTuple):
@@ -58,9 +56,9 @@ def load_lora(lora: Lora, expected: Expected, *, model: str | None, layers: int 
         LibraryError: if the libraries cannot be imported.
         CheckpointError: if they cannot open a file at this path.
     """
-    if lora.intended.scale not in _READ_BY_LIBRARIES:
-        reader = lora.intended.reader
-        return Loaded(Check("load", "skipped", f"the file is for {reader}: diffusers and PEFT do not read it"), {}, {})
+    layout = lora.intended
+    if layout.library is None:
+        return Loaded(Check("load", "skipped", f"{layout.reader} is not run here: diffusers and PEFT are"), {}, {})
     reason = _cannot(lora, expected)
     if reason is not None:
         return Loaded(Check("load", "fail", reason), {}, {})
@@ -77,8 +75,10 @@ def load_lora(lora: Lora, expected: Expected, *, model: str | None, layers: int 
 def _cannot(lora: Lora, expected: Expected) -> str | None:
     """Why there is nothing to load the file into, or nothing that should read it; None if all is well."""
     transformer = expected.transformer
-    if not lora.tensors or not transformer.hidden or not transformer.layers:
+    if not lora.tensors:
         return "the file has no LoRA tensors, so there is nothing to load"
+    if not transformer.hidden or not transformer.layers:
+        return "nothing tells which model the file belongs to: state it with --model"
     if transformer.hidden % HEAD_SIZE:
         return f"no CogVideoX transformer has hidden size {transformer.hidden}: its heads have {HEAD_SIZE} each"
     if lora.checkpoint.path.suffix != ".safetensors":
@@ -92,8 +92,14 @@ def _not_handed_on(lora: Lora) -> list[Problem]:
     return [] if stated is None else list(stated.not_handed_on)
 
 
-def _refuse_path(path: Path) -> None:
-    """Refuse a path that the safetensors library cannot open, which takes UTF-8 only."""
+def _refuse_path(path: AnyPath) -> None:
+    """Refuse a path that the libraries cannot open: safetensors takes UTF-8 only, and none takes a URL."""
+    if isinstance(path, RemotePath):
+        raise CheckpointError(
+            "--load takes a file of this machine: that is what the libraries load",
+            file=path,
+            hint="download the file, and verify the copy",
+        )
     try:
         str(path).encode()
     except UnicodeEncodeError as error:

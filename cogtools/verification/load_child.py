@@ -9,8 +9,8 @@ leaves it. What the libraries say while they load is heard, whatever the log lev
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
+import re
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from cogtools.errors import KilledError, LibraryError, Problem
-from cogtools.formatting import counted, number
+from cogtools.formatting import counted, number, percent
 from cogtools.layouts.diffusers import module_path, parse_module
 from cogtools.layouts.family import HEAD_SIZE, MODELS, LoraKey
 from cogtools.layouts.folded import fold_modules
@@ -29,18 +29,18 @@ from cogtools.verification.checks import figures, scalings
 from cogtools.verification.child import answer_with
 from cogtools.verification.expected import expect
 from cogtools.verification.load import Loaded, answer_of, error_of
+from cogtools.verification.overheard import LIBRARIES, everything_said, one_line
 from cogtools.verification.report import Check
 from cogtools.verification.written import open_written
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.lora import Lora
     from cogtools.layouts.family import Model, Module, Transformer
     from cogtools.verification.expected import Expected
     from cogtools.verification.report import Status
-
-LIBRARIES = ("diffusers", "peft", "transformers", "huggingface_hub", "accelerate")
 
 _TRIED = 4
 """How many random vectors each module is run on at once."""
@@ -57,8 +57,8 @@ def main() -> None:
 
 def answer(question: dict[str, object]) -> dict[str, object]:
     """Load the file that a question names, into the model that it names."""
-    model, layers = question["model"], question["layers"]
-    with open_written(Path(str(question["path"])), BY_NAME.get(str(question["format"]))) as lora:
+    model, layers, asked = question["model"], question["layers"], question["format"]
+    with open_written(Path(str(question["path"])), None if asked is None else BY_NAME[str(asked)]) as lora:
         expected = expect(
             lora,
             model=model if isinstance(model, str) else None,
@@ -114,18 +114,18 @@ def _load_lora(lora: Lora, expected: Expected) -> Loaded:
         return Loaded(Check("load", status, seen, tuple(problems)), libraries, modules)
 
     held = _Held({}, {}, {})
-    with _everything_said() as said:
+    with everything_said() as said:
         try:
             transformer, zero = weightless_transformer(expected.transformer, _dtype(lora))
             loaded = _load(lora, transformer)
         except Exception as error:  # noqa: BLE001 - whatever they raise is what a user of the file would see
             _raise_if_out_of_memory(error)
-            text = f"{type(error).__name__}: {_one_line(str(error))}"
+            text = f"{type(error).__name__}: {one_line(str(error))}"
             return found("fail", f"{names} do not load it", [Problem("error", text)])
     held = _held(loaded, zero)
     problems = [*_wrong_modules(lora, expected, held.adapters), *_wrong_tensors(lora, held)]
     problems += _wrong_outputs(held)
-    heard = [Problem("library_warning", f"{library}: {_one_line(text)}") for library, text in said]
+    heard = [Problem("library_warning", f"{library}: {one_line(text)}") for library, text in said]
     if problems or not all(text.startswith(_HARMLESS) for _, text in said):
         return found("fail", f"{names}: not loaded as the file says", [*heard, *problems])
     modules = f"{counted(len(held.adapters), 'module')} of {_which(expected.transformer)}"
@@ -157,7 +157,7 @@ def _import_libraries() -> dict[str, str]:
         _raise_if_out_of_memory(error)
         raise LibraryError(
             f"these cannot be imported together: {', '.join(_installed())}",
-            found=f"{type(error).__name__}: {_one_line(str(error))}",
+            found=f"{type(error).__name__}: {one_line(str(error))}",
             hint="install releases that go together: pip install --upgrade diffusers peft transformers accelerate",
         ) from error
     return {"diffusers": diffusers.__version__, "peft": peft.__version__}
@@ -228,7 +228,7 @@ def _load(lora: Lora, transformer: Any) -> Any:
     Both libraries would ask the Hugging Face Hub for a path that is not a folder; this one is, and they must not.
     """
     folder = lora.checkpoint.path.absolute().parent
-    if lora.intended.scale == "adapter_config":
+    if lora.intended.library == "peft":
         return _load_with_peft(folder, transformer)
     from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
 
@@ -248,7 +248,7 @@ def _load(lora: Lora, transformer: Any) -> Any:
     return transformer
 
 
-def _load_with_peft(folder: Path, transformer: Any) -> Any:
+def _load_with_peft(folder: AnyPath, transformer: Any) -> Any:
     from peft import PeftModel
 
     # PEFT makes adapters in float32 unless told not to, whatever the file has.
@@ -278,9 +278,13 @@ def _held(model: Any, zero: torch.Tensor) -> _Held:
                 held.parameters[_part(name, parameter_name)] = parameter
     adapted = {id(parameter) for parameter in held.parameters.values()}
     for name, parameter in model.named_parameters():
-        if id(parameter) not in adapted and parameter.data_ptr() != zero.data_ptr():
-            held.base[name] = parameter
+        if id(parameter) not in adapted and parameter.data_ptr() != zero.data_ptr() and ".original_module." not in name:
+            held.base[_SAVED_MODULE.sub("", name)] = parameter
     return held
+
+
+_SAVED_MODULE = re.compile(r"modules_to_save\.\w+\.")
+"""What PEFT puts into the names of parameters of `modules_to_save`, of which it keeps the original beside the new."""
 
 
 def _part(path: str, parameter: str) -> LoraKey | str:
@@ -363,22 +367,18 @@ def _wrong_outputs(held: _Held) -> list[Problem]:
                     off[module], varying[module] = _run(adapter, own)
         except Exception as error:  # noqa: BLE001 - whatever it raises is what a user of the file would see
             _raise_if_out_of_memory(error)
-            errors.setdefault(f"{type(error).__name__}: {_one_line(str(error))}", []).append(module)
+            errors.setdefault(f"{type(error).__name__}: {one_line(str(error))}", []).append(module)
     problems = [_problem(modules, f"cannot be run: {text}", "its output") for text, modules in errors.items()]
     modules = [module for module, distance in varying.items() if distance]
     if modules:
         most = max(varying[module] for module in modules)
-        found = f"another output each time it is run, {_percent(most)} of the update apart"
+        found = f"another output each time it is run, {percent(most)} of the update apart"
         problems.append(_problem(modules, found, "the same output each time"))
     modules = [module for module, distance in off.items() if distance and not varying[module]]
     if modules:
-        found = f"an output that is {_percent(max(off[module] for module in modules))} of the update off"
+        found = f"an output that is {percent(max(off[module] for module in modules))} of the update off"
         problems.append(_problem(modules, found, "scaling * lora_B @ lora_A of its input"))
     return problems
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
 
 
 def _problem(modules: list[Module], found: str, expected: str) -> Problem:
@@ -444,42 +444,3 @@ def _in_double(layer: Any) -> Iterator[None]:
 
 
 # What the libraries say
-
-
-@contextlib.contextmanager
-def _everything_said() -> Iterator[list[tuple[str, str]]]:
-    """Collect (library, text) of what the libraries warn of, by their loggers and by `warnings`; print nothing.
-
-    Their log level is that which they have by default, whatever the environment says.
-    """
-    said: list[tuple[str, str]] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append((record.name.split(".")[0], record.getMessage()))
-
-    listener = Listener(logging.WARNING)
-    loggers = [logging.getLogger(name) for name in LIBRARIES]
-    before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
-    for logger in loggers:
-        logger.handlers[:], logger.propagate = [listener], False
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            yield said
-        said += [(_library(warning.filename), str(warning.message)) for warning in warned]
-    finally:
-        for logger, handlers, level, propagate in before:
-            logger.handlers[:], logger.propagate = handlers, propagate
-            logger.setLevel(level)
-
-
-def _library(filename: str) -> str:
-    """The library that a source file belongs to."""
-    return next((name for name in (*LIBRARIES, "torch") if name in Path(filename).parts), Path(filename).name)
-
-
-def _one_line(text: str, length: int = 300) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
+from os import PathLike
 from typing import TYPE_CHECKING
 
+from cogtools.checkpoint.paths import RemotePath, as_path
 from cogtools.conversion.lora import scale_of
-from cogtools.conversion.notices import choice_notices
 from cogtools.conversion.options import checked_format
 from cogtools.conversion.readers import readers_of
+from cogtools.conversion.trained import trained_notices
 from cogtools.errors import OptionError
 from cogtools.layouts.recognition import BY_NAME
 from cogtools.verification.checks import (
@@ -34,20 +35,23 @@ from cogtools.verification.written import open_written
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.lora import Lora
     from cogtools.layouts.family import Module
     from cogtools.verification.against import Source
     from cogtools.verification.expected import Expected
     from cogtools.verification.load import Loaded
 
+    Given = str | os.PathLike[str] | RemotePath
+
 
 def verify_lora(
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | RemotePath,
     *,
-    against: str | os.PathLike[str] | None = None,
+    against: Given | Sequence[Given] | None = None,
     iteration: int | None = None,
     ema: bool = False,
     load: bool = False,
@@ -61,8 +65,8 @@ def verify_lora(
     """Check that a LoRA file is complete, consistent, and states its scale; that it is its checkpoint's; that it loads.
 
     Args:
-        out: the file, or the folder that has it.
-        against: the checkpoint that it was made of: every value is compared.
+        out: the file, or the folder that has it; or the URL of one.
+        against: the checkpoint that it was made of: every value is compared. Of a merged LoRA, all that were merged.
         iteration: which iteration of the checkpoint, where that is a save folder; None takes the latest.
         ema: hold it against its EMA weights.
         load: load it with diffusers (a PEFT folder: with PEFT), into a transformer whose weights take no memory.
@@ -81,16 +85,17 @@ def verify_lora(
             "--iteration and --ema say which weights of a checkpoint are meant, and there is none",
             hint="give the checkpoint with --against",
         )
+    paths = given_paths(against)
     with ExitStack() as opened:
         asked = None if format is None else BY_NAME[checked_format(format)]
-        lora = opened.enter_context(open_written(Path(out), asked))
+        lora = opened.enter_context(open_written(as_path(out), asked))
         expected = expect(lora, model=model, layers=layers)
         # Before the long work: a missing checkpoint is an error at once.
-        source = None if against is None else opened.enter_context(_open_source(lora, against, iteration, ema=ema))
+        source = opened.enter_context(_open_source(lora, paths, iteration, ema=ema)) if paths else None
         loaded = _load(lora, expected, model, layers, say) if load else None
         case = _Case(lora, expected.as_loaded(loaded.modules) if loaded is not None else expected, source, loaded)
         meter = _Meter(progress, _bytes_to_look_at(lora) * (1 if source is None else 2))
-        words = _as_words(against, iteration, ema=ema)
+        words = _as_words(paths, iteration, source, ema=ema)
         checks = [with_hint(check, lora, words) for check in _checks(case, meter.advance)]
         if strict:
             checks = [replace(check, status="fail") if check.status == "warn" else check for check in checks]
@@ -124,12 +129,21 @@ class _Case:
         return scalings(self.lora) or self.by_peft
 
 
+def given_paths(against: Given | Sequence[Given] | None) -> list[AnyPath]:
+    """What a file is to be held against, as paths; [] if nothing."""
+    if against is None:
+        return []
+    if isinstance(against, (str, PathLike, RemotePath)):
+        return [as_path(against)]
+    return list(map(as_path, against))
+
+
 def _open_source(
-    lora: Lora, against: str | os.PathLike[str], iteration: int | None, *, ema: bool
+    lora: Lora, paths: Sequence[AnyPath], iteration: int | None, *, ema: bool
 ) -> AbstractContextManager[Source]:
     from cogtools.verification.against import open_source
 
-    return open_source(Path(against), lora.record, iteration=iteration, ema=ema)
+    return open_source(paths, lora.record, iteration=iteration, ema=ema)
 
 
 def _load(
@@ -185,20 +199,32 @@ def _report(case: _Case, checks: list[Check], *, strict: bool) -> VerifyReport:
         libraries={} if case.loaded is None else case.loaded.libraries,
         strict=strict,
         checks=tuple(checks),
-        notices=() if source is None else tuple(choice_notices(source.checkpoint)),
+        notices=_notices(source),
         verdict=verdict_of(checks),
     )
+
+
+def _notices(source: Source | None) -> tuple[str, ...]:
+    if source is None:
+        return ()
+    from cogtools.verification.against import source_notices
+
+    return (*source_notices(source), *trained_notices(source.plan.lora))
 
 
 def _bytes_to_look_at(lora: Lora) -> int:
     return sum(tensor.entry.size_bytes for tensor in lora.tensors.values())
 
 
-def _as_words(against: str | os.PathLike[str] | None, iteration: int | None, *, ema: bool) -> list[object]:
-    """The checkpoint as words of a command."""
-    if against is None:
-        return ["CHECKPOINT"]
-    return [against, *(["--iteration", iteration] if iteration is not None else []), *(["--ema"] if ema else [])]
+def _as_words(
+    paths: Sequence[AnyPath], iteration: int | None, source: Source | None, *, ema: bool
+) -> list[object] | None:
+    """The checkpoint as words of a command; None if there is none."""
+    if not paths:
+        return None
+    if source is not None and source.recorded is not None:
+        iteration, ema = source.recorded.number, source.recorded.ema
+    return [*paths, *(["--iteration", iteration] if iteration is not None else []), *(["--ema"] if ema else [])]
 
 
 class _Meter:

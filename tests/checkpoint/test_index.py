@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from cogtools.checkpoint.index import MAX_CONTAINER, MAX_DEPTH, MAX_NAME, Checkpoint
+from cogtools.checkpoint.index import MAX_NAME, Checkpoint
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.pickle.machine import Global
+from cogtools.checkpoint.state_dict import MAX_CONTAINER, MAX_DEPTH
 from cogtools.errors import CheckpointError
 from tests.support.factories import TOY_2B, sat_checkpoint, sat_state_dict, zero3_checkpoint
 from tests.support.oracles import tied, torch_load

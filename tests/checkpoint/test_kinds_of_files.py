@@ -6,6 +6,7 @@ Distributed checkpoints, shards without an index, ranks, modules that were pickl
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
@@ -80,6 +81,17 @@ def test_a_distributed_checkpoint_is_called_so_and_its_conversion_is_read(distri
         assert described_by_cogtools(checkpoint.tensors) == described_by_torch(
             {f"layer.{number}.weight": torch.full((4, 4), float(number)) for number in range(5)}
         )
+
+
+def test_the_distributed_checkpoint_of_accelerate_s_fsdp_is_named_in_its_folder(
+    distributed: Path, tmp_path: Path
+) -> None:
+    for name in ("optimizer_0", "pytorch_model_fsdp_0"):
+        shutil.copytree(distributed, tmp_path / "checkpoint-500" / name)
+    torch.save({}, tmp_path / "checkpoint-500" / "scheduler.bin")
+
+    error = refused(tmp_path / "checkpoint-500")
+    assert (error.what, error.file) == (DCP, str(tmp_path / "checkpoint-500" / "pytorch_model_fsdp_0"))
 
 
 def test_a_part_of_a_distributed_checkpoint_under_another_name_is_not_read_as_a_checkpoint(

@@ -175,3 +175,31 @@ def test_no_room_to_unpack_is_told_with_how_much_it_takes(tmp_path: Path, monkey
         f"entry 'archive/data/{storage}' cannot be unpacked into a temporary file: No such file or directory",
         "room for 4,000 bytes in the folder for temporary files",
     )
+
+
+@pytest.mark.parametrize("saver", ["zip", "big-endian"])
+def test_rows_of_a_tensor_are_those_of_torch(saver: str, tmp_path: Path) -> None:
+    grid = torch.arange(24.0).reshape(6, 4)
+    tensors = {
+        "whole": grid,
+        "transposed": grid.clone().T,
+        "bias": torch.arange(6.0),
+        "view": torch.arange(40.0)[5:29].view(6, 4),
+    }
+    SAVERS[saver](tensors, tmp_path / "x.pt")
+    with open_checkpoint(tmp_path / "x.pt") as checkpoint:
+        for key, tensor in tensors.items():
+            for first, last in [(0, 2), (2, 4), (1, 1), (0, len(tensor)), (len(tensor), len(tensor))]:
+                rows = checkpoint.tensors[key].rows(first, last)
+                assert b"".join(tensor_chunks(rows)) == tensor[first:last].contiguous().numpy().tobytes()
+                assert rows.shape == tuple(tensor[first:last].shape)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 4), (-1, 2), (2, 1), (4, 4)])
+def test_rows_that_a_tensor_does_not_have_are_a_bug_of_the_caller(first: int, last: int, tmp_path: Path) -> None:
+    torch.save({"x": torch.zeros(3, 2), "number": torch.tensor(1.0)}, tmp_path / "x.pt")
+    with open_checkpoint(tmp_path / "x.pt") as checkpoint:
+        with pytest.raises(ValueError, match="no rows"):
+            checkpoint.tensors["x"].rows(first, last)
+        with pytest.raises(ValueError, match="no rows"):
+            checkpoint.tensors["number"].rows(0, 0)

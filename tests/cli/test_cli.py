@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import cogtools
 from cogtools.layouts.diffusers import FILE_NAME
-from cogtools.render.text import printable
+from cogtools.render.lines import printable
 from tests.support.command_line import CommandLine, imported_by, program, run_program, run_python, surroundings
 from tests.support.factories import TOY_2B, sat_state_dict
 

@@ -282,5 +282,5 @@ def test_a_text_encoder_is_told_and_taken_for_no_vae(bare: bool, base: StateDict
 
 
 def test_anything_else_is_told_by_its_first_key(tmp_path: Path) -> None:
-    assert message_of({"conv.weight": torch.zeros(1), "b": 1}, tmp_path) == no_lora("2 tensors: conv.weight …")
+    assert message_of({"conv.weight": torch.zeros(1), "b": 1}, tmp_path) == no_lora("1 tensor: conv.weight …")
     assert message_of({}, tmp_path) == no_lora("0 tensors")

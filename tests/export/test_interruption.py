@@ -64,11 +64,11 @@ def test_exports_that_are_killed_at_random_leave_the_target_as_it_was_or_whole(t
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks in /proc which signals a process hears")
 def test_storms_of_signals_end_exports_once_and_leave_nothing(tmp_path: Path) -> None:
-    storm_exports(tmp_path, rounds=20, seed=1)
+    storm_exports(tmp_path, rounds=12, seed=1)
 
 
 def test_a_system_call_that_fails_is_an_error_or_changes_nothing(tmp_path: Path) -> None:
-    fault_exports(tmp_path, rounds=60, seed=1)
+    fault_exports(tmp_path, rounds=40, seed=1)
 
 
 def test_of_two_exports_to_one_place_one_wins(run_folder: Path, tmp_path: Path) -> None:
@@ -210,12 +210,11 @@ def test_an_interruption_that_python_would_lose_is_raised_again() -> None:
 
         try:
             Struck()
-            print("lost", flush=True)
             time.sleep(60)
         except KeyboardInterrupt:
             print("raised")
     """
-    assert run_main(code) == (0, "lost\nraised\n", "")
+    assert run_main(code) == (0, "raised\n", "")
 
 
 def test_other_errors_that_python_cannot_raise_are_shown_as_ever() -> None:

@@ -234,11 +234,11 @@ def test_the_report_of_a_training_says_what_is_in_it(toy: Path) -> None:
                 tensors=24,
                 size_bytes=24576,
                 formats=("diffusers", "peft", "comfyui", "videox-fun", "diffsynth", "sat"),
-                hint=Hint(None, f"cogtools export-lora {toy} OUT_DIR"),
                 notices=(
                     "There is no training_config.yaml with a lora_alpha, so alpha is 1, SAT's default. "
                     "If the training had another one, state it with --alpha.",
                 ),
+                hint=Hint(None, f"cogtools export-lora {toy} OUT_DIR"),
             ),
             readers=report.lora.readers,  # in tests of their own
         ),
@@ -925,7 +925,7 @@ def test_selections_that_make_no_sense_are_refused(toy: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="counts reads in /proc/self/io")
 def test_no_weights_are_read_to_look(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
-    torch.save({"module": {"weight": torch.zeros(8_000_000)}}, path)  # 32 MB
+    torch.save({"module": {"weight": torch.zeros(4_000_000)}}, path)  # 16 MB
     code = (
         "from cogtools import inspect_checkpoint\n"
         "import cogtools.inspection.inspect\n"

@@ -14,8 +14,8 @@ from cogtools.inspection.inspect import inspect_checkpoint
 from cogtools.inspection.report import UpdateReport
 from cogtools.render import text
 from cogtools.render.heat_map import heat_map_lines
+from cogtools.render.lines import Line, Output
 from cogtools.render.screen import DEFAULT_WIDTH, MIN_WIDTH, Screen
-from cogtools.render.text import Line, Output
 from tests.support.command_line import CommandLine, on_terminal, run_python
 
 
@@ -167,8 +167,8 @@ def test_the_heat_map_has_a_column_for_each_kind_of_module_that_there_is(run_fol
     ]
     assert Output().draw(heat_map_lines(lora, updates)) == (
         "norm of scaling * B A (scaling 0.5), and effective rank (at most 4)\n"
-        "layer     ff_in      out      ff_in      out\n"
-        "    0         2        -        1.5        -\n"
-        "    3         1        -        3.0        -\n"
+        "layer       out    ff_in        out    ff_in\n"
+        "    0         -        2          -      1.5\n"
+        "    3         -        1          -      3.0\n"
         "not computed: 1 module with one factor only (layer 0: out)"
     )

@@ -67,12 +67,12 @@ def opened(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 def taken(tensors: dict[str, torch.Tensor], a: str, b: str) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Both factors, taken out of what is left; one without the other is an error."""
-    down, up = tensors.pop(a, None), tensors.pop(b, None)
-    if down is None and up is None:
+    lora_a, lora_b = tensors.pop(a, None), tensors.pop(b, None)
+    if lora_a is None and lora_b is None:
         return None
-    assert down is not None, f"{b} without {a}"
-    assert up is not None, f"{a} without {b}"
-    return down, up
+    assert lora_a is not None, f"{b} without {a}"
+    assert lora_b is not None, f"{a} without {b}"
+    return lora_a, lora_b
 
 
 def configured(fields: dict[str, object], path: str, rank: int) -> float:

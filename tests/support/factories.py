@@ -309,12 +309,17 @@ def _vae_decoder_shapes(vae: VideoAutoencoder, widths: list[int]) -> dict[str, S
     shapes = _conv3d("conv_in", width, _LATENT)
     for block in (1, 2):
         shapes |= _resnet(f"mid.block_{block}", width, width, _spatial_norm)
-    for level, next_width in enumerate(reversed(widths)):
+    levels: dict[int, dict[str, Shape]] = {}
+    for level in reversed(range(len(widths))):  # the narrowest is level 0, as in the encoder
+        inside: dict[str, Shape] = {}
         for block in range(vae.blocks_per_level + 1):
-            shapes |= _resnet(f"up.{level}.block.{block}", width, next_width, _spatial_norm)
-            width = next_width
-        if level != len(widths) - 1:
-            shapes |= _affine(f"up.{level}.upsample.conv", width, width, 3, 3)
+            inside |= _resnet(f"up.{level}.block.{block}", width, widths[level], _spatial_norm)
+            width = widths[level]
+        if level:
+            inside |= _affine(f"up.{level}.upsample.conv", width, width, 3, 3)
+        levels[level] = inside
+    for level in range(len(widths)):
+        shapes |= levels[level]
     return shapes | _spatial_norm("norm_out", width) | _conv3d("conv_out", _RGB, width)
 
 

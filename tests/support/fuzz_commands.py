@@ -51,8 +51,8 @@ class Output(io.StringIO):
         return self.terminal
 
 
-def run(command: tuple[str, ...], path: Path, checkpoint: Path | None = None) -> None:
-    """Run a command on a file, and look at what it says. `checkpoint` is what `--against` compares with."""
+def run(command: tuple[str, ...], path: Path, checkpoint: Path | None = None) -> str:
+    """Run a command on a file, look at what it says, and return that. `checkpoint` is for `--against`."""
     from cogtools import cli
 
     words = [command[0], str(path), *(word for word in command[1:] if word.startswith("--"))]
@@ -70,6 +70,7 @@ def run(command: tuple[str, ...], path: Path, checkpoint: Path | None = None) ->
         assert all(line.isprintable() for line in said.split("\n")), said
     assert all(line.isprintable() for line in talk.split("\n")), talk
     assert said or talk
+    return said
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -123,7 +124,9 @@ def _exported() -> tuple[str, bytes]:
     from cogtools.export.export import export_lora
 
     with tempfile.TemporaryDirectory() as scratch:
-        content = export_lora(_checkpoint(Path(scratch)), Path(scratch, "out")).output.read_bytes()
+        out = Path(scratch, "out.safetensors")
+        export_lora(_checkpoint(Path(scratch)), out)
+        content = out.read_bytes()
     size = int.from_bytes(content[:8], "little")
     return content[8 : 8 + size].decode(), content[8 + size :]
 

@@ -179,15 +179,16 @@ def _verdict(path: Path, *, load: bool) -> str:
 
 @functools.cache
 def base() -> Any:
-    """A small transformer with random weights, ready to be run."""
+    """A transformer with few layers and heads and random weights, else like CogVideoX-2B; ready to be run."""
     torch.manual_seed(0)
-    return type(toy_transformer()).from_config(toy_transformer().config).eval()
+    config = {**toy_transformer().config, "time_embed_dim": 512, "text_embed_dim": 4096}
+    return type(toy_transformer()).from_config(config).eval()
 
 
 def run(transformer: Any) -> torch.Tensor:
     """One pass of a transformer, of inputs that are always the same."""
     random = torch.Generator().manual_seed(0)
-    video, text = torch.randn(1, 3, 16, 8, 8, generator=random), torch.randn(1, 16, 32, generator=random)
+    video, text = torch.randn(1, 3, 16, 8, 8, generator=random), torch.randn(1, 16, 4096, generator=random)
     with torch.no_grad():
         (output,) = transformer(video, text, torch.tensor([500]), return_dict=False)
     return torch.as_tensor(output)

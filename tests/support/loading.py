@@ -3,14 +3,14 @@
 import json
 from collections.abc import Mapping
 
-from cogtools.verification import child, load_child
+from cogtools.verification import child, load_child, model_load_child
 
 
 def ask_here(module: str, question: Mapping[str, object], what: str) -> dict[str, object]:
-    """The answer of the process that loads a LoRA, given in this one."""
-    assert module == load_child.__name__
+    """The answer of the process that loads a LoRA or a model, given in this one."""
+    answers = {load_child.__name__: load_child.answer, model_load_child.__name__: model_load_child.answer}
     assert what
-    answer: dict[str, object] = json.loads(json.dumps(load_child.answer(json.loads(json.dumps(question)))))
+    answer: dict[str, object] = json.loads(json.dumps(answers[module](json.loads(json.dumps(question)))))
     return answer
 
 

@@ -14,7 +14,7 @@ from cogtools import verify_lora
 from cogtools.errors import KilledError, LibraryError
 from cogtools.layouts.diffusers import FILE_NAME
 from cogtools.verification import child
-from cogtools.verification.load_child import LIBRARIES
+from cogtools.verification.overheard import LIBRARIES
 from tests.support.command_line import CommandLine, program, surroundings
 from tests.support.damage import by_file, good_lora, state, write
 from tests.support.loading import ask_here

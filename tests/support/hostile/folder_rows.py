@@ -37,6 +37,17 @@ def _sharded(weight_map: object, *, index: bytes | None = None, link: str = "") 
     return write
 
 
+def _loose(link: str) -> Callable[[Path], None]:
+    """A folder of two shards without an index, the second of which is a link."""
+    whole = _sharded({}, link=link)
+
+    def write(path: Path) -> None:
+        whole(path)
+        (path / "model.safetensors.index.json").unlink()
+
+    return write
+
+
 def shard_indexes() -> Iterator[HostileFile]:
     """Folders of sharded safetensors whose index points elsewhere or lies."""
     first, second = SHARDS
@@ -95,6 +106,7 @@ def shard_indexes() -> Iterator[HostileFile]:
     for name, target in links.items():
         folder = _sharded({"a": first, "b": second}, link=target)
         yield HostileFile(f"shard-link-{name}", folder, name="sharded", expect="either" if name == "out" else "refuse")
+        yield HostileFile(f"loose-shard-link-{name}", _loose(target), name="sharded")
 
 
 def _run(*, config: bytes = b"", latest: bytes | None = b"1") -> Callable[[Path], None]:
@@ -220,6 +232,8 @@ def run_folders() -> Iterator[HostileFile]:
         "ten-megabytes": b"1" * 10 * 2**20,
         "long": b"1" * 5_000,
         "a-file": b"training_config.yaml",
+        "a-name-with-a-slash": b"1/",
+        "a-name-of-a-link": b"out",
     }
     for name, content in pointers.items():
         yield HostileFile(f"latest-{name}", _run(latest=content), name="run", expect="either")
