@@ -96,7 +96,7 @@ def test_a_lokr_is_called_that_by_every_command(tmp_path: Path, cogtools_cli: Co
     keys = [f"lycoris_transformer_blocks_{layer}_attn1_{name}" for layer in range(2) for name in ("to_q", "to_k")]
     parts = {"lokr_w1": (2, 2), "lokr_w2_a": (4, 1), "lokr_w2_b": (1, 4), "alpha": ()}
     save_file({f"{key}.{part}": torch.ones(shape) for key in keys for part, shape in parts.items()}, path)
-    readers = "load it with lycoris (create_lycoris_from_weights, merge_to), and ComfyUI"
+    readers = "load it with lycoris (create_lycoris_from_weights, merge_to)"
 
     verified, inspected = cogtools_cli("verify", path), cogtools_cli("inspect", path)
     exported = cogtools_cli("export-lora", path, tmp_path / "out")
@@ -110,7 +110,7 @@ def test_a_lokr_is_called_that_by_every_command(tmp_path: Path, cogtools_cli: Co
     assert (exported.code, "found:     a LyCORIS LoKr\n" in exported.err) == (2, True)
     assert cogtools_cli("inspect", path, "--json").json["report"]["checkpoints"][0]["other_adapter"] == {
         "name": "a LyCORIS LoKr",
-        "readers": "lycoris (create_lycoris_from_weights, merge_to), and ComfyUI",
+        "readers": "lycoris (create_lycoris_from_weights, merge_to)",
     }
 
 
