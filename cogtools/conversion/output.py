@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.files import is_folder
+from cogtools.checkpoint.places import is_folder
 from cogtools.errors import OutputError
 from cogtools.interruption import signals_held_back
 

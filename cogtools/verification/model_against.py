@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cogtools.checkpoint.decoding import doubles
 from cogtools.checkpoint.gather import tensor_chunks
-from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.tensors import TensorEntry
-from cogtools.conversion.model import find_parts, no_model
 from cogtools.conversion.model_plan import plan_for_diffusers, plan_for_sat
 from cogtools.conversion.model_reading import read_text_encoder, read_transformer, read_vae
 from cogtools.conversion.model_record import read_model_record
@@ -27,13 +23,12 @@ from cogtools.verification.positions import Grid, grid_of, position_blocks
 from cogtools.verification.report import Check, judged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable
 
-    from cogtools.checkpoint.index import Checkpoint
-    from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.model import ModelPart
     from cogtools.conversion.model_plan import PartPlan
     from cogtools.layouts.family import Model
+    from cogtools.verification.model_source import ModelSource
     from cogtools.verification.model_written import WrittenModel, WrittenPart
 
 _MOST_DIFFERENT = 1e-6
@@ -41,42 +36,6 @@ _MOST_DIFFERENT = 1e-6
 
 _HALF_DIFFERENT = 2e-3
 """The same, of numbers up to 1 that were stored in half precision; bfloat16 has three bits less."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """The checkpoint that a model is held against.
-
-    Attributes:
-        checkpoint: it.
-        parts: its parts.
-        loras: the LoRAs that are given beside it, open.
-    """
-
-    checkpoint: Checkpoint
-    parts: Mapping[str, ModelPart]
-    loras: tuple[Checkpoint, ...] = ()
-
-    @property
-    def size_bytes(self) -> int:
-        """The bytes of its tensors."""
-        return sum(entry.size_bytes for part in self.parts.values() for entry in part.tensors.values())
-
-
-@contextmanager
-def open_model_source(paths: Sequence[AnyPath], *, iteration: int | None, ema: bool) -> Iterator[ModelSource]:
-    """Open the checkpoint that a model is held against, and the LoRAs that were merged into it.
-
-    Raises:
-        CogtoolsError: if there is none, or it holds no model.
-    """
-    path, *others = paths
-    with ExitStack() as opened:
-        checkpoint = opened.enter_context(open_checkpoint(path, iteration=iteration, ema=ema))
-        parts = find_parts(checkpoint)
-        if not parts:
-            raise no_model(checkpoint)
-        yield ModelSource(checkpoint, parts, tuple(opened.enter_context(open_checkpoint(other)) for other in others))
 
 
 def against_checks(

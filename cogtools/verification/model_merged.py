@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from cogtools.conversion.model_plan import PartPlan
     from cogtools.conversion.model_record import ModelRecord
     from cogtools.conversion.plan import Planned
-    from cogtools.verification.model_against import ModelSource
+    from cogtools.verification.model_source import ModelSource
 
 _BLOCK_ELEMENTS = 1 << 19
 """How many elements of a weight are computed at once."""
