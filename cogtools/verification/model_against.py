@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cogtools.checkpoint.decoding import doubles
 from cogtools.checkpoint.gather import tensor_chunks
+from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.tensors import TensorEntry
+from cogtools.conversion.model import find_parts, no_model
 from cogtools.conversion.model_plan import plan_for_diffusers, plan_for_sat
 from cogtools.conversion.model_reading import read_text_encoder, read_transformer, read_vae
 from cogtools.conversion.model_record import read_model_record
+from cogtools.conversion.plan import Planned
 from cogtools.errors import Problem
 from cogtools.formatting import counted
 from cogtools.layouts import transformer
@@ -23,12 +28,13 @@ from cogtools.verification.positions import Grid, grid_of, position_blocks
 from cogtools.verification.report import Check, judged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.model import ModelPart
     from cogtools.conversion.model_plan import PartPlan
     from cogtools.layouts.family import Model
-    from cogtools.verification.model_source import ModelSource
     from cogtools.verification.model_written import WrittenModel, WrittenPart
 
 _MOST_DIFFERENT = 1e-6
@@ -36,6 +42,42 @@ _MOST_DIFFERENT = 1e-6
 
 _HALF_DIFFERENT = 2e-3
 """The same, of numbers up to 1 that were stored in half precision; bfloat16 has three bits less."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """The checkpoint that a model is held against.
+
+    Attributes:
+        checkpoint: it.
+        parts: its parts.
+        loras: the LoRAs that are given beside it, open.
+    """
+
+    checkpoint: Checkpoint
+    parts: Mapping[str, ModelPart]
+    loras: tuple[Checkpoint, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes of its tensors."""
+        return sum(entry.size_bytes for part in self.parts.values() for entry in part.tensors.values())
+
+
+@contextmanager
+def open_model_source(paths: Sequence[AnyPath], *, iteration: int | None, ema: bool) -> Iterator[ModelSource]:
+    """Open the checkpoint that a model is held against, and the LoRAs that were merged into it.
+
+    Raises:
+        CogtoolsError: if there is none, or it holds no model.
+    """
+    path, *others = paths
+    with ExitStack() as opened:
+        checkpoint = opened.enter_context(open_checkpoint(path, iteration=iteration, ema=ema))
+        parts = find_parts(checkpoint)
+        if not parts:
+            raise no_model(checkpoint)
+        yield ModelSource(checkpoint, parts, tuple(opened.enter_context(open_checkpoint(other)) for other in others))
 
 
 def against_checks(
@@ -71,7 +113,8 @@ def _made_of_other(written: WrittenPart, source: ModelSource) -> str | None:
     if written.part is None or written.name not in source.parts:
         return None
     made_of = read_model_record(written.part.checkpoint).source
-    names = {source.checkpoint.path.name, source.parts[written.name].checkpoint.path.name}
+    part = source.parts[written.name].checkpoint
+    names = {source.checkpoint.path.name, part.path.name, read_model_record(part).source}  # a copy has its record too
     return None if made_of in names else made_of
 
 
@@ -83,12 +126,15 @@ def _part_checks(
         return [Check(name, "skipped", "it cannot be opened")]
     if written.name not in source.parts:
         return [Check(name, "skipped", f"the checkpoint has no {written.name}")]
-    record = read_model_record(written.part.checkpoint)
-    plan = _plan(written, source.parts[written.name], model)
+    part, record = source.parts[written.name], read_model_record(written.part.checkpoint)
+    if written.name != TRANSFORMER and part.layout == "diffusers":  # a copy
+        copied = [Planned(key, entry.dtype, entry.shape, (entry,)) for key, entry in part.tensors.items()]
+        return [_compared(name, written, copied, advance)]
+    plan = _plan(written, part, model)
     if written.name == TRANSFORMER and (record.merged is not None or source.loras):
-        checks = merged_checks(name, written.part, plan, source, record, advance)
+        checks = merged_checks(name, written.part, plan, source.loras, record, advance)
     else:
-        checks = [_compared(name, written, plan, advance)]
+        checks = [_compared(name, written, plan.tensors, advance)]
     if written.name == TRANSFORMER and written.config is not None:
         checks.append(_config(written, plan))
         positions = _positions(written, source.parts[TRANSFORMER])
@@ -107,15 +153,14 @@ def _plan(written: WrittenPart, part: ModelPart, model: Model | None) -> PartPla
     return plan_for_diffusers(reading)
 
 
-def _compared(name: str, written: WrittenPart, plan: PartPlan, advance: Callable[[int], None]) -> Check:
+def _compared(name: str, written: WrittenPart, tensors: Sequence[Planned], advance: Callable[[int], None]) -> Check:
     problems = []
-    for planned, key, entry in paired(written.part, plan.tensors):
+    for planned, key, entry in paired(written.part, tensors):
         problem = Problem("missing", key) if entry is None else difference(key, entry, planned, advance)
         problems += [] if problem is None else [problem]
-    good = f"{counted(len(plan.tensors), 'tensor')} equal the checkpoint's bit for bit"
-    return judged(
-        name, problems, good, f"{len(problems)} of {counted(len(plan.tensors), 'tensor')} are not the checkpoint's"
-    )
+    count = counted(len(tensors), "tensor")
+    good = f"{count} equal the checkpoint's bit for bit"
+    return judged(name, problems, good, f"{len(problems)} of {count} are not the checkpoint's")
 
 
 def _config(written: WrittenPart, plan: PartPlan) -> Check:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from cogtools.checkpoint.paths import RemotePath
     from cogtools.layouts.family import Model
-    from cogtools.verification.model_source import ModelSource
+    from cogtools.verification.model_against import ModelSource
     from cogtools.verification.model_written import WrittenModel
     from cogtools.verification.report import Check
     from cogtools.verification.verify import Given
@@ -70,7 +70,7 @@ def verify_model(
         source = None
         paths = given_paths(against)
         if paths:
-            from cogtools.verification.model_source import open_model_source
+            from cogtools.verification.model_against import open_model_source
 
             source = opened.enter_context(open_model_source(paths, iteration=iteration, ema=ema))
         known = asked or model_of(written)
