@@ -1,4 +1,4 @@
-"""Where bytes lie: an open file, a range of it, and what is in a folder.
+"""Where bytes lie: an open file, and a range of it.
 
 Files are read with positioned reads, never through a memory map: a file that shrinks while it is read then gives an
 error, not a SIGBUS that ends the process. Whatever the system refuses is a `CheckpointError` with its reason.
@@ -41,17 +41,13 @@ class SourceFile(ABC):
         self._spool: _Spool | None = None
 
     @staticmethod
-    def open(path: AnyPath) -> SourceFile:
-        """Open a file. Pipes, devices and folders are refused: their bytes cannot be read by position.
+    def open(path: Path) -> SourceFile:
+        """Open a file of this machine. Pipes, devices and folders are refused: their bytes cannot be read by position.
 
         Raises:
             CheckpointError: if it is missing, not readable, or not a regular file.
         """
-        if isinstance(path, Path):
-            return LocalFile.at(path)
-        from cogtools.checkpoint.remote.file import RemoteFile
-
-        return RemoteFile(path)
+        return LocalFile.at(path)
 
     @property
     def name(self) -> str:
@@ -196,8 +192,9 @@ class LocalFile(SourceFile):
     def beside(self, name: str, *, above: bool = False) -> SourceFile | None:
         for path in dict.fromkeys((self.path.absolute(), real_path(self.path))):
             for folder in (path.parent, path.parent.parent) if above else (path.parent,):
-                if is_file(folder / name):
-                    return SourceFile.open(folder / name)
+                place = folder / name
+                if isinstance(place, Path) and quietly(place.is_file):
+                    return LocalFile.at(place)
         return None
 
     def _read_some(self, offset_bytes: int, size_bytes: int) -> bytes:
@@ -275,23 +272,17 @@ class FileRange(NamedTuple):
         return self.file.read(self.offset_bytes, self.size_bytes)
 
 
-def read_small_file(path: AnyPath, limit_bytes: int, what: str = "the file is too long to be read") -> bytes:
+def read_whole(file: SourceFile, limit_bytes: int, what: str = "the file is too long to be read") -> bytes:
     """All of a file that says something of a checkpoint, such as a configuration.
 
     Args:
-        path: the file.
+        file: the file, open.
         limit_bytes: how long it may be.
         what: what to say of one that is longer.
 
     Raises:
         CheckpointError: if it cannot be read, or is longer.
     """
-    with SourceFile.open(path) as file:
-        return read_whole(file, limit_bytes, what)
-
-
-def read_whole(file: SourceFile, limit_bytes: int, what: str = "the file is too long to be read") -> bytes:
-    """As `read_small_file`, of a file that is open."""
     if file.size_bytes > limit_bytes:
         raise CheckpointError(
             what, file=file.path, found=f"{file.size_bytes:,} bytes", expected=f"at most {limit_bytes:,}"
@@ -305,48 +296,6 @@ class FolderEntry(NamedTuple):
     path: AnyPath
     is_file: bool
     is_folder: bool
-
-
-def list_folder(folder: AnyPath) -> list[FolderEntry]:
-    """What is in a folder, by name. On a plain server, which lists nothing: what is found of what could be there.
-
-    Raises:
-        CheckpointError: if it cannot be read.
-    """
-    if not isinstance(folder, Path):
-        return folder.store.list(folder)
-    try:
-        with os.scandir(folder) as entries:
-            found = [FolderEntry(folder / entry.name, _is(entry.is_file), _is(entry.is_dir)) for entry in entries]
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the folder cannot be read: {reason(error)}", file=folder) from error
-    return sorted(found)
-
-
-def is_file(path: AnyPath) -> bool:
-    """Whether a path is that of a file; false also where it may not be looked at, or no file can have that name."""
-    return _is(path.is_file)
-
-
-def is_folder(path: AnyPath) -> bool:
-    """Whether a path is that of a folder; false also where `is_file` says it may be."""
-    return _is(path.is_dir)
-
-
-def is_there(path: AnyPath) -> bool:
-    """Whether there is something of this name, be it a link that leads nowhere."""
-    return os.path.lexists(path) if isinstance(path, Path) else is_file(path) or is_folder(path)
-
-
-def size_of(path: AnyPath) -> int | None:
-    """How many bytes a file has; None if it cannot be found out."""
-    if not isinstance(path, Path):
-        found = path.look()
-        return None if found is None else found.size_bytes
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
 
 
 def link_target(path: AnyPath) -> Path | None:
@@ -364,7 +313,8 @@ def reason(error: OSError | ValueError) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _is(ask: Callable[[], bool]) -> bool:
+def quietly(ask: Callable[[], bool]) -> bool:
+    """The answer to a question about a path; false where the system refuses to look."""
     try:
         return ask()
     except OSError:

@@ -20,11 +20,12 @@ import re
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.files import is_file, is_folder, link_target, list_folder
+from cogtools.checkpoint.files import link_target
 from cogtools.checkpoint.names import EMA_SUFFIX, is_companion, spread_over
 from cogtools.checkpoint.names import TRAINER_FILES as TRAINER_FILES
 from cogtools.checkpoint.names import WEIGHTS_FILES as WEIGHTS_FILES
 from cogtools.checkpoint.paths import RemotePath
+from cogtools.checkpoint.places import is_file, is_folder, list_folder, store_of
 from cogtools.checkpoint.run import (
     Iteration,
     SaveFolder,
@@ -65,7 +66,7 @@ def find_file(folder: AnyPath, *, iteration: int | None = None, ema: bool = Fals
         CheckpointError: if there is no checkpoint in it, or it could be one of several.
     """
     if iteration is not None and isinstance(folder, RemotePath):
-        folder.store.ask_for(folder, names_of_iteration(iteration))
+        store_of(folder).ask_for(folder, names_of_iteration(iteration))
     return _find_file(folder, iteration, ema=ema, levels=_MAX_SAVE_FOLDERS)
 
 
@@ -290,7 +291,7 @@ def matching(path: RemotePath) -> list[RemotePath]:
         OptionError: if that is a server that lists nothing.
         CheckpointError: if nothing fits, or a folder cannot be read.
     """
-    if not path.store.lists:
+    if not store_of(path).lists:
         raise OptionError(
             f"{path.scheme}:// lists nothing: a pattern needs a store that lists",
             found=str(path),

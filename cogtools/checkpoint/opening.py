@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.files import SourceFile, is_folder, is_there, list_folder
 from cogtools.checkpoint.folder import find_file, find_run, pipeline_components, refuse_choice
 from cogtools.checkpoint.formats.safetensors import open_safetensors
 from cogtools.checkpoint.formats.signatures import FormatName, format_of, read_start, what_it_is
@@ -13,6 +12,7 @@ from cogtools.checkpoint.formats.torch_zip import open_torch_zip
 from cogtools.checkpoint.index import Checkpoint
 from cogtools.checkpoint.names import DISTRIBUTED_METADATA, is_companion, part_of, spread_over
 from cogtools.checkpoint.paths import as_path
+from cogtools.checkpoint.places import is_folder, is_there, list_folder, open_file
 from cogtools.checkpoint.shards import kind_of_index, read_shard_index, shards_by_name
 from cogtools.checkpoint.tensors import OtherTensor
 from cogtools.checkpoint.weights import spread_error
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
+    from cogtools.checkpoint.files import SourceFile
     from cogtools.checkpoint.paths import AnyPath, RemotePath
     from cogtools.checkpoint.tensors import TensorEntry
 
@@ -72,7 +73,7 @@ def _open_weights(path: AnyPath) -> Checkpoint:
 
 
 def _open_file(path: AnyPath) -> Checkpoint:
-    file = SourceFile.open(path)
+    file = open_file(path)
     try:
         return _index(file)
     except BaseException:
@@ -191,7 +192,7 @@ def _open_pipeline(index: AnyPath) -> Checkpoint:
 def _join(path: AnyPath, how: str, files: dict[str, AnyPath], open_part: Callable[[AnyPath], Checkpoint]) -> Checkpoint:
     """Several files as one checkpoint, its tensors not yet chosen."""
     parts: dict[str, Checkpoint] = {}
-    index = None if is_folder(path) else SourceFile.open(path)
+    index = None if is_folder(path) else open_file(path)
     try:
         for name, file in files.items():
             parts[name] = open_part(file)

@@ -1,7 +1,7 @@
 """Paths: of this machine, and those that a URL names.
 
 `AnyPath` is a `pathlib.Path` or a `RemotePath`, which has those of Path's methods that are used here. What is there is
-asked through `cogtools.checkpoint.files`, so that a folder, a server and an object store are one thing.
+asked through `cogtools.checkpoint.places`, so that a folder, a server and an object store are one thing.
 """
 
 from __future__ import annotations
@@ -9,46 +9,37 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 from urllib.parse import quote, unquote
 
 from cogtools.errors import OptionError
-
-if TYPE_CHECKING:
-    from cogtools.checkpoint.remote.store import Found, Store
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://(?P<rest>.*)", re.DOTALL)
 
 HTTP_SCHEMES = ("http", "https")
 
 
-class _Origin:
+class Origin:
     """What the paths of one URL share: where it leads, and what is known of what lies there.
 
     Args:
         scheme: such as "https" or "s3".
         authority: the host, bucket or owner, with user and password where the URL has them.
         query: what follows a "?" in a URL of HTTP: it is sent with every request, and shown nowhere.
+
+    Attributes:
+        store: what answers for it, once it has been asked (`cogtools.checkpoint.remote.stores`).
     """
 
     def __init__(self, scheme: str, authority: str, query: str) -> None:
         self.scheme = scheme
         self.authority = authority
         self.query = query
-        self._store: Store | None = None
+        self.store: object = None
 
     @property
     def key(self) -> tuple[str, str, str]:
         return self.scheme, self.authority, self.query
-
-    @property
-    def store(self) -> Store:
-        """What answers for it, made when it is first asked."""
-        if self._store is None:
-            from cogtools.checkpoint.remote.store import open_store
-
-            self._store = open_store(self.scheme, f"{self.scheme}://{self.authority}")
-        return self._store
 
 
 class RemotePath:
@@ -57,30 +48,25 @@ class RemotePath:
     Paths that are made from one another share what they have found out: each is looked at once.
     """
 
-    __slots__ = ("_origin", "_parts")
+    __slots__ = ("_parts", "origin")
 
-    def __init__(self, origin: _Origin, parts: tuple[str, ...]) -> None:
-        self._origin = origin
+    def __init__(self, origin: Origin, parts: tuple[str, ...]) -> None:
+        self.origin = origin
         self._parts = parts
 
     @property
     def scheme(self) -> str:
         """How it is reached, such as "https" or "s3"."""
-        return self._origin.scheme
-
-    @property
-    def store(self) -> Store:
-        """What answers for it."""
-        return self._origin.store
+        return self.origin.scheme
 
     @property
     def url(self) -> str:
         """The whole URL, secrets included: for requests, never for messages."""
-        scheme, authority, query = self._origin.key
+        scheme, authority, query = self.origin.key
         return "/".join((f"{scheme}://{authority}", *self._parts)) + (f"?{query}" if query else "")
 
     def __str__(self) -> str:
-        authority = self._origin.authority.rpartition("@")[2]
+        authority = self.origin.authority.rpartition("@")[2]
         return "/".join((f"{self.scheme}://{authority}", *self._parts))
 
     def __repr__(self) -> str:
@@ -90,10 +76,10 @@ class RemotePath:
         return as_path, (self.url,)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, RemotePath) and (self._origin.key, self._parts) == (other._origin.key, other._parts)
+        return isinstance(other, RemotePath) and (self.origin.key, self._parts) == (other.origin.key, other._parts)
 
     def __hash__(self) -> int:
-        return hash((self._origin.key, self._parts))
+        return hash((self.origin.key, self._parts))
 
     def __lt__(self, other: AnyPath) -> bool:
         return str(self) < str(other)
@@ -101,7 +87,7 @@ class RemotePath:
     @property
     def parts(self) -> tuple[str, ...]:
         """Where it leads, then the names that lead there."""
-        return str(RemotePath(self._origin, ())), *self._parts
+        return str(RemotePath(self.origin, ())), *self._parts
 
     @property
     def name(self) -> str:
@@ -122,13 +108,13 @@ class RemotePath:
     @property
     def parent(self) -> RemotePath:
         """The folder that it is in; the top is in itself."""
-        return RemotePath(self._origin, self._parts[:-1])
+        return RemotePath(self.origin, self._parts[:-1])
 
     def __truediv__(self, name: str) -> RemotePath:
         parts = name.split("/")
         if self.scheme in HTTP_SCHEMES:
             parts = [quote(part, safe="") for part in parts]
-        return RemotePath(self._origin, (*self._parts, *parts))
+        return RemotePath(self.origin, (*self._parts, *parts))
 
     def with_name(self, name: str) -> RemotePath:
         """The path of that name in the same folder."""
@@ -141,23 +127,6 @@ class RemotePath:
     def resolve(self) -> RemotePath:
         """The same: where a server looks is its own affair."""
         return self
-
-    def look(self) -> Found | None:
-        """What is there; None if there is nothing.
-
-        Raises:
-            CheckpointError: if it cannot be found out.
-        """
-        return self.store.look(self)
-
-    def is_file(self) -> bool:
-        """Whether it is a file; errors as for `look`."""
-        found = self.look()
-        return found is not None and found.is_file
-
-    def is_dir(self) -> bool:
-        """Whether it is a folder; errors as for `look`."""
-        return self.store.is_folder(self)
 
 
 AnyPath: TypeAlias = Path | RemotePath
@@ -188,7 +157,7 @@ def as_path(given: str | os.PathLike[str] | RemotePath) -> AnyPath:
     if not authority or any(part in (".", "..") for part in parts):
         what = "has no host or bucket" if not authority else "has a part that is not a name"
         raise OptionError(f"this URL {what}", found=f"{scheme}://{rest.rpartition('@')[2]}")
-    return RemotePath(_Origin(scheme, authority, query), tuple(parts))
+    return RemotePath(Origin(scheme, authority, query), tuple(parts))
 
 
 def local_path(given: str | os.PathLike[str] | RemotePath, what: str) -> Path:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from cogtools.checkpoint.files import is_file, is_folder, list_folder, read_small_file
 from cogtools.checkpoint.limits import MAX_LATEST_BYTES
 from cogtools.checkpoint.names import EMA_SUFFIX, LATEST
 from cogtools.checkpoint.paths import real_path
+from cogtools.checkpoint.places import is_file, is_folder, list_folder, read_small_file
 from cogtools.checkpoint.weights import has_library_file, has_weights
 from cogtools.errors import CheckpointError
 

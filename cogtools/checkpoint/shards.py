@@ -13,13 +13,13 @@ import json
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Literal
 
-from cogtools.checkpoint.files import SourceFile, is_file, list_folder, read_small_file
 from cogtools.checkpoint.formats.signatures import looks_like_safetensors
 from cogtools.checkpoint.limits import MAX_INDEX_BYTES
 from cogtools.checkpoint.names import PIPELINE_INDEX as PIPELINE_INDEX
 from cogtools.checkpoint.names import SHARD_INDEX_SUFFIXES as SHARD_INDEX_SUFFIXES
 from cogtools.checkpoint.names import shard_name
 from cogtools.checkpoint.paths import RemotePath
+from cogtools.checkpoint.places import is_file, list_folder, open_file, read_small_file
 from cogtools.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def kind_of_index(path: AnyPath) -> Literal["pipeline", "shards"] | None:
 
 
 def _may_be_json(path: AnyPath) -> bool:
-    with SourceFile.open(path) as file:
+    with open_file(path) as file:
         start = file.read(0, min(file.size_bytes, _START_BYTES))
     return start.lstrip().startswith(b"{") and not looks_like_safetensors(start)
 

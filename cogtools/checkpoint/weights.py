@@ -8,7 +8,6 @@ from __future__ import annotations
 import heapq
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.files import list_folder, size_of
 from cogtools.checkpoint.formats.signatures import looks_like_checkpoint
 from cogtools.checkpoint.names import (
     LIBRARY_FILES,
@@ -22,6 +21,7 @@ from cogtools.checkpoint.names import (
     shard_name,
     spread_over,
 )
+from cogtools.checkpoint.places import list_folder, size_of
 from cogtools.checkpoint.shards import kind_of_index
 from cogtools.errors import SHOWN_PROBLEMS, CheckpointError
 

@@ -82,9 +82,9 @@ def export_lora_command(
       cogtools export-lora ckpts/*/ loras/
       cogtools export-lora 's3://runs/*/' s3://loras/ --dask tcp://10.0.0.1:8786
     """
-    from cogtools.checkpoint.files import is_folder
     from cogtools.checkpoint.folder import has_pattern
     from cogtools.checkpoint.paths import as_path
+    from cogtools.checkpoint.places import is_folder
     from cogtools.export.export import export_checkpoint
     from cogtools.render.export import show_export
     from cogtools.render.json_object import report_json

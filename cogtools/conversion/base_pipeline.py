@@ -5,9 +5,10 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.files import FileRange, SourceFile, is_file, is_folder, list_folder
+from cogtools.checkpoint.files import FileRange, SourceFile
 from cogtools.checkpoint.names import PIPELINE_INDEX
 from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.checkpoint.places import is_file, is_folder, list_folder, open_file
 from cogtools.checkpoint.shards import read_index
 from cogtools.conversion import manifest
 from cogtools.conversion.carry_out import PlannedFile
@@ -99,7 +100,7 @@ class BasePipeline:
         found = []
         for entry in sorted(list_folder(folder), key=lambda entry: entry.path.name):
             if entry.is_file and entry.path.name != manifest.NAME and not entry.path.name.startswith("."):
-                file = self._opened.enter_context(SourceFile.open(entry.path))
+                file = self._opened.enter_context(open_file(entry.path))
                 self.files.append(file)
                 found.append(PlannedFile(entry.path.name, copied=FileRange(file, 0, file.size_bytes)))
         return with_manifest(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.files import is_file
+from cogtools.checkpoint.places import is_file
 from cogtools.conversion.carry_out import Written, write_outputs
 from cogtools.conversion.manifest import is_ours
 from cogtools.conversion.output import AtomicFile, AtomicFolder, refuse_unwritable

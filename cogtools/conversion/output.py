@@ -18,7 +18,7 @@ import stat
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.files import is_folder
+from cogtools.checkpoint.places import is_folder
 from cogtools.errors import OutputError
 from cogtools.interruption import signals_held_back
 

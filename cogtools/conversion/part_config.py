@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.files import read_small_file
 from cogtools.checkpoint.limits import MAX_ADAPTER_CONFIG_BYTES
+from cogtools.checkpoint.places import read_small_file
 from cogtools.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import re
 from math import prod
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.files import is_file
 from cogtools.checkpoint.folder import TRAINER_FILES
+from cogtools.checkpoint.places import is_file
 from cogtools.checkpoint.tensors import true_shape
 from cogtools.conversion.lora import find_other_adapter
 from cogtools.errors import ExportError, Hint, command

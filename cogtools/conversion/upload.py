@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from cogtools.checkpoint.files import is_file, is_folder
 from cogtools.checkpoint.names import PIPELINE_INDEX, SHARD_INDEX_SUFFIXES
+from cogtools.checkpoint.places import is_file, is_folder, store_of
 from cogtools.conversion.output import GrowingFile
 from cogtools.errors import OutputError
 
@@ -71,7 +71,7 @@ class Upload:
 
     def refuse_existing(self) -> None:
         """Raise an `OutputError` if the target is there and may not be replaced, or nothing can be put there."""
-        self.target.store.refuse_put(self.target)
+        store_of(self.target).refuse_put(self.target)
         if not self.overwrite and (is_file(self.target) or (self.is_folder and is_folder(self.target))):
             raise _exists(self.target)
 
@@ -102,7 +102,7 @@ class Upload:
         put: list[RemotePath] = []
         try:
             for member in sorted(self._members, key=lambda member: _order(member.there.name)):
-                self.target.store.put(member.here, member.there, overwrite=self.overwrite)
+                store_of(self.target).put(member.here, member.there, overwrite=self.overwrite)
                 put.append(member.there)
         except FileExistsError as error:
             self._remove(put)
@@ -115,7 +115,7 @@ class Upload:
         if not self.overwrite:
             for path in put:
                 with contextlib.suppress(OutputError):
-                    path.store.remove(path)
+                    store_of(path).remove(path)
 
 
 def _order(name: str) -> int:

@@ -16,10 +16,10 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from cogtools.checkpoint.files import is_file, is_folder
 from cogtools.checkpoint.folder import TRAINER_FILES, find_file, find_save_folder, has_pattern, iterations_in, matching
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.paths import RemotePath, as_path
+from cogtools.checkpoint.places import is_file, is_folder, store_of
 from cogtools.conversion.lora import read_lora
 from cogtools.conversion.options import CASTS
 from cogtools.errors import CheckpointError, CogtoolsError, KilledError, OptionError, OutputError, command
@@ -212,7 +212,7 @@ def _jobs(
         return [Job(source, error=error)]
     if is_one_file:
         return [_job(source, out, options, lambda: path)]
-    if every and isinstance(path, RemotePath) and not path.store.lists:
+    if every and isinstance(path, RemotePath) and not store_of(path).lists:
         raise OptionError(
             f"{path.scheme}:// lists nothing: --all needs a store that lists",
             found=source,

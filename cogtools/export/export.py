@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from cogtools.checkpoint.files import is_folder
 from cogtools.checkpoint.formats.safetensors import safetensors_header
 from cogtools.checkpoint.formats.torch_zip_writer import TorchArchive
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.paths import as_path
+from cogtools.checkpoint.places import is_folder
 from cogtools.conversion.base import base_tensors
 from cogtools.conversion.carry_out import PlannedFile, Written, write
 from cogtools.conversion.lora import read_lora

@@ -6,9 +6,9 @@ import json
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
-from cogtools.checkpoint.files import is_folder
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.paths import as_path, local_path
+from cogtools.checkpoint.places import is_folder
 from cogtools.conversion.base_pipeline import GIVEN, BasePipeline
 from cogtools.conversion.carry_out import storages_of
 from cogtools.conversion.manifest import with_manifest

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
 
-from cogtools.checkpoint.files import is_folder
 from cogtools.checkpoint.folder import find_save_folder
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.paths import as_path, local_path
+from cogtools.checkpoint.places import is_folder
 from cogtools.conversion.carry_out import Written, storages_of, write
 from cogtools.conversion.lora import find_lora
 from cogtools.conversion.loss import NOTABLE

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cogtools.checkpoint.files import is_folder
+from cogtools.checkpoint.places import is_folder
 from cogtools.conversion.output import AtomicFile
 from cogtools.errors import ExportError, OptionError, OutputError, command
 from cogtools.formatting import counted, truncate

@@ -15,10 +15,10 @@ import numpy as np
 
 from cogtools.checkpoint.decoding import doubles, tensor_doubles
 from cogtools.checkpoint.dtypes import FLOAT_FORMATS
-from cogtools.checkpoint.files import is_folder
 from cogtools.checkpoint.folder import find_save_folder, iterations_in
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.checkpoint.places import is_folder
 from cogtools.conversion.merge_plan import Weighted
 from cogtools.conversion.notices import choice_notices
 from cogtools.conversion.options import BY_HAND

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.files import is_file, list_folder
+from cogtools.checkpoint.places import is_file, is_folder, list_folder
 from cogtools.conversion.model_reading import model_name, read_transformer
 from cogtools.conversion.part_config import read_config
 from cogtools.conversion.plan import FLOATS
@@ -35,7 +35,7 @@ def part_checks(written: WrittenPart, model: Model | None, advance: Callable[[in
     """
     name = written.name
     checks = [_files(written)]
-    if written.path.is_dir():
+    if is_folder(written.path):
         checks.append(_config(written, model))
     if written.part is None:
         return checks
@@ -54,7 +54,7 @@ def _alone(written: WrittenPart, part: ModelPart, model: Model | None) -> Check:
     try:
         reading = read_transformer(part, model)
     except ExportError as error:
-        if not error.problems and written.path.is_dir():
+        if not error.problems and is_folder(written.path):
             return Check(name, "skipped", f"{error.what}, without a config.json")
         if not error.problems:
             raise

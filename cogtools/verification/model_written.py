@@ -6,8 +6,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from cogtools.checkpoint.files import is_file, is_folder, list_folder
 from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.checkpoint.places import is_file, is_folder, list_folder
 from cogtools.checkpoint.shards import read_index
 from cogtools.conversion.model import find_parts, no_model
 from cogtools.conversion.part_config import read_config

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.files import is_file, is_folder, list_folder
 from cogtools.checkpoint.folder import find_save_folder
 from cogtools.checkpoint.formats import safetensors
 from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.checkpoint.places import is_file, is_folder, list_folder
 from cogtools.conversion.lora import read_lora
 from cogtools.errors import CheckpointError, Hint, command
 from cogtools.layouts import diffusers, peft, sat

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cogtools.checkpoint.files import FolderEntry, SourceFile, list_folder, read_small_file
+from cogtools.checkpoint.files import FolderEntry, SourceFile
 from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.checkpoint.places import list_folder, read_small_file
 from cogtools.errors import CheckpointError
 
 STALE = "the file cannot be read: Stale file handle"

@@ -6,10 +6,11 @@ import codecs
 import re
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
-from cogtools.checkpoint.files import SourceFile
+from cogtools.checkpoint.places import open_file
 from cogtools.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from cogtools.checkpoint.files import SourceFile
     from cogtools.checkpoint.paths import AnyPath
 
 FormatName: TypeAlias = Literal["zip", "safetensors", "legacy"]
@@ -77,7 +78,7 @@ def looks_like_safetensors(start: bytes) -> bool:
 def looks_like_checkpoint(path: AnyPath) -> bool:
     """Whether a file begins as a checkpoint does; a zip archive as torch.save makes it, not any."""
     try:
-        with SourceFile.open(path) as file:
+        with open_file(path) as file:
             start = read_start(file)
     except CheckpointError:
         return False

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cogtools.checkpoint.paths import RemotePath
+    from cogtools.checkpoint.remote.store import Store
 
 _MAX_BLOCKS = 128
 """How many blocks of a file are kept: 16 MB."""
@@ -33,19 +34,21 @@ class RemoteFile(SourceFile):
     """A file that a URL names.
 
     Args:
-        path: its path; it has been looked at.
+        path: its path.
+        store: what answers for it.
 
     Raises:
         CheckpointError: if it is not there.
     """
 
-    def __init__(self, path: RemotePath) -> None:
-        found = path.look()
+    def __init__(self, path: RemotePath, store: Store) -> None:
+        found = store.look(path)
         if found is None or not found.is_file:
             what = "this is a folder" if found is not None else "there is no such file"
-            raise CheckpointError(what, file=path, found=path.store.why_not(path) if found is None else None)
+            raise CheckpointError(what, file=path, found=store.why_not(path) if found is None else None)
         super().__init__(path, found.size_bytes)
         self._remote = path
+        self._store = store
         self._found = found
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._windows: list[_Window] = []
@@ -55,15 +58,15 @@ class RemoteFile(SourceFile):
 
     @property
     def parallel(self) -> int:
-        return self._remote.store.parallel
+        return self._store.parallel
 
     def beside(self, name: str, *, above: bool = False) -> SourceFile | None:
         folders = [self._remote.parent]
         if above:
             folders.append(self._remote.parent.parent)
         for path in (folder / name for folder in folders):
-            if path.is_file():
-                return RemoteFile(path)
+            if self._store.is_file(path):
+                return RemoteFile(path, self._store)
         return None
 
     def _read_some(self, offset_bytes: int, size_bytes: int) -> bytes:
@@ -97,7 +100,7 @@ class RemoteFile(SourceFile):
         return joined[start : start + size_bytes]
 
     def _fetch(self, offset_bytes: int, size_bytes: int) -> bytes:
-        return self._remote.store.fetch(self._remote, offset_bytes, size_bytes, self._found)
+        return self._store.fetch(self._remote, offset_bytes, size_bytes, self._found)
 
     def keep(self, offset_bytes: int, size_bytes: int) -> Callable[[], None]:
         window = _Window(offset_bytes, self._fetch(offset_bytes, size_bytes))
@@ -114,4 +117,4 @@ class RemoteFile(SourceFile):
         return self.size_bytes
 
     def refuse_changed(self) -> None:
-        self._remote.store.refuse_changed(self._remote, self._found)
+        self._store.refuse_changed(self._remote, self._found)

@@ -17,7 +17,7 @@ import fsspec
 import yarl
 from fsspec.asyn import sync
 
-from cogtools.checkpoint.files import FolderEntry, SourceFile, read_whole
+from cogtools.checkpoint.files import FolderEntry, read_whole
 from cogtools.checkpoint.limits import MAX_LATEST_BYTES
 from cogtools.checkpoint.names import (
     EMA_SUFFIX,
@@ -27,6 +27,7 @@ from cogtools.checkpoint.names import (
     SHARD_INDEX_SUFFIXES,
     TRAINER_FILES,
 )
+from cogtools.checkpoint.remote.file import RemoteFile
 from cogtools.checkpoint.remote.store import BLOCK_BYTES, Found, Store, TryAgainError, changed, is_same, reason
 from cogtools.errors import CheckpointError
 
@@ -107,14 +108,14 @@ class HttpStore(Store):
         names = TRAINER_FILES if folder.name[:1].isdecimal() else _USUAL_NAMES
         latest = folder / LATEST
         folders = list(self._names.get(folder, ()))
-        if names is _USUAL_NAMES and latest.is_file():
+        if names is _USUAL_NAMES and self.is_file(latest):
             yield FolderEntry(latest, is_file=True, is_folder=False)
             folders += self._named_by(latest)
         for name in dict.fromkeys(folders):
             if self.list(folder / name):
                 yield FolderEntry(folder / name, is_file=False, is_folder=True)
         if not folders:
-            found = next((folder / name for name in names if (folder / name).is_file()), None)
+            found = next((folder / name for name in names if self.is_file(folder / name)), None)
             if found is not None:
                 yield FolderEntry(found, is_file=True, is_folder=False)
 
@@ -123,7 +124,7 @@ class HttpStore(Store):
             self.fetch(path, 0, 1, found)
 
     def _named_by(self, latest: RemotePath) -> list[str]:
-        with SourceFile.open(latest) as file:
+        with RemoteFile(latest, self) as file:
             if file.size_bytes > MAX_LATEST_BYTES:
                 return []
             name = read_whole(file, MAX_LATEST_BYTES).decode("utf-8", "replace").strip().removesuffix(EMA_SUFFIX)

@@ -12,8 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
-from cogtools.checkpoint.paths import HTTP_SCHEMES
-from cogtools.errors import CheckpointError, OptionError, OutputError
+from cogtools.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -123,6 +122,11 @@ class Store(ABC):
         """Why nothing was found at a path, where there was an answer that says more than that."""
         return self._refused.get(path)
 
+    def is_file(self, path: RemotePath) -> bool:
+        """Whether a path is that of a file; errors as for `look`."""
+        found = self.look(path)
+        return found is not None and found.is_file
+
     def is_folder(self, path: RemotePath) -> bool:
         """Whether a path is that of a folder; errors as for `look`."""
         found = self.look(path)
@@ -195,40 +199,6 @@ class Store(ABC):
                 found=f"{error.what}, {len(PAUSES_SECONDS) + 1} times",
                 hint="try again later",
             ) from error
-
-
-def open_store(scheme: str, url: str) -> Store:
-    """What answers for a URL.
-
-    Raises:
-        OptionError: if nothing installed does.
-    """
-    try:
-        if scheme in HTTP_SCHEMES:
-            from cogtools.checkpoint.remote.http import HttpStore
-
-            return HttpStore(scheme)
-        from cogtools.checkpoint.remote.objects import ObjectStore
-
-        return ObjectStore(scheme, url)
-    except ImportError as error:
-        raise _not_installed(scheme, error) from error
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise OptionError(
-            f"{scheme}:// cannot be opened",
-            found=reason(error),
-            hint=f"look at the configuration for {scheme} (fsspec's, and that of the store's own tools)",
-        ) from error
-
-
-_IN_EXTRA = (*HTTP_SCHEMES, "s3", "s3a")
-
-
-def _not_installed(scheme: str, error: ImportError) -> OptionError:
-    hint = "pip install 'cogtools[remote]'" if scheme in _IN_EXTRA else "install what is named above"
-    return OptionError(f"what reads {scheme}:// is not installed", found=reason(error), hint=hint)
 
 
 def reason(error: BaseException) -> str:
