@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from cogtools import export_lora, open_checkpoint, read_lora
 from cogtools.conversion.options import Format
 from cogtools.errors import ExportError, OptionError, OutputError, Problem
+from tests.support.base_weights import diffusers_base
 from tests.support.consumers import CONSUMERS, Updates, diffusers_of_peft, opened, sat
+from tests.support.diffusers_alone import toy_transformer
 from tests.support.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
 from tests.support.producers import ATTENTION, PEFT_WORDS, PRODUCERS, after, factors, saved, spelled
 
@@ -506,6 +508,26 @@ def test_the_base_weights_are_written_beside_the_lora_as_they_are(run: Path, tmp
     assert read_lora(report.output).scalings.popitem()[1] == 0.5
 
 
+def test_the_base_may_be_a_model_of_diffusers(run: Path, tmp_path: Path) -> None:
+    trained = torch.load(run, weights_only=False)["module"]
+    base = saved(tmp_path / "model" / "diffusion_pytorch_model.safetensors", contiguous(diffusers_base(trained, 3)))
+    with pytest.raises(ExportError) as caught:
+        export_lora(run, tmp_path / "whole", format="sat", base=base)
+    assert str(caught.value.hint) == "give the folder with its config.json or training_config.yaml"
+    toy_transformer().save_config(base.parent)
+    report = export_lora(run, tmp_path / "whole", format="sat", base=base.parent)
+    found = torch.load(report.output, weights_only=True)["module"]
+    # What diffusers computes itself is not in its file.
+    wanted = {key.replace(".original.", "."): tensor for key, tensor in trained.items()
+              if key.startswith("model.diffusion_model.") and "pos_embedding" not in key}  # fmt: skip
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+
+
+def contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: tensor.clone() for key, tensor in tensors.items()}
+
+
 def test_the_base_of_another_model_is_refused(tmp_path: Path) -> None:
     made = PRODUCERS["sats_own_exporter"](tmp_path / "in")
     base = tmp_path / "base.pt"
@@ -521,7 +543,7 @@ def test_base_weights_go_into_sats_folder_only(run: Path, tmp_path: Path) -> Non
 
 def test_a_checkpoint_without_base_weights_is_not_a_base(run: Path, tmp_path: Path) -> None:
     lora = export_lora(run, tmp_path / "lora")
-    with pytest.raises(ExportError, match="there are no base weights of SAT's transformer in this checkpoint"):
+    with pytest.raises(ExportError, match="there are no base weights of a transformer in this checkpoint"):
         export_lora(run, tmp_path / "out", format="sat", base=lora.output)
 
 

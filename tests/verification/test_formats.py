@@ -196,7 +196,7 @@ def test_another_adapter_is_called_what_it_is(tmp_path: Path) -> None:
             f"{key}.alpha": torch.ones(()),
         }
     report = verify_lora(saved(tmp_path / "pytorch_lora_weights.safetensors", tensors))
-    assert seen(report, "names") == "this is a LyCORIS LoKr, which diffusers does not load"
+    assert seen(report, "names") == "this is a LyCORIS LoKr, not a LoRA"
     (check,) = (check for check in report.checks if check.name == "names")
     assert str(check.hint) == "load it with lycoris (create_lycoris_from_weights, merge_to)"
 
