@@ -331,7 +331,7 @@ def prepare_export(checkpoint: Checkpoint, options: ExportOptions, base: Checkpo
 
         beside = base_weights(base, plan.transformer)
         tensors, notices = (*tensors, *beside.tensors), beside.notices
-    record = _record(plan, checkpoint, options, dtype)
+    record = _record(plan, checkpoint, options, dtype, base)
     files = lora_files(layout, tensors, carried(plan, options, record), record)
     return PreparedExport(plan, files, dtype, notices)
 
@@ -357,7 +357,9 @@ def lora_files(
     return (file, *(PlannedFile(name, content) for name, content in beside.items()))
 
 
-def _record(plan: LoraPlan, checkpoint: Checkpoint, options: ExportOptions, dtype: DType) -> str:
+def _record(
+    plan: LoraPlan, checkpoint: Checkpoint, options: ExportOptions, dtype: DType, base: Checkpoint | None
+) -> str:
     """How the output was made."""
     iteration, run, before = checkpoint.values.get("iteration"), checkpoint.run, plan.lora.record
     return ExportRecord(
@@ -370,6 +372,7 @@ def _record(plan: LoraPlan, checkpoint: Checkpoint, options: ExportOptions, dtyp
         hidden_size=plan.transformer.hidden,
         rank=one_rank(target_ranks(plan, options)),
         cut_to=options.rank,
+        base=None if base is None else base.path.name,
         alpha=plan.scale.alpha,
         scaling=plan.scaling,
         alpha_source=plan.scale.source,

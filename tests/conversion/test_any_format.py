@@ -14,9 +14,10 @@ from cogtools import export_lora, open_checkpoint, read_lora
 from cogtools.conversion.options import Format
 from cogtools.errors import ExportError, OptionError, OutputError, Problem
 from tests.support.base_weights import diffusers_base
+from tests.support.command_line import CommandLine
 from tests.support.consumers import CONSUMERS, Updates, diffusers_of_peft, opened, sat
 from tests.support.diffusers_alone import toy_transformer
-from tests.support.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
+from tests.support.factories import COGVIDEOX_5B_I2V, TOY_2B, sat_checkpoint, sat_state_dict, save_run
 from tests.support.producers import ATTENTION, PEFT_WORDS, PRODUCERS, after, factors, saved, spelled
 
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -555,3 +556,40 @@ def test_some_layers_stay_some_layers_in_a_sat_folder(tmp_path: Path) -> None:
     assert back.layers == (0, 2)
     assert "layer_range: [0, 2]" in (tmp_path / "back" / "training_config.yaml").read_text()
     assert export_lora(back.output, tmp_path / "again").layers == (0, 2)
+
+
+# What is printed
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("peft", ["pipe = CogVideoXImageToVideoPipeline.from_pretrained(...)",
+                  "PeftModel.from_pretrained(pipe.transformer, {folder})",
+                  'pipe.transformer.load_lora_adapter({folder}, prefix="base_model.model", '
+                  'weight_name="adapter_model.safetensors")']),
+        ("comfyui", ['lora_name "i2v-1000_comfyui.safetensors", strength_model 1.0']),
+        ("videox-fun", ["pipeline = merge_lora(pipeline, {path}, 1.0)"]),
+        ("diffsynth", ["model_manager.load_lora({path}, lora_alpha=1.0)"]),
+        ("sat", ['load_checkpoint(model, args, "BASE_FOLDER")', "load_checkpoint(model, args, {folder})"]),
+        ("diffusers", ["pipe = CogVideoXImageToVideoPipeline.from_pretrained(...)",
+                       'pipe.load_lora_weights({folder}, weight_name="pytorch_lora_weights.safetensors", '
+                       'adapter_name="lora")']),
+    ],
+)  # fmt: skip
+def test_the_last_lines_say_how_its_program_loads_it_with_the_models_pipeline_class(
+    name: Format, lines: list[str], cogtools_cli: CommandLine, tmp_path: Path
+) -> None:
+    state = sat_state_dict(COGVIDEOX_5B_I2V, 4, torch.bfloat16, base="telling")
+    run = save_run(tmp_path / "i2v", sat_checkpoint(state), rank=4, alpha=2)
+    result = cogtools_cli("export-lora", run, tmp_path / "out", "--format", name)
+    report = cogtools_cli("export-lora", run, tmp_path / "out", "--format", name, "--overwrite", "--dry-run", "--json")
+    output = report.json["report"]["output"]
+    facts = {"folder": json.dumps(str(tmp_path / "out")), "path": json.dumps(output)}
+    printed = [line.strip() for line in result.out.splitlines()]
+    wanted = [line.format_map(facts) for line in lines]
+    start = printed.index(wanted[0])
+    assert printed[start : start + len(wanted)] == wanted
+    assert "model     CogVideoX-5B-I2V" in printed
+    yaml = "Load it into SAT after the base weights, with r: 4 and lora_alpha: 2 in lora_config of the yaml:"
+    assert (printed[start - 1] == yaml) == (name == "sat")
