@@ -5,7 +5,7 @@ READY := .venv/.ready
 SECONDS ?= 300
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all docs check format bench stress fuzz clean
+.PHONY: help demo test test-all test-lowest docs check format bench stress judge fuzz clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -24,6 +24,15 @@ test: $(READY)  ## Run the tests but for the slow ones.
 
 test-all: $(READY)  ## Run the slow tests: those that need a server, a cluster or minutes.
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow || test $$? -eq 5  # pytest's code for "no tests"
+
+LOWEST := .venv-lowest/.ready
+$(LOWEST): pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e '.[dev]'
+	@touch $(LOWEST)
+
+test-lowest: $(LOWEST)  ## Run the tests with the lowest releases of all that cogtools needs.
+	.venv-lowest/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow" -W default
 
 check: $(READY)  ## Check format, lint, types, the pages' examples and the workflows.
 	$(BIN)/ruff format --check .
@@ -51,9 +60,12 @@ bench: $(READY)  ## Measure speed and memory against torch and diffusers, as rat
 stress: $(READY)  ## Kill hundreds of exports at random moments, and send others storms of signals.
 	$(BIN)/python -m tests.support.interruption --kills 300 --storms 300
 
+judge: $(READY)  ## Judge what LoRA files can state by forward passes of diffusers and PEFT.
+	$(BIN)/python -W ignore -m tests.support.judge
+
 fuzz: $(READY)  ## Fuzz all that reads files, for SECONDS=300 in all.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python -m tests.support.fuzz_readers .fuzz --seconds $(SECONDS)
 
 clean:  ## Remove everything that make and the tools made.
-	rm -rf .venv .demo .bench .fuzz .site .examples build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .demo .bench .fuzz .site .examples build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -161,6 +161,12 @@ def test_a_library_that_cannot_be_imported_is_an_error_of_every_command(
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=surroundings())
     lines = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (2, "")
+    if "--load" in words:  # imported in a process of its own, which ends with the error
+        assert lines == [
+            "error: loading the file with diffusers and PEFT ended without an answer",
+            "  found:     AttributeError: made for another NumPy",
+        ]
+        return
     assert lines[:2] == ["error: torch cannot be imported", "  found:     AttributeError: made for another NumPy"]
     assert lines[-1] == "  try:       pip install --upgrade torch"
 
@@ -192,7 +198,8 @@ def test_too_little_memory_is_never_a_verdict(run_folder: Path, tmp_path: Path, 
     cogtools.export_lora(run_folder, tmp_path / "out")
     result = under_limit(f"ulimit -v {megabytes * 1000}", *words.format(run=run_folder, out=tmp_path / "out").split())
     assert (result.code, result.out) == (2, "")
-    assert result.err.splitlines()[0] == "error: not enough memory"
+    aborted = "error: loading the file with diffusers and PEFT was ended by SIGABRT"  # as PyTorch's threads end it
+    assert result.err.splitlines()[0] in ("error: not enough memory", *([aborted] if "--load" in words else []))
 
 
 @pytest.mark.parametrize("files", [6, 7, 8, 10, 12])

@@ -135,9 +135,11 @@ def shards_by_name(folder: AnyPath) -> list[AnyPath]:
 
 def _refuse_outside(index: AnyPath, folder: AnyPath, name: str) -> None:
     """Refuse a shard outside of the index's folder, links followed."""
-    if name in ("", "..") or PurePath(name).name != name or "\\" in name or "\0" in name:
+    if not name or PurePath(name).name != name or "\\" in name or "\0" in name:
         raise _no_index(index, f"the file {name!r}, which is not beside it")
-    if isinstance(folder, RemotePath):  # what has such a name is in that folder
+    if isinstance(folder, RemotePath):
+        if name == "..":
+            raise _no_index(index, f"the file {name!r}, which is not beside it")
         return
     try:
         is_inside = _is_inside(folder / name, folder)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.checkpoint.dtypes import FLOAT_FORMATS
-from cogtools.formatting import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -69,11 +68,11 @@ def value_notices(plan: LoraPlan) -> list[str]:
     factors = {part: [first for first in firsts if first.part == part] for part in "AB"}
     not_finite = _count(firsts, lambda first: not first.is_finite)
     zero = _count(factors["B"], lambda first: first.is_zero)
-    constant = _count(factors["A"], lambda first: first.is_constant)
+    constant = _count(factors["A"], lambda first: first.is_constant and first.is_finite)
     notices = []
     if not_finite:
         notices.append(
-            f"{_of(not_finite, len(firsts), 'tensor')} begin with NaN or infinity: the training diverged. An earlier "
+            f"{_of(not_finite, len(firsts), 'tensors')} begin with NaN or infinity: the training diverged. An earlier "
             "iteration may be usable."
         )
     if zero:
@@ -101,4 +100,4 @@ def _count(firsts: Iterable[First], shows: Callable[[First], bool]) -> int:
 
 
 def _of(count: int, every: int, what: str) -> str:
-    return f"All {counted(every, what)}" if count == every else f"{count:,} of {counted(every, what)}"
+    return f"All {every:,} {what}" if count == every else f"{count:,} of {every:,} {what}"

@@ -15,7 +15,6 @@ import contextlib
 import errno
 import os
 import stat
-import tempfile
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -522,7 +521,7 @@ def refuse_unwritable(target: AnyPath, size_bytes: int) -> None:
 
     What will be put into a store is written into the folder for temporary files first.
     """
-    folder = target.parent if isinstance(target, Path) else Path(tempfile.gettempdir())
+    folder = target.parent if isinstance(target, Path) else _temporary_folder()
     with _write_errors(target):
         while not folder.exists():
             folder = folder.parent
@@ -542,6 +541,12 @@ def refuse_unwritable(target: AnyPath, size_bytes: int) -> None:
             expected=f"{size_bytes:,} bytes",
             hint=_MORE_SPACE,
         )
+
+
+def _temporary_folder() -> Path:
+    import tempfile
+
+    return Path(tempfile.gettempdir())
 
 
 def _refuse_sources(targets: Iterable[Path], sources: Iterable[SourceFile], target: Path) -> None:

@@ -44,10 +44,11 @@ def trained_notices(lora: Lora) -> list[str]:
         return []
     kinds = _kinds(keys)
     more = f" and {len(kinds) - SHOWN_KINDS} kinds more" if len(kinds) > SHOWN_KINDS else ""
-    were = "other tensors were" if len(keys) > 1 else "other tensor was"
+    were, are = ("tensors were", "are") if len(keys) > 1 else ("tensor was", "is")
+    which = ", ".join(map(shown, kinds[:SHOWN_KINDS])) + more
     return [
-        f"{len(keys):,} {were} trained too and are not in the LoRA, which alone does not give what was trained: "
-        f"{', '.join(map(shown, kinds[:SHOWN_KINDS]))}{more}."
+        f"{len(keys):,} other {were} trained too and {are} not in the LoRA, which alone does not give what was "
+        f"trained: {which}."
     ]
 
 

@@ -121,8 +121,8 @@ def plan_batch(sources: Sequence[str], out: AnyPath, options: ExportOptions, *, 
     _refuse_as_output(out)
     jobs: list[Job] = []
     taken: dict[object, Job] = {}
-    for source in chain.from_iterable(map(_expanded, sources)):
-        for job in _jobs(source, out, options, every=every):
+    for source, path in chain.from_iterable(map(_expanded, sources)):
+        for job in _jobs(source, path, out, options, every=every):
             name, folder = _place(job)
             other = taken.get(folder) or taken.get(name)
             if other is None or _are_two_folders(folder, _place(other)[1]):
@@ -188,21 +188,24 @@ def _refuse_as_output(out: AnyPath) -> None:
         )
 
 
-def _expanded(source: str) -> list[AnyPath | Job]:
-    """The paths that a pattern in a URL fits; of a path of this machine a shell has done that."""
+def _expanded(source: str) -> list[tuple[str, AnyPath | CheckpointError]]:
+    """The paths that a pattern in a URL fits, as text too; of a path of this machine a shell has done that."""
     path = as_path(source)
-    if not isinstance(path, RemotePath) or not has_pattern(path):
-        return [path]
+    if not isinstance(path, RemotePath):
+        return [(source, path)]
+    if not has_pattern(path):
+        return [(str(path), path)]
     try:
-        return [*matching(path)]
+        return [(str(found), found) for found in matching(path)]
     except CheckpointError as error:
-        return [Job(source, error=error)]
+        return [(str(path), error)]
 
 
-def _jobs(path: AnyPath | Job, out: AnyPath, options: ExportOptions, *, every: bool) -> list[Job]:
-    if isinstance(path, Job):
-        return [path]
-    source = str(path)
+def _jobs(
+    source: str, path: AnyPath | CheckpointError, out: AnyPath, options: ExportOptions, *, every: bool
+) -> list[Job]:
+    if isinstance(path, CheckpointError):
+        return [Job(source, error=path)]
     try:
         is_one_file = not is_folder(path)
     except CheckpointError as error:  # a server that does not answer

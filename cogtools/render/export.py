@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.paths import RemotePath
 from cogtools.conversion.scale import ALPHA_SOURCES
 from cogtools.errors import command
 from cogtools.formatting import number, percent, size
@@ -15,7 +15,6 @@ from cogtools.render.text import notice, shortened, show, talk
 from cogtools.render.verify import show_verification, verdict_line
 
 if TYPE_CHECKING:
-    from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.loss import LossReport
     from cogtools.conversion.options import Format
     from cogtools.errors import CogtoolsError
@@ -123,8 +122,8 @@ def _how_to_load(report: ExportReport) -> list[str]:
 
 def how_to_load(
     format_: Format,
-    file: AnyPath,
-    folder: AnyPath,
+    file: Path,
+    folder: Path,
     *,
     rank: int | None,
     alpha: str,
@@ -159,7 +158,7 @@ def how_to_load(
     if not is_scaled and usage.unscaled:
         advice, templates = "Load it and apply the scale:", (*templates, *usage.unscaled)
     lines = [line.format_map(facts) for line in templates]
-    if isinstance(file, RemotePath):
+    if not isinstance(file, Path):  # the URL of an object
         lines.insert(0, "# download it first: no program loads it from there")
     if pipeline is not None and any("pipe." in line for line in lines):
         lines.insert(0, f"pipe = {pipeline}.from_pretrained(...)")

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Literal
 
-from cogtools.checkpoint.paths import RemotePath
 from cogtools.errors import CogtoolsError
 
 SCHEMA_VERSION = 1
@@ -35,13 +33,11 @@ def plain(value: object) -> object:
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, CogtoolsError):
         return value.to_dict()
-    if isinstance(value, (Path, RemotePath)):
-        return str(value)
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return value
+    return value if isinstance(value, (str, int, float)) or value is None else str(value)
 
 
 def _dumps(content: dict[str, object]) -> str:

@@ -16,6 +16,7 @@ from cogtools.conversion.model import find_parts, no_model
 from cogtools.conversion.model_plan import plan_for_diffusers, plan_for_sat
 from cogtools.conversion.model_reading import read_text_encoder, read_transformer, read_vae
 from cogtools.conversion.model_record import read_model_record
+from cogtools.conversion.plan import Planned
 from cogtools.errors import Problem
 from cogtools.formatting import counted
 from cogtools.layouts import transformer
@@ -112,7 +113,8 @@ def _made_of_other(written: WrittenPart, source: ModelSource) -> str | None:
     if written.part is None or written.name not in source.parts:
         return None
     made_of = read_model_record(written.part.checkpoint).source
-    names = {source.checkpoint.path.name, source.parts[written.name].checkpoint.path.name}
+    part = source.parts[written.name].checkpoint
+    names = {source.checkpoint.path.name, part.path.name, read_model_record(part).source}  # a copy has its record too
     return None if made_of in names else made_of
 
 
@@ -124,12 +126,15 @@ def _part_checks(
         return [Check(name, "skipped", "it cannot be opened")]
     if written.name not in source.parts:
         return [Check(name, "skipped", f"the checkpoint has no {written.name}")]
-    record = read_model_record(written.part.checkpoint)
-    plan = _plan(written, source.parts[written.name], model)
+    part, record = source.parts[written.name], read_model_record(written.part.checkpoint)
+    if written.name != TRANSFORMER and part.layout == "diffusers":  # a copy
+        copied = [Planned(key, entry.dtype, entry.shape, (entry,)) for key, entry in part.tensors.items()]
+        return [_compared(name, written, copied, advance)]
+    plan = _plan(written, part, model)
     if written.name == TRANSFORMER and (record.merged is not None or source.loras):
-        checks = merged_checks(name, written.part, plan, source, record, advance)
+        checks = merged_checks(name, written.part, plan, source.loras, record, advance)
     else:
-        checks = [_compared(name, written, plan, advance)]
+        checks = [_compared(name, written, plan.tensors, advance)]
     if written.name == TRANSFORMER and written.config is not None:
         checks.append(_config(written, plan))
         positions = _positions(written, source.parts[TRANSFORMER])
@@ -148,15 +153,14 @@ def _plan(written: WrittenPart, part: ModelPart, model: Model | None) -> PartPla
     return plan_for_diffusers(reading)
 
 
-def _compared(name: str, written: WrittenPart, plan: PartPlan, advance: Callable[[int], None]) -> Check:
+def _compared(name: str, written: WrittenPart, tensors: Sequence[Planned], advance: Callable[[int], None]) -> Check:
     problems = []
-    for planned, key, entry in paired(written.part, plan.tensors):
+    for planned, key, entry in paired(written.part, tensors):
         problem = Problem("missing", key) if entry is None else difference(key, entry, planned, advance)
         problems += [] if problem is None else [problem]
-    good = f"{counted(len(plan.tensors), 'tensor')} equal the checkpoint's bit for bit"
-    return judged(
-        name, problems, good, f"{len(problems)} of {counted(len(plan.tensors), 'tensor')} are not the checkpoint's"
-    )
+    count = counted(len(tensors), "tensor")
+    good = f"{count} equal the checkpoint's bit for bit"
+    return judged(name, problems, good, f"{len(problems)} of {count} are not the checkpoint's")
 
 
 def _config(written: WrittenPart, plan: PartPlan) -> Check:

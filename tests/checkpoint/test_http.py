@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ pytest.importorskip("aiohttp")
 import cogtools
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.remote import http, store
+from cogtools.conversion import fetching
 from cogtools.errors import CheckpointError, CogtoolsError, OptionError
 from tests.support.command_line import CommandLine
 from tests.support.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_deflated, save_legacy
@@ -27,7 +29,6 @@ WEIGHTS = "mp_rank_00_model_states.pt"
 @pytest.fixture(autouse=True)
 def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "PAUSES_SECONDS", (0.0, 0.0))
-    monkeypatch.setattr(http, "_SILENCE_SECONDS", 1.0)
 
 
 @pytest.fixture
@@ -75,6 +76,27 @@ def test_the_lora_travels_once_and_is_checked_on_the_way(served: HttpServer, run
     size = (run_folder / "1000" / WEIGHTS).stat().st_size
     assert served.sent_bytes < size + 4 * store.BLOCK_BYTES
     assert len(served.asked) < 30
+
+
+@pytest.mark.parametrize(("window", "ahead", "gap"), [(300, 1000, 0), (5000, 0, 0), (1 << 20, 1 << 20, 1 << 20)])
+@pytest.mark.parametrize("name", ["diffusers", "comfyui", "sat"])
+def test_ranges_of_any_length_make_up_the_same_output(
+    window: int,
+    ahead: int,
+    gap: int,
+    name: Any,
+    served: HttpServer,
+    run_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = cogtools.export_lora(run_folder, tmp_path / "here", format=name).output.read_bytes()
+    monkeypatch.setattr(fetching, "WINDOW_BYTES", window)
+    monkeypatch.setattr(fetching, "AHEAD_BYTES", ahead)
+    monkeypatch.setattr(fetching, "GAP_BYTES", gap)
+    report = cogtools.export_lora(f"{served.url}/run", tmp_path / "there", format=name)
+    assert report.output.read_bytes() == here
+    assert report.crc32 == "checked"
 
 
 def test_an_iteration_is_asked_for_by_its_number(served: HttpServer, run_folder: Path) -> None:
@@ -161,8 +183,11 @@ def _no_content_range(request: Request) -> None:
     request.answer(206, request.content)
 
 
+_BOMB = gzip.compress(bytes(50 << 20), 1)
+
+
 def _packed(request: Request) -> None:
-    request.answer(206, gzip.compress(bytes(50 << 20)), Content_Range=request.content_range, Content_Encoding="gzip")
+    request.answer(206, _BOMB, Content_Range=request.content_range, Content_Encoding="gzip")
 
 
 def _to_a_file(request: Request) -> None:
@@ -220,9 +245,11 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_server_that_answers_badly_is_an_error_and_nothing_is_written(
-    name: str, run_folder: Path, tmp_path: Path
+    name: str, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer, what, found = BAD[name]
+    if name == "silent":
+        monkeypatch.setattr(http, "_SILENCE_SECONDS", 0.5)
     with http_server(run_folder, answer) as server, pytest.raises(CheckpointError) as caught:
         cogtools.export_lora(f"{server.url}/1000/{WEIGHTS}", tmp_path / "out")
     assert caught.value.what == what

@@ -8,7 +8,7 @@ import pytest
 
 from cogtools.checkpoint.files import FileRange, SourceFile
 from cogtools.checkpoint.tensors import Storage
-from cogtools.conversion.crc32 import Crc32Check
+from cogtools.conversion.crc32 import Crc32Check, joined_crc32
 from cogtools.errors import CheckpointError
 
 CONTENT = bytes(range(200))
@@ -82,6 +82,12 @@ def test_a_block_that_ends_early_ends_the_thread(source: Path) -> None:
     with SourceFile.open(source) as file, Crc32Check([storage("0", 0, 50, file=file)]):
         pass
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("split", [0, 1, 7, 100, 199, 200])
+def test_the_crc32s_of_two_parts_give_that_of_both(split: int) -> None:
+    first, second = CONTENT[:split], CONTENT[split:]
+    assert joined_crc32(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(CONTENT)
 
 
 PIECES = {

@@ -221,8 +221,7 @@ def test_a_lora_of_another_model_is_named_by_a_key(key: str, tmp_path: Path) -> 
         (
             "lycoris_transformer_blocks_0_attn1_to_q.lokr_w1",
             "a LyCORIS LoKr",
-            "load it with lycoris (create_lycoris_from_weights, merge_to), and ComfyUI: "
-            "cogtools does not convert these",
+            "load it with lycoris (create_lycoris_from_weights, merge_to): cogtools does not convert these",
         ),
         (
             "base_model.model.transformer_blocks.0.ff.net.2.ia3_l",

@@ -13,11 +13,12 @@ import pytest
 
 from cogtools.checkpoint import limits
 from cogtools.checkpoint.formats.signatures import MAX_SAFETENSORS_HEADER_BYTES
-from tests.support import hostile
+from cogtools.verification import child
+from tests.support import hostile, judge
 from tests.support.command_line import ROOT, surroundings
 from tests.support.damage import DAMAGES
 from tools import cli_pages
-from tools.demo import make_sample
+from tools.demo import RANK, make_model_sample, make_sample
 
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
@@ -56,6 +57,10 @@ def test_the_readme_and_the_pages_show_commands() -> None:
 def test_a_page_shows_what_its_commands_print(page: str, tmp_path: Path) -> None:
     """Run one after the other, as a reader does, in a folder that holds the demo's checkpoint."""
     make_sample(tmp_path / "ckpts" / "lora-disney")
+    if "$ cogtools export-model ckpts/sft-disney" in TEXT[page]:
+        make_model_sample(tmp_path / "ckpts" / "sft-disney")
+    if "$ cogtools merge ckpts/lora-toy" in TEXT[page]:
+        make_model_sample(tmp_path / "ckpts" / "lora-toy", rank=RANK)
     for example in examples(TEXT[page]):
         done = subprocess.run(
             ["sh", "-c", f"{shlex.quote(sys.executable)} -m {example.command}"],
@@ -116,4 +121,17 @@ def test_the_readme_states_how_many_damages_are_found() -> None:
     hidden = sum(damage.plain == "pass" for damage in DAMAGES)
     assert f"damaged in {len(DAMAGES)} ways" in EVERYTHING
     assert f"{silent} of them load without a word" in EVERYTHING
-    assert f"`verify` finds every one, {hidden} of them only with `--against` or `--load`" in EVERYTHING
+    doubted = sum(damage.plain == "warn" and damage.load == "fail" for damage in DAMAGES)
+    assert f"`verify` finds every one, {hidden} of them only with `--against`" in EVERYTHING
+    assert f"is in doubt about {doubted} until `--load` fails them" in EVERYTHING
+
+
+def test_the_pages_state_how_many_settings_are_judged() -> None:
+    assert f"`make judge` judges {len(judge.constructions())} settings" in EVERYTHING
+
+
+def test_the_pages_state_the_limits_of_loading() -> None:
+    limits_of_loading = (
+        f"at most {child.TIME_LIMIT_SECONDS} seconds and, on Linux, in {child.MEMORY_LIMIT_BYTES >> 30} GiB"
+    )
+    assert limits_of_loading in EVERYTHING

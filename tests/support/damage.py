@@ -579,7 +579,8 @@ class Damage:
 
     ``plain``, ``against`` and ``load`` are the verdicts of ``verify``, of ``verify --against`` the checkpoint
     that the good file comes from, and of ``verify --load``, each run with the model's number of layers given.
-    ``check`` names the check that finds it; where ``plain`` is a pass, only one of the options can.
+    ``check`` names the check that finds it; where ``plain`` is a pass, only --against can. Where it is a warning and
+    ``load`` a failure, it is the check of --load that settles it.
     """
 
     id: str
@@ -632,11 +633,6 @@ def needless(name: str, description: str, check: Check, diffusers: Outcome, *edi
 def unnoticed(name: str, description: str, check: Check, diffusers: Outcome, *edits: Edit) -> Damage:
     """A file that is right in itself, and not what the checkpoint holds."""
     return Damage(name, description, check, diffusers, by_file(*edits), "pass", "fail", "pass")
-
-
-def unloadable(name: str, description: str, diffusers: Outcome, *edits: Edit) -> Damage:
-    """A file in which every LoRA tensor and its scale are right, and something else keeps it from loading."""
-    return Damage(name, description, "load", diffusers, by_file(*edits), "pass", "pass", "fail")
 
 
 def harmless(name: str, description: str, against: Verdict, diffusers: Outcome, *edits: Edit) -> Damage:
@@ -814,6 +810,19 @@ DAMAGES = (
     wrong("bias-unstated", "biases without `lora_bias`", "scale", warns("diffusers"), add_biases),
     needless("pissa", "`init_lora_weights` that needs the base weights", "scale", raises("RuntimeError"),
              state(init_lora_weights="pissa"), load="fail"),
+    wrong("dropout", "`lora_dropout` 0.1: live dropout", "scale", QUIET, state(lora_dropout=0.1)),
+    wrong("dropout-of-all", "`lora_dropout` 1: the LoRA is off", "scale", QUIET, state(lora_dropout=1.0)),
+    needless("monteclora", "`monteclora_config`: noise in every output", "scale", QUIET, state(monteclora_config={}),
+             load="fail"),
+    needless("alora", "`alora_invocation_tokens`: the LoRA is off", "scale", warns("peft"),
+             state(alora_invocation_tokens=[1]), load="fail"),
+    needless("kasa", "`kasa_config`: other base weights, and a tensor more for each module", "scale", NOTHING_FILLED,
+             state(kasa_config={}), load="fail"),
+    wrong("layers-pattern-alone", "`layers_pattern` without `layers_to_transform`", "scale", raises("ValueError"),
+          state(layers_pattern="transformer_blocks")),
+    needless("bias-null", "`bias` null", "scale", raises("AttributeError"), state(bias=None), load="fail"),
+    needless("endless-expression", "`target_modules` an expression that takes for ever", "target_modules",
+             warns("peft"), state(target_modules=r"(a+)+!"), load="fail"),
     needless("modules-to-save", "`modules_to_save` without their weights", "scale", raises("KeyError"),
              state(modules_to_save=["proj_out"]), load="fail"),
     wrong("unknown-key", "a key that PEFT does not know", "scale", raises("TypeError"), state(run="12")),
@@ -827,8 +836,8 @@ DAMAGES = (
              state(target_modules=[*PROJECTIONS, "add_k_proj"]), load="warn"),
     Damage("half-expression", "every other layer missing, `target_modules` an expression for all", "complete",
            warns("peft", taken=8), by_file(HALF, state(target_modules=ALL_BY_EXPRESSION)), "warn", "fail", "fail"),
-    unloadable("layers-without-pattern", "`layers_to_transform` without `layers_pattern`", warns("peft"),
-               state(target_modules=list(PROJECTIONS), layers_to_transform=[0, 1, 2])),
+    wrong("layers-without-pattern", "`layers_to_transform` without `layers_pattern`", "target_modules", warns("peft"),
+          state(target_modules=list(PROJECTIONS), layers_to_transform=[0, 1, 2])),
     wrong("feed-forward", "a LoRA for `ff.net.0.proj` that `target_modules` does not name", "target_modules",
           warns("peft", taken=13), add_feed_forward(0)),
     wrong("targets-of-sat", "`target_modules` with SAT's names", "target_modules", warns("peft"),
@@ -908,13 +917,11 @@ def caught_by(damage: Damage) -> str:
     """Name the check, and the option of ``verify`` that it needs; a file that cannot be opened has no checks."""
     if damage.check == "readable":
         return "not opened: exit code 2"
-    options: dict[Check | None, str] = {
-        "against": "`--against`: ",
-        "against-scale": "`--against`: ",
-        "load": "`--load`: ",
-    }
+    options: dict[Check | None, str] = {"against": "`--against`: ", "against-scale": "`--against`: "}
     needed = options.get(damage.check, "")
-    return f"{needed}`{damage.check}`" + (", a warning" if damage.plain == "warn" else "")
+    doubt = ", a warning" if damage.plain == "warn" else ""
+    decided = "; `--load`: `load`" if damage.plain == "warn" and damage.load == "fail" else ""
+    return f"{needed}`{damage.check}`{doubt}{decided}"
 
 
 def markdown() -> str:

@@ -108,13 +108,9 @@ def test_a_check_that_needs_an_option_is_the_one_that_fails() -> None:
     verdicts = {
         damage.id: (damage.plain, damage.against, damage.load)
         for damage in DAMAGES
-        if damage.check in {"against", "against-scale", "load"}
+        if damage.check in {"against", "against-scale"}
     }
-    needed = {
-        damage.id: ("pass", "pass", "fail") if damage.check == "load" else ("pass", "fail", "pass")
-        for damage in DAMAGES
-        if damage.plain == "pass"
-    }
+    needed = {damage.id: ("pass", "fail", "pass") for damage in DAMAGES if damage.plain == "pass"}
 
     assert verdicts == needed
 
@@ -205,8 +201,9 @@ def test_an_outcome_is_told_in_a_few_words(outcome: Outcome, text: str) -> None:
         ("bit-flipped", "`--against`: `against`"),
         ("alpha-is-rank", "`record`"),
         ("alpha-is-rank-bare", "`--against`: `against-scale`"),
-        ("pissa", "`scale`, a warning"),
-        ("layers-without-pattern", "`--load`: `load`"),
+        ("pissa", "`scale`, a warning; `--load`: `load`"),
+        ("dropout", "`scale`"),
+        ("layers-without-pattern", "`target_modules`"),
     ],
 )
 def test_the_check_is_named_with_what_it_needs(name: str, text: str) -> None:

@@ -109,7 +109,8 @@ LoRA     diffusers, 3 layers, rank 4, float16, effective scaling 0.25
 fail     complete  23 of 24 tensors of CogVideoX of no published size: 3 layers, hidden size 128, \
 as the exporter's record says
          missing: layer 1: to_q lora_B
-         try: cogtools export-lora CHECKPOINT {out}/pytorch_lora_weights.safetensors --overwrite
+         try: copy it again from where it came, or export it again from its checkpoint \
+('mp_rank_00_model_states.pt', iteration 1000)
 fail     pairs     1 tensor without a partner
          unpaired: layer 1: to_q lora_A (expected its partner beside it)
 
@@ -156,7 +157,7 @@ def test_what_to_do_is_told_once_under_the_checks_that_say_the_same(cogtools_cli
     shown = cogtools_cli("verify", out, "--layers", "4").out
 
     assert shown.count("try: ") == 1
-    assert f"         try: cogtools export-lora CHECKPOINT {out}/{FILE_NAME} --overwrite\n" in shown
+    assert "         try: copy it again from where it came, or export it again from its checkpoint" in shown
 
 
 def test_weights_that_are_there_too_are_a_note(cogtools_cli: CommandLine, tmp_path: Path) -> None:
@@ -165,7 +166,7 @@ def test_weights_that_are_there_too_are_a_note(cogtools_cli: CommandLine, tmp_pa
     factories.save_run(tmp_path / "run", checkpoint, ema=checkpoint, rank=4)
     cogtools_cli("export-lora", tmp_path / "run", tmp_path / "out")
     words = ["verify", tmp_path / "out", "--against", tmp_path / "run"]
-    note = "Took the plain weights of iteration 1000. Its EMA weights are in 1000-ema beside them."
+    note = "Held against the plain weights of iteration 1000, which the file's record names."
 
     shown, quiet, printed = cogtools_cli(*words), cogtools_cli(*words, "--quiet"), cogtools_cli(*words, "--json")
 

@@ -18,7 +18,7 @@ from cogtools.verification.verify import verify_lora
 from cogtools.verification.verify_model import verify_model
 from tests.support.command_line import CommandLine
 from tests.support.factories import TOY_2B
-from tests.support.models import save_model_run
+from tests.support.models import save_model_run, save_tokenizer
 from tests.support.toy_loras import ToyLora, attention, every_module
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -154,6 +154,24 @@ def test_as_many_loras_as_were_merged(base: Path, loras: tuple[Path, Path], tmp_
     cogtools.export_model(base, tmp_path / "plain")
     with pytest.raises(OptionError, match="it was made of 0 LoRAs"):
         verify_model(tmp_path / "plain", against=[base, loras[0]])
+
+
+@pytest.mark.parametrize("has_records", [True, False], ids=["cogtools'", "another program's"])
+def test_a_merged_pipeline_is_held_against_the_pipeline(
+    has_records: bool, base: Path, loras: tuple[Path, Path], tmp_path: Path
+) -> None:
+    save_tokenizer(tmp_path / "parts/tokenizer")
+    (tmp_path / "parts/model_index.json").write_text("{}")
+    cogtools.export_model(base, tmp_path / "pipeline", base=tmp_path / "parts")
+    for path in [] if has_records else tmp_path.glob("pipeline/*/*.safetensors"):
+        save_file(load_file(path), path, metadata={"format": "pt"})
+    merge(tmp_path / "pipeline", *loras, out=tmp_path / "out")
+    against = [tmp_path / "pipeline", *loras]
+    report = verify_model(tmp_path / "out", against=against)
+    for part in ("transformer", "vae", "text_encoder"):
+        assert check(report, f"{part} against").status == "pass"
+    edit(tmp_path / "out/vae/diffusion_pytorch_model.safetensors", decoder__conv_in__conv__bias=lambda tensor: -tensor)
+    assert check(verify_model(tmp_path / "out", against=against), "vae against").status == "fail"
 
 
 def test_a_merged_model_loads(base: Path, loras: tuple[Path, Path], tmp_path: Path) -> None:

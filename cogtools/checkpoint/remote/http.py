@@ -27,7 +27,7 @@ from cogtools.checkpoint.names import (
     SHARD_INDEX_SUFFIXES,
     TRAINER_FILES,
 )
-from cogtools.checkpoint.remote.store import BLOCK_BYTES, Found, Store, TryAgainError, changed, reason
+from cogtools.checkpoint.remote.store import BLOCK_BYTES, Found, Store, TryAgainError, changed, is_same, reason
 from cogtools.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class _Answer(NamedTuple):
     content: bytes
 
     @property
-    def version(self) -> tuple[str | None, str | None]:
-        return self.headers.get("ETag"), self.headers.get("Last-Modified")
+    def version(self) -> tuple[tuple[str, str], ...]:
+        return tuple((name, self.headers[name]) for name in ("ETag", "Last-Modified") if name in self.headers)
 
     @property
     def is_page(self) -> bool:
@@ -131,7 +131,7 @@ class HttpStore(Store):
 
     def fetch(self, path: RemotePath, offset_bytes: int, size_bytes: int, found: Found) -> bytes:
         answer = self._get(path, offset_bytes, size_bytes)
-        if answer.version != found.version:
+        if not is_same(answer.version, found.version):
             raise changed(path)
         if answer.status == 200:
             content = answer.content[offset_bytes : offset_bytes + size_bytes]

@@ -6,6 +6,7 @@ Only what lists, looks and reads ranges is used of them: their opened files read
 from __future__ import annotations
 
 import contextlib
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from fsspec.core import url_to_fs
@@ -15,7 +16,7 @@ from cogtools.checkpoint.remote.store import Found, Store, TryAgainError, change
 from cogtools.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
     from typing import TypeVar
 
@@ -90,7 +91,7 @@ class ObjectStore(Store):
         except PermissionError as error:
             raise CheckpointError("the file cannot be read", file=path, found=reason(error)) from error
         if len(content) != size_bytes:
-            if self.ask(path) != found:
+            if not found.is_same(self.ask(path)):
                 raise changed(path)
             raise CheckpointError(
                 "the store does not serve parts of this file",
@@ -102,7 +103,7 @@ class ObjectStore(Store):
 
     def refuse_changed(self, path: RemotePath, found: Found) -> None:
         self._entries.pop(path.parent, None)
-        if self.ask(path) != found:
+        if not found.is_same(self.ask(path)):
             raise changed(path)
 
     def refuse_put(self, path: RemotePath) -> None:
@@ -187,5 +188,10 @@ class ObjectStore(Store):
 
 
 def _found(info: Mapping[str, Any]) -> Found:
-    version: tuple[Hashable, ...] = tuple(str(info[name]) for name in _VERSIONS if info.get(name) is not None)
+    version = tuple((name, _text(info[name])) for name in _VERSIONS if info.get(name) is not None)
     return Found(info.get("type") == "file", int(info.get("size") or 0), version)
+
+
+def _text(value: object) -> str:
+    """A value as text: the same time in two types is one."""
+    return str(value.timestamp() if isinstance(value, datetime) else value)

@@ -16,7 +16,7 @@ from cogtools.checkpoint.paths import HTTP_SCHEMES
 from cogtools.errors import CheckpointError, OptionError, OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
     from typing import TypeVar
 
@@ -47,14 +47,29 @@ class Found(NamedTuple):
     Attributes:
         is_file: false for a folder.
         size_bytes: of a file.
-        version: what changes with its content: an ETag, a version, a time. () if nothing is known.
+        version: what changes with its content, and what that is called: an ETag, a time … Not every answer has all.
         start: the first bytes of a file, where they came with the answer.
     """
 
     is_file: bool
     size_bytes: int = 0
-    version: tuple[Hashable, ...] = ()
+    version: tuple[tuple[str, str], ...] = ()
     start: bytes = b""
+
+    def is_same(self, other: Found | None) -> bool:
+        """Whether both can be of one version of a file."""
+        return other is not None and self.size_bytes == other.size_bytes and is_same(self.version, other.version)
+
+
+_TIMES = frozenset({"Last-Modified", "LastModified", "mtime", "created"})
+"""What tells less than the others: some stores round it in some answers."""
+
+
+def is_same(one: Iterable[tuple[str, str]], other: Iterable[tuple[str, str]]) -> bool:
+    """Whether what two answers say of a file's version goes together: by what both have, times only if nothing else."""
+    before, after = dict(one), dict(other)
+    both = before.keys() & after.keys()
+    return all(before[name] == after[name] for name in (both - _TIMES or both))
 
 
 class TryAgainError(Exception):
