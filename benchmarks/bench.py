@@ -100,7 +100,7 @@ def cases(folder: Path) -> dict[str, Case]:
             words = [str(path), "--model", "2b", "--rank", "128", "--scale", str(scale)]
             words += ["--dense"] if path is dense else []
             subprocess.run([sys.executable, "-m", "benchmarks.full_size", *words], check=True)
-    lora = folder / "out" / "pytorch_lora_weights.safetensors"
+    lora, comfyui = folder / "out" / "pytorch_lora_weights.safetensors", folder / "lora_comfyui.safetensors"
     export = [COGTOOLS, "export-lora", "--quiet"]
     return {
         "plain export": Case("export, the plain way", [*PLAIN, "export", str(small), str(folder / "plain")],
@@ -108,6 +108,11 @@ def cases(folder: Path) -> dict[str, Case]:
         "export": Case("cogtools export-lora", [*export, str(small), str(folder / "out")], output=folder / "out"),
         "export x4": Case("  the same LoRA in a file 4 times as large", [*export, str(large), str(folder / "out")],
                           output=folder / "out"),
+        "to comfyui": Case("  from diffusers' layout to ComfyUI's",
+                           [*export, str(lora), str(comfyui), "--format", "comfyui"], output=comfyui),
+        "from comfyui": Case("  and back", [*export, str(comfyui), str(folder / "back")], output=folder / "back"),
+        "to sat": Case("  from diffusers' layout to a folder of SAT",
+                       [*export, str(lora), str(folder / "sat"), "--format", "sat"], output=folder / "sat"),
         "start": Case("floor: start Python, import typer and rich", [sys.executable, "-c", START]),
         "copy": Case("floor: copy the LoRA's bytes, and sync", [sys.executable, "-c", COPY, str(lora),
                                                               str(folder / "copy")]),
@@ -131,7 +136,8 @@ def cases(folder: Path) -> dict[str, Case]:
 def table(results: dict[str, Case]) -> str:
     """The results, each beside what it is compared with."""
     rows = [["", "time", "memory", "time", "memory"]]
-    against = {"export": "plain export", "export x4": "plain export", "export model": "plain model"}
+    exports = ("export", "export x4", "to comfyui", "from comfyui", "to sat")
+    against = {**dict.fromkeys(exports, "plain export"), "export model": "plain model"}
     against |= dict.fromkeys(("inspect", "inspect json", "inspect table"), "plain list")
     for name, case in results.items():
         row = [case.label, f"{case.time:.3f} s", f"{case.peak / 1e6:.0f} MB", "", ""]

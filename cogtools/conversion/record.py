@@ -61,6 +61,7 @@ class ExportRecord:
         hidden_size: of the transformer.
         rank: of every module of the file; None if they differ.
         cut_to: the rank that modules of a higher one were cut down to.
+        base: the name of the file whose base weights were written beside the LoRA.
         alpha: the training's, of every module; None if they differ.
         scaling: what the training multiplied every update by; None if modules have different ones.
         alpha_source: where these come from, a key of `ALPHA_SOURCES`.
@@ -80,6 +81,7 @@ class ExportRecord:
     hidden_size: int | None = None
     rank: int | None = None
     cut_to: int | None = None
+    base: str | None = None
     alpha: float | None = None
     scaling: float | None = None
     alpha_source: str | None = None
@@ -125,6 +127,7 @@ def read_record(metadata: Mapping[str, str]) -> ExportRecord:
         hidden_size=content.count("hidden_size", MAX_HIDDEN),
         rank=content.count("rank"),
         cut_to=content.count("cut_to"),
+        base=content.text("base"),
         alpha=content.positive("alpha"),
         scaling=content.positive("scaling"),
         alpha_source=content.text("alpha_source"),

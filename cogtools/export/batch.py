@@ -387,11 +387,13 @@ class _Made(NamedTuple):
     alpha: float | None
     scaling: float | None
     rank: int | None
+    has_base: bool
 
     def __str__(self) -> str:
         by_hand = [f"--{name} {value}" for name, value in (("alpha", self.alpha), ("scaling", self.scaling)) if value]
         made = f"format {self.format}, scale {self.scale}, dtype {self.dtype}"
         cut = [] if self.rank is None else [f"--rank {self.rank}"]
+        cut += ["with --base"] if self.has_base else []
         return ", ".join([made, *cut, *(by_hand or ["no --alpha"])])
 
 
@@ -429,12 +431,13 @@ def _is_done(file: AnyPath, output: AnyPath, options: ExportOptions) -> bool:
 
 def _made(record: ExportRecord) -> _Made:
     by_hand = record.alpha_by_hand, record.scaling_by_hand
-    return _Made(record.format, record.scale, record.dtype, *by_hand, record.cut_to)
+    return _Made(record.format, record.scale, record.dtype, *by_hand, record.cut_to, record.base is not None)
 
 
 def _wanted(record: ExportRecord, options: ExportOptions) -> _Made:
     dtype = record.source_dtype if options.dtype == "keep" else CASTS.get(options.dtype)
-    return _Made(options.format, options.way, dtype, options.alpha, options.scaling, options.rank)
+    by_hand = options.alpha, options.scaling
+    return _Made(options.format, options.way, dtype, *by_hand, options.rank, options.base is not None)
 
 
 def _first_failure(report: VerifyReport) -> str:

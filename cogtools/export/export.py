@@ -13,7 +13,6 @@ from cogtools.checkpoint.formats.torch_zip_writer import TorchArchive
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.paths import as_path
 from cogtools.checkpoint.places import is_folder
-from cogtools.conversion.base import base_tensors
 from cogtools.conversion.carry_out import PlannedFile, Written, write
 from cogtools.conversion.lora import read_lora
 from cogtools.conversion.notices import export_notices
@@ -58,11 +57,13 @@ class PreparedExport(NamedTuple):
         plan: what it means.
         files: what is written, the file of tensors first.
         dtype: of the LoRA's tensors in the output.
+        notices: what the user should know of the base weights.
     """
 
     plan: LoraPlan
     files: tuple[PlannedFile, ...]
     dtype: DType
+    notices: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> tuple[Planned, ...]:
@@ -175,7 +176,7 @@ def export_lora(
         scale: "metadata" states alpha / rank where the format's program looks for it; "fold" multiplies it into the
             weights; "none" leaves it out. None takes "metadata", and "fold" for "diffsynth", which cannot state it.
         dtype: "keep" copies the bytes; the others cast.
-        base: for "sat": a checkpoint of SAT with the base weights, which are written beside the LoRA.
+        base: for "sat": a checkpoint of SAT, or a model of diffusers, whose base weights are written beside the LoRA.
         iteration: which iteration of a save folder; None takes the latest.
         ema: take its EMA weights.
         allow_partial: accept a LoRA that adapts some of the layers only.
@@ -232,7 +233,7 @@ def export_checkpoint(
         written = Written()
         if not options.dry_run:
             written = write(output, prepared.files, sources, progress, sha256=options.sha256)
-        notices = export_notices(opened, prepared.plan, options)
+        notices = (*export_notices(opened, prepared.plan, options), *prepared.notices)
     plan = prepared.plan
     shown = local_type(target)
     weights = set(plan.folded.values()) if options.way == "none" else {1.0}
@@ -323,9 +324,16 @@ def prepare_export(checkpoint: Checkpoint, options: ExportOptions, base: Checkpo
         checkpoint, layout, alpha=options.alpha, scaling=options.scaling, allow_partial=options.allow_partial
     )
     dtype = target_dtype(plan, options)
-    tensors = (*planned_tensors(plan, options), *(base_tensors(base, plan.transformer) if base is not None else ()))
-    record = _record(plan, checkpoint, options, dtype)
-    return PreparedExport(plan, lora_files(layout, tensors, carried(plan, options, record), record), dtype)
+    tensors = tuple(planned_tensors(plan, options))
+    notices: tuple[str, ...] = ()
+    if base is not None:
+        from cogtools.conversion.base import base_weights
+
+        beside = base_weights(base, plan.transformer)
+        tensors, notices = (*tensors, *beside.tensors), beside.notices
+    record = _record(plan, checkpoint, options, dtype, base)
+    files = lora_files(layout, tensors, carried(plan, options, record), record)
+    return PreparedExport(plan, files, dtype, notices)
 
 
 def lora_files(
@@ -349,7 +357,9 @@ def lora_files(
     return (file, *(PlannedFile(name, content) for name, content in beside.items()))
 
 
-def _record(plan: LoraPlan, checkpoint: Checkpoint, options: ExportOptions, dtype: DType) -> str:
+def _record(
+    plan: LoraPlan, checkpoint: Checkpoint, options: ExportOptions, dtype: DType, base: Checkpoint | None
+) -> str:
     """How the output was made."""
     iteration, run, before = checkpoint.values.get("iteration"), checkpoint.run, plan.lora.record
     return ExportRecord(
@@ -362,6 +372,7 @@ def _record(plan: LoraPlan, checkpoint: Checkpoint, options: ExportOptions, dtyp
         hidden_size=plan.transformer.hidden,
         rank=one_rank(target_ranks(plan, options)),
         cut_to=options.rank,
+        base=None if base is None else base.path.name,
         alpha=plan.scale.alpha,
         scaling=plan.scaling,
         alpha_source=plan.scale.source,

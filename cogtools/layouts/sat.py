@@ -108,14 +108,6 @@ def without_original(key: str) -> str:
     return key.replace(".original.", ".") if ".original." in key else key
 
 
-_TRANSFORMER_STARTS = ("transformer.", "mixins.", "time_embed.", "ofs_embed.")
-
-
-def is_transformer_key(key: str) -> bool:
-    """Whether a key is one of the transformer's, not of the text encoder or the VAE."""
-    return bare_key(key).startswith(_TRANSFORMER_STARTS)
-
-
 def is_lora_key(key: str) -> bool:
     """Whether a key belongs to a LoRA as SAT makes them, of whatever module."""
     return not {"matrix_A", "matrix_B"}.isdisjoint(key.split("."))

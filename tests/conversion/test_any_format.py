@@ -13,8 +13,11 @@ from safetensors.torch import load_file
 from cogtools import export_lora, open_checkpoint, read_lora
 from cogtools.conversion.options import Format
 from cogtools.errors import ExportError, OptionError, OutputError, Problem
+from tests.support.base_weights import diffusers_base
+from tests.support.command_line import CommandLine
 from tests.support.consumers import CONSUMERS, Updates, diffusers_of_peft, opened, sat
-from tests.support.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
+from tests.support.diffusers_alone import toy_transformer
+from tests.support.factories import COGVIDEOX_5B_I2V, TOY_2B, sat_checkpoint, sat_state_dict, save_run
 from tests.support.producers import ATTENTION, PEFT_WORDS, PRODUCERS, after, factors, saved, spelled
 
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -506,6 +509,26 @@ def test_the_base_weights_are_written_beside_the_lora_as_they_are(run: Path, tmp
     assert read_lora(report.output).scalings.popitem()[1] == 0.5
 
 
+def test_the_base_may_be_a_model_of_diffusers(run: Path, tmp_path: Path) -> None:
+    trained = torch.load(run, weights_only=False)["module"]
+    base = saved(tmp_path / "model" / "diffusion_pytorch_model.safetensors", contiguous(diffusers_base(trained, 3)))
+    with pytest.raises(ExportError) as caught:
+        export_lora(run, tmp_path / "whole", format="sat", base=base)
+    assert str(caught.value.hint) == "give the folder with its config.json or training_config.yaml"
+    toy_transformer().save_config(base.parent)
+    report = export_lora(run, tmp_path / "whole", format="sat", base=base.parent)
+    found = torch.load(report.output, weights_only=True)["module"]
+    # What diffusers computes itself is not in its file.
+    wanted = {key.replace(".original.", "."): tensor for key, tensor in trained.items()
+              if key.startswith("model.diffusion_model.") and "pos_embedding" not in key}  # fmt: skip
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+
+
+def contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: tensor.clone() for key, tensor in tensors.items()}
+
+
 def test_the_base_of_another_model_is_refused(tmp_path: Path) -> None:
     made = PRODUCERS["sats_own_exporter"](tmp_path / "in")
     base = tmp_path / "base.pt"
@@ -521,7 +544,7 @@ def test_base_weights_go_into_sats_folder_only(run: Path, tmp_path: Path) -> Non
 
 def test_a_checkpoint_without_base_weights_is_not_a_base(run: Path, tmp_path: Path) -> None:
     lora = export_lora(run, tmp_path / "lora")
-    with pytest.raises(ExportError, match="there are no base weights of SAT's transformer in this checkpoint"):
+    with pytest.raises(ExportError, match="there are no base weights of a transformer in this checkpoint"):
         export_lora(run, tmp_path / "out", format="sat", base=lora.output)
 
 
@@ -533,3 +556,40 @@ def test_some_layers_stay_some_layers_in_a_sat_folder(tmp_path: Path) -> None:
     assert back.layers == (0, 2)
     assert "layer_range: [0, 2]" in (tmp_path / "back" / "training_config.yaml").read_text()
     assert export_lora(back.output, tmp_path / "again").layers == (0, 2)
+
+
+# What is printed
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("peft", ["pipe = CogVideoXImageToVideoPipeline.from_pretrained(...)",
+                  "PeftModel.from_pretrained(pipe.transformer, {folder})",
+                  'pipe.transformer.load_lora_adapter({folder}, prefix="base_model.model", '
+                  'weight_name="adapter_model.safetensors")']),
+        ("comfyui", ['lora_name "i2v-1000_comfyui.safetensors", strength_model 1.0']),
+        ("videox-fun", ["pipeline = merge_lora(pipeline, {path}, 1.0)"]),
+        ("diffsynth", ["model_manager.load_lora({path}, lora_alpha=1.0)"]),
+        ("sat", ['load_checkpoint(model, args, "BASE_FOLDER")', "load_checkpoint(model, args, {folder})"]),
+        ("diffusers", ["pipe = CogVideoXImageToVideoPipeline.from_pretrained(...)",
+                       'pipe.load_lora_weights({folder}, weight_name="pytorch_lora_weights.safetensors", '
+                       'adapter_name="lora")']),
+    ],
+)  # fmt: skip
+def test_the_last_lines_say_how_its_program_loads_it_with_the_models_pipeline_class(
+    name: Format, lines: list[str], cogtools_cli: CommandLine, tmp_path: Path
+) -> None:
+    state = sat_state_dict(COGVIDEOX_5B_I2V, 4, torch.bfloat16, base="telling")
+    run = save_run(tmp_path / "i2v", sat_checkpoint(state), rank=4, alpha=2)
+    result = cogtools_cli("export-lora", run, tmp_path / "out", "--format", name)
+    report = cogtools_cli("export-lora", run, tmp_path / "out", "--format", name, "--overwrite", "--dry-run", "--json")
+    output = report.json["report"]["output"]
+    facts = {"folder": json.dumps(str(tmp_path / "out")), "path": json.dumps(output)}
+    printed = [line.strip() for line in result.out.splitlines()]
+    wanted = [line.format_map(facts) for line in lines]
+    start = printed.index(wanted[0])
+    assert printed[start : start + len(wanted)] == wanted
+    assert "model     CogVideoX-5B-I2V" in printed
+    yaml = "Load it into SAT after the base weights, with r: 4 and lora_alpha: 2 in lora_config of the yaml:"
+    assert (printed[start - 1] == yaml) == (name == "sat")

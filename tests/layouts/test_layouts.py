@@ -199,3 +199,25 @@ def test_sizes_are_those_of_the_modules_in_diffusers() -> None:
             inputs, outputs = transformer.features(module.name)
             assert shapes[diffusers.module_path(module)][:2] == (outputs, inputs), (model.slug, module)
         assert not any(Module(None, name) in transformer.modules for name in ("ofs_1", "ofs_2")) or model.ofs_embed
+
+
+def test_a_pipeline_class_is_named_where_all_models_that_fit_have_it() -> None:
+    known = {model.slug: Transformer(model.layers, model.hidden, (model,)).pipeline for model in MODELS}
+    assert known == {
+        "2b": "CogVideoXPipeline",
+        "5b": "CogVideoXPipeline",
+        "5b-i2v": "CogVideoXImageToVideoPipeline",
+        "1.5-5b": "CogVideoXPipeline",
+        "1.5-5b-i2v": "CogVideoXImageToVideoPipeline",
+    }
+    assert Transformer(42, 3072, MODELS[1:]).pipeline is None
+    assert Transformer(3, 64, ()).pipeline is None
+
+
+def test_models_of_other_families_that_sat_trains_are_not_called_cogvideox() -> None:
+    other = Transformer(28, 4096, ())
+    assert (other.name, other.others) == (
+        "not a CogVideoX: hidden size 4096, which VisualGLM-6B and CogVLM have",
+        "VisualGLM-6B and CogVLM",
+    )
+    assert all(Transformer(model.layers, model.hidden, (model,)).others is None for model in MODELS)
