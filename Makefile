@@ -5,7 +5,7 @@ READY := .venv/.ready
 SECONDS ?= 300
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-lowest check format bench stress judge fuzz clean
+.PHONY: help demo test test-all test-lowest docs check format bench stress judge fuzz clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -34,10 +34,20 @@ $(LOWEST): pyproject.toml constraints-lowest.txt
 test-lowest: $(LOWEST)  ## Run the tests with the lowest releases of all that cogtools needs.
 	.venv-lowest/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow" -W default
 
-check: $(READY)  ## Check format, lint and types.
+check: $(READY)  ## Check format, lint, types, the pages' examples and the workflows.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m tools.page_examples .examples
+	$(BIN)/mypy .examples
+	$(BIN)/python -m tools.cli_pages --check
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+docs: $(READY)  ## Make the page of the command line, the picture of the README, and the site, in .site.
+	$(BIN)/python -m tools.cli_pages
+	$(BIN)/python -m tools.picture docs/images/strength.png
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(READY)  ## Put the code into the project's format.
 	$(BIN)/ruff format .
@@ -45,6 +55,7 @@ format: $(READY)  ## Put the code into the project's format.
 
 bench: $(READY)  ## Measure speed and memory against torch and diffusers, as ratios.
 	$(BIN)/python -m benchmarks.bench .bench
+	$(BIN)/python -m benchmarks.remote .bench/remote
 
 stress: $(READY)  ## Kill hundreds of exports at random moments, and send others storms of signals.
 	$(BIN)/python -m tests.support.interruption --kills 300 --storms 300
@@ -57,4 +68,4 @@ fuzz: $(READY)  ## Fuzz all that reads files, for SECONDS=300 in all.
 	$(BIN)/python -m tests.support.fuzz_readers .fuzz --seconds $(SECONDS)
 
 clean:  ## Remove everything that make and the tools made.
-	rm -rf .venv .venv-lowest .demo .bench .fuzz build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .demo .bench .fuzz .site .examples build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

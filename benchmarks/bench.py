@@ -10,6 +10,7 @@ are medians and ratios of this run; times on another machine are others.
 import argparse
 import os
 import pty
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,11 +27,15 @@ START = "import typer, rich.console, rich.table"
 COPY = """
 import os, sys
 source, target = os.open(sys.argv[1], os.O_RDONLY), os.open(sys.argv[2], os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-position, end = 0, os.fstat(source).st_size
+position, end = 0, int(sys.argv[3]) if sys.argv[3:] else os.fstat(source).st_size
 while position < end:
     position += os.copy_file_range(source, target, end - position, position)
 os.fsync(target)
 """
+
+
+MODEL_BYTES = 3_387_650_440
+"""What a 2B's transformer takes in fp16: what is copied to compare with."""
 
 
 @dataclass
@@ -58,8 +63,9 @@ class Case:
 def run(case: Case) -> None:
     """Run the command once, its output going to a pipe or a terminal that is read to the end."""
     if case.output is not None:
-        for file in case.output.glob("*"):
-            file.unlink()
+        shutil.rmtree(case.output, ignore_errors=True)
+        case.output.unlink(missing_ok=True)
+        os.sync()  # what the case before has written is not this one's to write out
     reader, writer = pty.openpty() if case.terminal else os.pipe()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     drain = threading.Thread(target=_drain, args=(reader,))
@@ -87,11 +93,12 @@ def _drain(reader: int) -> None:
 
 def cases(folder: Path) -> dict[str, Case]:
     """All commands, by a short name; the checkpoints are made if they are not there."""
-    small, large = folder / "2b.pt", folder / "2b-x4.pt"
-    for path, scale in ((small, 1), (large, 4)):
+    small, large, dense = folder / "2b.pt", folder / "2b-x4.pt", folder / "2b-dense.pt"
+    for path, scale in ((small, 1), (large, 4), (dense, 1)):
         if not path.exists():
             # In a process of its own: what this one has in memory would count as its children's peak.
             words = [str(path), "--model", "2b", "--rank", "128", "--scale", str(scale)]
+            words += ["--dense"] if path is dense else []
             subprocess.run([sys.executable, "-m", "benchmarks.full_size", *words], check=True)
     lora = folder / "out" / "pytorch_lora_weights.safetensors"
     export = [COGTOOLS, "export-lora", "--quiet"]
@@ -110,13 +117,21 @@ def cases(folder: Path) -> dict[str, Case]:
         "inspect table": Case("cogtools inspect, table on a terminal", [COGTOOLS, "inspect", str(small)],
                               terminal=True),
         "verify": Case("cogtools verify", [COGTOOLS, "verify", str(lora)]),
+        "plain model": Case("export the whole model, the plain way",
+                            [*PLAIN, "model", str(dense), str(folder / "plain-model")], output=folder / "plain-model"),
+        "export model": Case("cogtools export-model",
+                             [COGTOOLS, "export-model", str(dense), str(folder / "model"), "--quiet"],
+                             output=folder / "model"),
+        "copy model": Case("floor: copy the model's bytes, and sync",
+                           [sys.executable, "-c", COPY, str(dense), str(folder / "model-copy"), str(MODEL_BYTES)],
+                           output=folder / "model-copy"),
     }  # fmt: skip
 
 
 def table(results: dict[str, Case]) -> str:
     """The results, each beside what it is compared with."""
     rows = [["", "time", "memory", "time", "memory"]]
-    against = {"export": "plain export", "export x4": "plain export"}
+    against = {"export": "plain export", "export x4": "plain export", "export model": "plain model"}
     against |= dict.fromkeys(("inspect", "inspect json", "inspect table"), "plain list")
     for name, case in results.items():
         row = [case.label, f"{case.time:.3f} s", f"{case.peak / 1e6:.0f} MB", "", ""]
@@ -133,7 +148,9 @@ def table(results: dict[str, Case]) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Make the checkpoints, measure, print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__)
-    parser.add_argument("folder", type=Path, help="where checkpoints and results go: 20 GB of sparse files")
+    parser.add_argument(
+        "folder", type=Path, help="where checkpoints and results go: 20 GB of sparse files, 14 GB of others"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="how often each command runs")
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -146,6 +163,11 @@ def main(arguments: Sequence[str]) -> None:
                 case.memory.clear()
     print(f"2B, rank 128, {(options.folder / '2b.pt').stat().st_size / 1e9:.1f} GB; medians of {options.rounds} runs\n")
     print(table(results))
+    ratio = statistics.median(
+        ours / copied
+        for ours, copied in zip(results["export model"].seconds, results["copy model"].seconds, strict=True)
+    )
+    print(f"\nexport-model takes {ratio:.2f} times as long as copying and syncing as many bytes")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 torch writes the file with holes in place of the storages (`torch.serialization.skip_data`). The LoRA and the
 random states are then written into theirs, and every record gets its CRC-32. All other weights stay holes:
-they read as zeros and, on a filesystem with sparse files, take no room.
+they read as zeros and, on a filesystem with sparse files, take no room. With --dense they are filled too.
 """
 
 import argparse
@@ -55,7 +55,16 @@ NARROW, WIDEST = 64, 2**15  # widths of a text encoder
 _ZEROS = bytes(2**20)
 
 
-def make(path: Path, model: SatModel, rank: int, dtype: torch.dtype, scale: float = 1, seed: int = 0) -> None:
+def make(
+    path: Path,
+    model: SatModel,
+    rank: int,
+    dtype: torch.dtype,
+    scale: float = 1,
+    seed: int = 0,
+    *,
+    is_dense: bool = False,
+) -> None:
     """Write a checkpoint of `model` with a LoRA of `rank`, `scale` times as large as those (see `scaled`)."""
     module = allocate(module_shapes(scaled(model, rank, scale), rank), dtype)
     checkpoint = sat_checkpoint(module)
@@ -66,7 +75,14 @@ def make(path: Path, model: SatModel, rank: int, dtype: torch.dtype, scale: floa
     dense = [tensor for key, tensor in module.items() if is_lora(key)]
     dense += [checkpoint["torch_rng_state"], checkpoint["cuda_rng_state"]]
     numbers = _storage_numbers(tensors_in(checkpoint))
-    _fill_records(path, {numbers[tensor.untyped_storage().data_ptr()]: _storage_bytes(tensor) for tensor in dense})
+    filled = {numbers[tensor.untyped_storage().data_ptr()]: _storage_bytes(tensor) for tensor in dense}
+    _fill_records(path, filled, _tile(dtype, seed) if is_dense else None)
+
+
+def _tile(dtype: torch.dtype, seed: int) -> bytes:
+    """Numbers that fill the base weights, over and over."""
+    numbers = torch.empty(2**20, dtype=torch.float32).normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
+    return _storage_bytes(numbers.to(dtype)).tobytes()
 
 
 def scaled(model: SatModel, rank: int, scale: float) -> SatModel:
@@ -102,8 +118,14 @@ def _storage_bytes(tensor: torch.Tensor) -> memoryview:
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy().data
 
 
-def _fill_records(path: Path, dense: Mapping[int, memoryview]) -> None:
-    """Write storages into their records `data/N`, and the CRC-32 of every storage, filled or hole."""
+def _fill_records(path: Path, dense: Mapping[int, memoryview], tile: bytes | None) -> None:
+    """Write storages into their records `data/N`, and the CRC-32 of every storage, filled or hole.
+
+    Args:
+        path: the checkpoint.
+        dense: the content of storages, by their number.
+        tile: what the others are filled with; None leaves them holes.
+    """
     with zipfile.ZipFile(path) as archive:
         records, directory = archive.infolist(), archive.start_dir
     with path.open("r+b") as file:
@@ -111,7 +133,10 @@ def _fill_records(path: Path, dense: Mapping[int, memoryview]) -> None:
             crc32 = record.CRC
             if "/data/" in record.filename:
                 number = int(record.filename.rpartition("/")[2])
-                crc32 = _fill_record(file, record, dense.get(number))
+                content = dense.get(number)
+                if content is None and tile is not None:
+                    content = memoryview((tile * (record.file_size // len(tile) + 1))[: record.file_size])
+                crc32 = _fill_record(file, record, content)
             directory = _set_directory_crc32(file, directory, crc32)
 
 
@@ -157,10 +182,12 @@ def main() -> None:
     parser.add_argument(
         "--scale", type=float, default=1, help="the file's size: so many times the transformer and its LoRA"
     )
+    parser.add_argument("--dense", action="store_true", help="fill the base weights: the file takes its whole size")
     arguments = parser.parse_args()
 
     start = time.perf_counter()
-    make(arguments.out, MODELS[arguments.model], arguments.rank, DTYPES[arguments.model], arguments.scale)
+    model, dtype = MODELS[arguments.model], DTYPES[arguments.model]
+    make(arguments.out, model, arguments.rank, dtype, arguments.scale, is_dense=arguments.dense)
     status = arguments.out.stat()
     print(
         f"{arguments.out}: {status.st_size / 1e9:.2f} GB, {status.st_blocks * 512 / 1e9:.2f} GB on disk, "

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Sequence
 
 SHOWN_PROBLEMS = 10
@@ -93,7 +92,7 @@ class CogtoolsError(Exception):
 
     Attributes:
         what: what failed, in a sentence without a full stop.
-        file: the file or folder in which it failed.
+        file: the file or folder in which it failed, as text.
         found: what is there.
         expected: what should be there.
         hint: what to do about it.
@@ -106,7 +105,7 @@ class CogtoolsError(Exception):
         self,
         what: str,
         *,
-        file: str | os.PathLike[str] | None = None,
+        file: object = None,
         found: str | None = None,
         expected: str | None = None,
         hint: Hint | str | None = None,

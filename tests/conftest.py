@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from cogtools import cli
-from tests.support.command_line import CommandLine, Result
+from tests.support.command_line import CommandLine, Result, build_once
 from tests.support.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
+
+build_once()
 
 
 @pytest.fixture(scope="session")

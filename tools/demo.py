@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from tests.support.factories import COGVIDEOX_2B, sat_checkpoint, sat_state_dict, save_run
+from tests.support.factories import COGVIDEOX_2B, TOY_2B, sat_checkpoint, sat_state_dict, save_run
+from tests.support.models import save_model_run
 
 RANK = 4
 
@@ -22,6 +23,11 @@ def make_sample(folder: Path) -> Path:
     """Write a trainer's save folder; the path of the checkpoint in it."""
     state = sat_state_dict(COGVIDEOX_2B, RANK, torch.float16, base="telling")
     return save_run(folder, sat_checkpoint(state), rank=RANK)
+
+
+def make_model_sample(folder: Path, rank: int | None = None) -> Path:
+    """Write a save folder of a whole model, with its VAE and text encoder, at toy size; with a LoRA of this rank."""
+    return save_model_run(folder, TOY_2B, rank=rank)
 
 
 def main(cogtools: str, folder: Path) -> None:

@@ -10,73 +10,60 @@ import contextlib
 import os
 import stat
 import threading
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+from cogtools.checkpoint.paths import real_path
 from cogtools.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from cogtools.checkpoint.paths import AnyPath
 
-class SourceFile:
-    """A regular file, held open for reading, so that what was looked at is what is read later.
 
-    What reads checkpoints asks a file for `name`, `size_bytes`, `read`, `refuse_changed` and `beside` only, so that one
-    that lies elsewhere can stand in its place; `fd` is for what needs a file of this machine.
+class SourceFile(ABC):
+    """A file, held open for reading, so that what was looked at is what is read later.
 
     Args:
         path: where it is, for messages.
-        fd: its open file descriptor, which `close` closes.
-
-    Raises:
-        CheckpointError: if it is not a regular file, or its size cannot be found out.
+        size_bytes: how long it is.
     """
 
-    def __init__(self, path: Path, fd: int) -> None:
+    fd: int = -1
+    """Its file descriptor, where it is a file of this machine."""
+
+    def __init__(self, path: AnyPath, size_bytes: int) -> None:
         self.path = path
-        self.fd = fd
-        status = self._status()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(
-                "this is not a regular file",
-                file=path,
-                found=_file_kind(status.st_mode),
-                expected="a file on disk: its parts are read by position",
-                hint="save the stream to a file first",
-            )
-        self.size_bytes = status.st_size
-        self._version = status.st_size, status.st_mtime_ns
+        self.size_bytes = size_bytes
         self._lock = threading.RLock()
         self._spool: _Spool | None = None
 
-    @classmethod
-    def open(cls, path: Path) -> Self:
+    @staticmethod
+    def open(path: AnyPath) -> SourceFile:
         """Open a file. Pipes, devices and folders are refused: their bytes cannot be read by position.
 
         Raises:
             CheckpointError: if it is missing, not readable, or not a regular file.
         """
-        try:
-            # Without O_NONBLOCK a pipe would block here until somebody writes to it.
-            fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        except FileNotFoundError as error:
-            target = link_target(path)
-            found = f"a link to {target}, which is not there" if target is not None else None
-            raise CheckpointError("there is no such file", file=path, found=found) from error
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            raise CheckpointError(f"the file cannot be opened: {reason(error)}", file=path) from error
-        try:
-            return cls(path, fd)
-        except BaseException:
-            _close(fd)
-            raise
+        if isinstance(path, Path):
+            return LocalFile.at(path)
+        from cogtools.checkpoint.remote.file import RemoteFile
+
+        return RemoteFile(path)
 
     @property
     def name(self) -> str:
         """What it is called in its folder."""
         return self.path.name
 
+    @property
+    def parallel(self) -> int:
+        """How many reads at once make it faster: 1 where reading takes no waiting."""
+        return 1
+
+    @abstractmethod
     def beside(self, name: str, *, above: bool = False) -> SourceFile | None:
         """The file of that name in the same folder, opened; None if there is none.
 
@@ -89,11 +76,6 @@ class SourceFile:
         Raises:
             CheckpointError: if it is there and cannot be opened.
         """
-        for path in dict.fromkeys((self.path.absolute(), Path(os.path.realpath(self.path)))):
-            for folder in (path.parent, path.parent.parent) if above else (path.parent,):
-                if is_file(folder / name):
-                    return SourceFile.open(folder / name)
-        return None
 
     def read(self, offset_bytes: int, size_bytes: int) -> bytes:
         """Exactly `size_bytes` bytes from `offset_bytes` on.
@@ -106,51 +88,43 @@ class SourceFile:
         parts: list[bytes] = []
         missing = size_bytes
         while missing:
-            try:
-                part = self._pread(missing, offset_bytes + size_bytes - missing)
-            except OSError as error:
-                raise self._unreadable(error) from error
+            part = self._read_some(offset_bytes + size_bytes - missing, missing)
             if not part:
                 raise self.cut_short(offset_bytes, size_bytes)
             parts.append(part)
             missing -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _pread(self, size_bytes: int, offset_bytes: int) -> bytes:
-        if hasattr(os, "pread"):
-            return os.pread(self.fd, size_bytes, offset_bytes)
-        with self._lock:  # Windows has no positioned read.
-            os.lseek(self.fd, offset_bytes, os.SEEK_SET)
-            return os.read(self.fd, size_bytes)
+    @abstractmethod
+    def _read_some(self, offset_bytes: int, size_bytes: int) -> bytes:
+        """Some bytes from a position on, at most so many; none where the file has come to an end."""
 
-    def _status(self) -> os.stat_result:
-        try:
-            return os.fstat(self.fd)
-        except OSError as error:
-            raise self._unreadable(error) from error
+    def keep(self, offset_bytes: int, size_bytes: int) -> Callable[[], None]:
+        """Have a range at hand until the function that is returned is called. Where nothing is waited for, do nothing.
 
-    def _unreadable(self, error: OSError) -> CheckpointError:
-        return CheckpointError(f"the file cannot be read: {reason(error)}", file=self.path)
+        Raises:
+            CheckpointError: if it cannot be read.
+        """
+        _ = offset_bytes, size_bytes
+        return lambda: None
 
     def cut_short(self, offset_bytes: int, size_bytes: int) -> CheckpointError:
         """The error for a read beyond the end of the file."""
         return CheckpointError(
             "the file is cut short",
             file=self.path,
-            found=f"the file ends at {self._status().st_size:,}",
+            found=f"the file ends at {self._now_bytes():,}",
             expected=f"{size_bytes:,} bytes at offset {offset_bytes:,}",
             hint="copy or download it again; a checkpoint that is still being written looks like this too",
         )
 
+    @abstractmethod
+    def _now_bytes(self) -> int:
+        """How long the file is by now."""
+
+    @abstractmethod
     def refuse_changed(self) -> None:
         """Raise a `CheckpointError` if the file has been written to since it was opened, or cannot be read any more."""
-        status = self._status()
-        if (status.st_size, status.st_mtime_ns) != self._version:
-            raise CheckpointError(
-                "the file was changed while it was read",
-                file=self.path,
-                hint="wait until nothing writes to it any more, and try again",
-            )
 
     def unpacked(self, chunks: Iterable[bytes]) -> FileRange:
         """Where these bytes lie from now on: in a temporary file, for all that is unpacked of this one.
@@ -167,9 +141,6 @@ class SourceFile:
         """Close the file; a second call does nothing."""
         if self._spool is not None:
             self._spool.close()
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            _close(fd)
 
     def __enter__(self) -> Self:
         return self
@@ -178,14 +149,103 @@ class SourceFile:
         self.close()
 
 
-class _Spool(SourceFile):
+class LocalFile(SourceFile):
+    """A regular file of this machine.
+
+    Args:
+        path: where it is, for messages.
+        fd: its open file descriptor, which `close` closes.
+
+    Raises:
+        CheckpointError: if it is not a regular file, or its size cannot be found out.
+    """
+
+    def __init__(self, path: AnyPath, fd: int) -> None:
+        super().__init__(path, 0)
+        self.fd = fd
+        status = self._status()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(
+                "this is not a regular file",
+                file=path,
+                found=_file_kind(status.st_mode),
+                expected="a file on disk: its parts are read by position",
+                hint="save the stream to a file first",
+            )
+        self.size_bytes = status.st_size
+        self._version = status.st_size, status.st_mtime_ns
+
+    @classmethod
+    def at(cls, path: Path) -> Self:
+        """Open a file; errors as for `open`."""
+        try:
+            # Without O_NONBLOCK a pipe would block here until somebody writes to it.
+            fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        except FileNotFoundError as error:
+            target = link_target(path)
+            found = f"a link to {target}, which is not there" if target is not None else None
+            raise CheckpointError("there is no such file", file=path, found=found) from error
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise CheckpointError(f"the file cannot be opened: {reason(error)}", file=path) from error
+        try:
+            return cls(path, fd)
+        except BaseException:
+            _close(fd)
+            raise
+
+    def beside(self, name: str, *, above: bool = False) -> SourceFile | None:
+        for path in dict.fromkeys((self.path.absolute(), real_path(self.path))):
+            for folder in (path.parent, path.parent.parent) if above else (path.parent,):
+                if is_file(folder / name):
+                    return SourceFile.open(folder / name)
+        return None
+
+    def _read_some(self, offset_bytes: int, size_bytes: int) -> bytes:
+        try:
+            if hasattr(os, "pread"):
+                return os.pread(self.fd, size_bytes, offset_bytes)
+            with self._lock:  # Windows has no positioned read.
+                os.lseek(self.fd, offset_bytes, os.SEEK_SET)
+                return os.read(self.fd, size_bytes)
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def _status(self) -> os.stat_result:
+        try:
+            return os.fstat(self.fd)
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"the file cannot be read: {reason(error)}", file=self.path)
+
+    def _now_bytes(self) -> int:
+        return self._status().st_size
+
+    def refuse_changed(self) -> None:
+        status = self._status()
+        if (status.st_size, status.st_mtime_ns) != self._version:
+            raise CheckpointError(
+                "the file was changed while it was read",
+                file=self.path,
+                hint="wait until nothing writes to it any more, and try again",
+            )
+
+    def close(self) -> None:
+        super().close()
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            _close(fd)
+
+
+class _Spool(LocalFile):
     """A temporary file without a name. One for all: a checkpoint may have more storages than a process may open files.
 
     Args:
         path: the file of whose parts it holds copies, for messages.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
         import tempfile
 
         with tempfile.TemporaryFile(buffering=0) as file:
@@ -215,7 +275,7 @@ class FileRange(NamedTuple):
         return self.file.read(self.offset_bytes, self.size_bytes)
 
 
-def read_small_file(path: Path, limit_bytes: int, what: str = "the file is too long to be read") -> bytes:
+def read_small_file(path: AnyPath, limit_bytes: int, what: str = "the file is too long to be read") -> bytes:
     """All of a file that says something of a checkpoint, such as a configuration.
 
     Args:
@@ -242,17 +302,19 @@ def read_whole(file: SourceFile, limit_bytes: int, what: str = "the file is too 
 class FolderEntry(NamedTuple):
     """A name in a folder, and what is there: links are followed, and one to nothing is neither."""
 
-    path: Path
+    path: AnyPath
     is_file: bool
     is_folder: bool
 
 
-def list_folder(folder: Path) -> list[FolderEntry]:
-    """What is in a folder, by name.
+def list_folder(folder: AnyPath) -> list[FolderEntry]:
+    """What is in a folder, by name. On a plain server, which lists nothing: what is found of what could be there.
 
     Raises:
         CheckpointError: if it cannot be read.
     """
+    if not isinstance(folder, Path):
+        return folder.store.list(folder)
     try:
         with os.scandir(folder) as entries:
             found = [FolderEntry(folder / entry.name, _is(entry.is_file), _is(entry.is_dir)) for entry in entries]
@@ -261,18 +323,36 @@ def list_folder(folder: Path) -> list[FolderEntry]:
     return sorted(found)
 
 
-def is_file(path: Path) -> bool:
+def is_file(path: AnyPath) -> bool:
     """Whether a path is that of a file; false also where it may not be looked at, or no file can have that name."""
     return _is(path.is_file)
 
 
-def is_folder(path: Path) -> bool:
+def is_folder(path: AnyPath) -> bool:
     """Whether a path is that of a folder; false also where `is_file` says it may be."""
     return _is(path.is_dir)
 
 
-def link_target(path: Path) -> Path | None:
+def is_there(path: AnyPath) -> bool:
+    """Whether there is something of this name, be it a link that leads nowhere."""
+    return os.path.lexists(path) if isinstance(path, Path) else is_file(path) or is_folder(path)
+
+
+def size_of(path: AnyPath) -> int | None:
+    """How many bytes a file has; None if it cannot be found out."""
+    if not isinstance(path, Path):
+        found = path.look()
+        return None if found is None else found.size_bytes
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def link_target(path: AnyPath) -> Path | None:
     """Where a link leads; None if it is not a link, or cannot be read."""
+    if not isinstance(path, Path):
+        return None
     try:
         return path.readlink()
     except (OSError, ValueError):

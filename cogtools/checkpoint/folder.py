@@ -17,29 +17,33 @@ from __future__ import annotations
 
 import contextlib
 import re
-from pathlib import Path
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.files import is_file, is_folder, link_target, list_folder
 from cogtools.checkpoint.names import EMA_SUFFIX, is_companion, spread_over
 from cogtools.checkpoint.names import TRAINER_FILES as TRAINER_FILES
 from cogtools.checkpoint.names import WEIGHTS_FILES as WEIGHTS_FILES
+from cogtools.checkpoint.paths import RemotePath
 from cogtools.checkpoint.run import (
     Iteration,
     SaveFolder,
     is_trainers_name,
     iteration_of,
+    names_of_iteration,
     read_latest,
 )
 from cogtools.checkpoint.run import find_run as find_run
 from cogtools.checkpoint.run import read_save_folder as read_save_folder
 from cogtools.checkpoint.shards import kind_of_index, read_index
 from cogtools.checkpoint.weights import find_weights, listed, spread_error, what_is_there
-from cogtools.errors import SHOWN_PROBLEMS, CheckpointError
+from cogtools.errors import SHOWN_PROBLEMS, CheckpointError, OptionError
 from cogtools.formatting import MAX_SHOWN_CHARS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from cogtools.checkpoint.paths import AnyPath
 
 _CHOOSE = "choose one with --iteration, and --ema for those named -ema"
 _ONE_OF_THEM = "give one of them"
@@ -47,7 +51,7 @@ _MAX_SAVE_FOLDERS = 4
 """How many may lie in each other, as global_step500/ does in checkpoint-500/. More is a link to itself."""
 
 
-def find_file(folder: Path, *, iteration: int | None = None, ema: bool = False) -> Path:
+def find_file(folder: AnyPath, *, iteration: int | None = None, ema: bool = False) -> AnyPath:
     """The file that a folder stands for: weights, an index of shards, or a pipeline's model_index.json.
 
     Where shards have no index it is the folder that they are in.
@@ -60,10 +64,12 @@ def find_file(folder: Path, *, iteration: int | None = None, ema: bool = False) 
     Raises:
         CheckpointError: if there is no checkpoint in it, or it could be one of several.
     """
+    if iteration is not None and isinstance(folder, RemotePath):
+        folder.store.ask_for(folder, names_of_iteration(iteration))
     return _find_file(folder, iteration, ema=ema, levels=_MAX_SAVE_FOLDERS)
 
 
-def _find_file(folder: Path, number: int | None, *, ema: bool, levels: int) -> Path:
+def _find_file(folder: AnyPath, number: int | None, *, ema: bool, levels: int) -> AnyPath:
     save_folder = read_save_folder(folder)
     if save_folder.iterations and levels:
         chosen = choose(save_folder, number, ema=ema).folder
@@ -107,7 +113,7 @@ def _no_checkpoint(save_folder: SaveFolder) -> CheckpointError:
     )
 
 
-def _nearest_to(folder: Path) -> str | None:
+def _nearest_to(folder: AnyPath) -> str | None:
     """Where the folder of an iteration is empty: which other one is not."""
     own = iteration_of(folder.absolute())
     if own is None:
@@ -118,7 +124,7 @@ def _nearest_to(folder: Path) -> str | None:
     return None
 
 
-def find_save_folder(folder: Path) -> Path | None:
+def find_save_folder(folder: AnyPath) -> AnyPath | None:
     """The trainer's save folder that a folder is, or the only one in it; None if there is none, or several."""
     save_folder = read_save_folder(folder)
     if save_folder.iterations:
@@ -127,12 +133,12 @@ def find_save_folder(folder: Path) -> Path | None:
     return runs[0] if len(runs) == 1 and find_weights(folder) is None else None
 
 
-def iterations_in(folder: Path) -> list[Iteration]:
+def iterations_in(folder: AnyPath) -> list[Iteration]:
     """The iterations in a trainer's save folder, by number; [] if it is not such a folder."""
     return list(read_save_folder(folder).iterations)
 
 
-def refuse_choice(path: Path, *, iteration: int | None, ema: bool) -> None:
+def refuse_choice(path: AnyPath, *, iteration: int | None, ema: bool) -> None:
     """Raise if `iteration` or `ema` ask for something else than this file is."""
     chosen = iteration_of(path.absolute().parent)
     if iteration is not None and (chosen is None or chosen.number != iteration):
@@ -148,9 +154,9 @@ def refuse_choice(path: Path, *, iteration: int | None, ema: bool) -> None:
     )
 
 
-def pipeline_components(index: Path) -> dict[str, Path]:
+def pipeline_components(index: AnyPath) -> dict[str, AnyPath]:
     """The weights of each component of a diffusers pipeline, by the component's name."""
-    components: dict[str, Path] = {}
+    components: dict[str, AnyPath] = {}
     for name in read_index(index):
         if not name.startswith("_") and re.fullmatch(r"\w+", name):
             folder = index.with_name(name)
@@ -192,7 +198,7 @@ def _named(save_folder: SaveFolder, latest: str, *, ema: bool) -> Iteration:
     if not latest:
         raise _several(folder, "the file `latest` is empty", every, _CHOOSE)
     if latest.endswith(EMA_SUFFIX) and not ema:
-        plain = iteration_of(Path(latest))
+        plain = iteration_of(folder / latest)
         hint = "take them with --ema" + (f", or the plain ones with --iteration {plain.number}" if plain else "")
         raise _several(folder, f"the file `latest` names EMA weights: {latest}", every, hint)
     plain_name = latest.removesuffix(EMA_SUFFIX)
@@ -242,15 +248,15 @@ def _without_weights(save_folder: SaveFolder, item: Iteration, what: str) -> Che
     return CheckpointError(what, file=item.folder, found=what_is_there(item.folder), hint=hint)
 
 
-def _several(folder: Path, what: str, choices: Iterable[Path | Iteration], hint: str) -> CheckpointError:
-    names = [choice.name if isinstance(choice, Path) else str(choice) for choice in choices]
+def _several(folder: AnyPath, what: str, choices: Iterable[AnyPath | Iteration], hint: str) -> CheckpointError:
+    names = [str(choice) if isinstance(choice, Iteration) else choice.name for choice in choices]
     return CheckpointError(what, file=folder, found=listed(names), hint=hint)
 
 
 # What else is in a folder
 
 
-def _runs_in(folder: Path) -> list[Path]:
+def _runs_in(folder: AnyPath) -> list[AnyPath]:
     """The save folders in a folder, but for those that may not be read, and for the folders of iterations."""
     runs = []
     for entry in list_folder(folder):
@@ -261,7 +267,7 @@ def _runs_in(folder: Path) -> list[Path]:
     return runs
 
 
-def _described(path: Path) -> str:
+def _described(path: AnyPath) -> str:
     """The name of what is in a folder, and why it is not a checkpoint where that can be seen."""
     target = link_target(path)
     if target is not None and not (is_file(path) or is_folder(path)):
@@ -270,3 +276,39 @@ def _described(path: Path) -> str:
         if is_folder(path) and iteration_of(path) is not None:
             return f"{path.name} ({what_is_there(path)})"
     return path.name
+
+
+def has_pattern(path: AnyPath) -> bool:
+    """Whether a path is that of a URL with a pattern, which no shell has expanded."""
+    return isinstance(path, RemotePath) and any(map(_PATTERN.search, path.parts[1:]))
+
+
+def matching(path: RemotePath) -> list[RemotePath]:
+    """What there is in a store that a pattern fits, by name; within a name, as a shell has it.
+
+    Raises:
+        OptionError: if that is a server that lists nothing.
+        CheckpointError: if nothing fits, or a folder cannot be read.
+    """
+    if not path.store.lists:
+        raise OptionError(
+            f"{path.scheme}:// lists nothing: a pattern needs a store that lists",
+            found=str(path),
+            hint="give the URLs one by one",
+        )
+    found = [path]
+    while found[0] != found[0].parent:
+        found[0] = found[0].parent
+    for name in path.parts[1:]:
+        if _PATTERN.search(name):
+            entries = [entry.path for folder in found for entry in list_folder(folder)]
+            found = [entry for entry in entries if fnmatchcase(entry.name, name) and isinstance(entry, RemotePath)]
+        else:
+            found = [folder / name for folder in found]
+    found = [one for one in found if is_file(one) or is_folder(one)]
+    if not found:
+        raise CheckpointError("nothing in the store fits this pattern", file=path)
+    return sorted(found)
+
+
+_PATTERN = re.compile(r"[*?\[]")

@@ -14,9 +14,9 @@ from cogtools.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from pathlib import Path
 
     from cogtools.checkpoint.files import SourceFile
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.checkpoint.run import Run
 
 BARE_TENSOR = "<tensor>"
@@ -44,7 +44,7 @@ class Place(NamedTuple):
 class SmallFile(NamedTuple):
     """A file that was read as a whole: where it is, for messages, and what is in it."""
 
-    path: Path
+    path: AnyPath
     content: bytes
 
 
@@ -72,7 +72,7 @@ class Checkpoint:
         index: the file that names these, where there is one. Like them it is held open until `close`.
     """
 
-    path: Path
+    path: AnyPath
     format: str
     files: list[SourceFile]
     tensors: dict[str, TensorEntry]

@@ -24,6 +24,9 @@ MAX_TENSORS = 100_000
 MAX_INDEX_BYTES = 8 << 20
 """An index of shards. Real: 0.1 MB for 1,500 tensors."""
 
+MAX_LATEST_BYTES = 1024
+"""The file `latest`, which holds the name of a folder. Real: 4."""
+
 MAX_TRAINING_CONFIG_BYTES = 128 << 10
 """training_config.yaml: PyYAML takes its time. Real: 8 kB."""
 

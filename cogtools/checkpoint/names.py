@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
+
+    from cogtools.checkpoint.paths import AnyPath
 
 LATEST = "latest"
 """DeepSpeed's file that names the folder of the latest checkpoint; SAT's trainer writes it as well."""
@@ -117,7 +118,7 @@ class Spread(NamedTuple):
     what: str
     hint: str
 
-    def advice(self, folder: Path) -> str:
+    def advice(self, folder: AnyPath) -> str:
         """How to put the files of this folder together."""
         return self.hint.format(folder=shlex.quote(str(folder)), above=shlex.quote(str(folder.parent)))
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.files import SourceFile, is_folder, list_folder
+from cogtools.checkpoint.files import SourceFile, is_folder, is_there, list_folder
 from cogtools.checkpoint.folder import find_file, find_run, pipeline_components, refuse_choice
 from cogtools.checkpoint.formats.safetensors import open_safetensors
 from cogtools.checkpoint.formats.signatures import FormatName, format_of, read_start, what_it_is
@@ -14,6 +12,7 @@ from cogtools.checkpoint.formats.torch_legacy import open_torch_legacy
 from cogtools.checkpoint.formats.torch_zip import open_torch_zip
 from cogtools.checkpoint.index import Checkpoint
 from cogtools.checkpoint.names import DISTRIBUTED_METADATA, is_companion, part_of, spread_over
+from cogtools.checkpoint.paths import as_path
 from cogtools.checkpoint.shards import kind_of_index, read_shard_index, shards_by_name
 from cogtools.checkpoint.tensors import OtherTensor
 from cogtools.checkpoint.weights import spread_error
@@ -21,8 +20,10 @@ from cogtools.errors import CheckpointError
 from cogtools.formatting import counted, shown
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable
 
+    from cogtools.checkpoint.paths import AnyPath, RemotePath
     from cogtools.checkpoint.tensors import TensorEntry
 
 _OPEN: dict[FormatName, Callable[[SourceFile], Checkpoint]] = {
@@ -32,22 +33,24 @@ _OPEN: dict[FormatName, Callable[[SourceFile], Checkpoint]] = {
 }
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, iteration: int | None = None, ema: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str] | RemotePath, *, iteration: int | None = None, ema: bool = False
+) -> Checkpoint:
     """Index a checkpoint. Close it when done, or use it in a `with` statement.
 
     Args:
-        path: a file, or any of the folders that `cogtools.checkpoint.folder` describes.
+        path: a file, or any of the folders that `cogtools.checkpoint.folder` describes; or the URL of one.
         iteration: which iteration of a trainer's save folder; None takes the latest.
         ema: take its EMA weights.
 
     Raises:
         CheckpointError: if it is missing, damaged, or no checkpoint, or could be one of several.
     """
-    given = Path(path)
+    given = as_path(path)
     if is_folder(given):
         file = find_file(given, iteration=iteration, ema=ema)
     else:
-        if os.path.lexists(given):  # if not, that is what is wrong
+        if is_there(given):  # if not, that is what is wrong
             refuse_choice(given, iteration=iteration, ema=ema)
         file = given
     checkpoint = _open_any(file)
@@ -58,17 +61,17 @@ def open_checkpoint(path: str | os.PathLike[str], *, iteration: int | None = Non
     return checkpoint
 
 
-def _open_any(path: Path) -> Checkpoint:
+def _open_any(path: AnyPath) -> Checkpoint:
     return _open_pipeline(path) if not is_folder(path) and kind_of_index(path) == "pipeline" else _open_weights(path)
 
 
-def _open_weights(path: Path) -> Checkpoint:
+def _open_weights(path: AnyPath) -> Checkpoint:
     if is_folder(path):
         return _open_loose_shards(path)
     return _open_shards(path) if kind_of_index(path) == "shards" else _open_file(path)
 
 
-def _open_file(path: Path) -> Checkpoint:
+def _open_file(path: AnyPath) -> Checkpoint:
     file = SourceFile.open(path)
     try:
         return _index(file)
@@ -129,7 +132,7 @@ def _refuse_without_values(checkpoint: Checkpoint) -> None:
         checkpoint.format += f", {counted(missing, 'tensor')} without values"
 
 
-def _open_shards(index: Path) -> Checkpoint:
+def _open_shards(index: AnyPath) -> Checkpoint:
     """Sharded weights as one checkpoint."""
     weight_map = read_shard_index(index)
     names = sorted(set(weight_map.values()))
@@ -155,7 +158,7 @@ def _open_shards(index: Path) -> Checkpoint:
     return whole
 
 
-def _open_loose_shards(folder: Path) -> Checkpoint:
+def _open_loose_shards(folder: AnyPath) -> Checkpoint:
     """Sharded weights without an index as one checkpoint."""
     files = {path.name: path for path in shards_by_name(folder)}
     whole = _join(folder, "sharded, without an index", files, _open_file)
@@ -173,7 +176,7 @@ def _open_loose_shards(folder: Path) -> Checkpoint:
     return whole
 
 
-def _open_pipeline(index: Path) -> Checkpoint:
+def _open_pipeline(index: AnyPath) -> Checkpoint:
     """The components of a diffusers pipeline as one checkpoint, keys prefixed with their names."""
     components = pipeline_components(index)
     if not components:
@@ -185,7 +188,7 @@ def _open_pipeline(index: Path) -> Checkpoint:
     return whole
 
 
-def _join(path: Path, how: str, files: dict[str, Path], open_part: Callable[[Path], Checkpoint]) -> Checkpoint:
+def _join(path: AnyPath, how: str, files: dict[str, AnyPath], open_part: Callable[[AnyPath], Checkpoint]) -> Checkpoint:
     """Several files as one checkpoint, its tensors not yet chosen."""
     parts: dict[str, Checkpoint] = {}
     index = None if is_folder(path) else SourceFile.open(path)

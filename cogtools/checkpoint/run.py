@@ -7,21 +7,23 @@ any other folder                   if the file `latest` names it, as DeepSpeed's
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.checkpoint.files import is_file, is_folder, list_folder, read_small_file
+from cogtools.checkpoint.limits import MAX_LATEST_BYTES
 from cogtools.checkpoint.names import EMA_SUFFIX, LATEST
+from cogtools.checkpoint.paths import real_path
 from cogtools.checkpoint.weights import has_library_file, has_weights
 from cogtools.errors import CheckpointError
 
-_ITERATION = re.compile(
-    rf"(?P<before>global_step|checkpoint-|step-|iter_)?(?P<number>[0-9]{{1,12}})(?P<ema>{EMA_SUFFIX})?"
-)
-_MAX_LATEST_BYTES = 1024
+if TYPE_CHECKING:
+    from cogtools.checkpoint.paths import AnyPath
+
+_STARTS = ("global_step", "checkpoint-", "step-", "iter_")
+_ITERATION = re.compile(rf"(?P<before>{'|'.join(_STARTS)})?(?P<number>[0-9]{{1,12}})(?P<ema>{EMA_SUFFIX})?")
 
 
 class Iteration(NamedTuple):
@@ -35,13 +37,13 @@ class Iteration(NamedTuple):
 
     number: int | None
     ema: bool
-    folder: Path
+    folder: AnyPath
 
     def __str__(self) -> str:
         return self.folder.name
 
 
-def iteration_of(folder: Path) -> Iteration | None:
+def iteration_of(folder: AnyPath) -> Iteration | None:
     """The iteration that a folder is called like; None if it is not called like one."""
     match = _ITERATION.fullmatch(folder.name)
     return Iteration(int(match["number"]), match["ema"] is not None, folder) if match else None
@@ -58,7 +60,7 @@ class SaveFolder:
         without_weights: the other folders that are called like one, or that `latest` names.
     """
 
-    folder: Path
+    folder: AnyPath
     iterations: tuple[Iteration, ...]
     without_weights: tuple[Iteration, ...] = ()
 
@@ -83,7 +85,7 @@ class Run:
         chosen: the iteration that was opened.
     """
 
-    folder: Path
+    folder: AnyPath
     chosen: Iteration
 
     @property
@@ -111,12 +113,12 @@ class Run:
         return Iteration(self.chosen.number, not ema, folder) if found else None
 
 
-def find_run(file: Path) -> Run | None:
+def find_run(file: AnyPath) -> Run | None:
     """The save folder that a checkpoint lies in, in the folder of an iteration; None if it does not.
 
     A link's own place counts first, then that of what it leads to. No other iteration is looked at.
     """
-    for path in dict.fromkeys((file.absolute(), Path(os.path.realpath(file)))):
+    for path in dict.fromkeys((file.absolute(), real_path(file))):
         folder = path if is_folder(path) else path.parent  # shards without an index: their folder stands for them
         chosen = iteration_of(folder) or _named_by(_latest_or_none(folder.parent), folder)
         if chosen is not None:
@@ -124,7 +126,7 @@ def find_run(file: Path) -> Run | None:
     return None
 
 
-def read_save_folder(folder: Path) -> SaveFolder:
+def read_save_folder(folder: AnyPath) -> SaveFolder:
     """List the iterations in a folder, once.
 
     Folders that are not called by their number only are taken for iterations where no library's file of weights lies
@@ -150,12 +152,17 @@ def read_save_folder(folder: Path) -> SaveFolder:
     )
 
 
+def names_of_iteration(number: int) -> list[str]:
+    """What the folder of an iteration may be called, for where it has to be asked for."""
+    return [f"{start}{number}{end}" for start in ("", *_STARTS) for end in ("", EMA_SUFFIX)]
+
+
 def is_trainers_name(name: str) -> bool:
     """Whether the folder of an iteration is called as SAT's trainer calls it: by its number only."""
     return name[:1].isdecimal()
 
 
-def read_latest(folder: Path) -> str | None:
+def read_latest(folder: AnyPath) -> str | None:
     """What the file `latest` in a folder says; None if there is none.
 
     Raises:
@@ -164,22 +171,22 @@ def read_latest(folder: Path) -> str | None:
     path = folder / LATEST
     if not is_file(path):
         return None
-    content = read_small_file(path, _MAX_LATEST_BYTES, "the file `latest` is too long to name a folder")
+    content = read_small_file(path, MAX_LATEST_BYTES, "the file `latest` is too long to name a folder")
     return content.decode("utf-8", "backslashreplace").strip()
 
 
-def _latest_or_none(folder: Path) -> str | None:
+def _latest_or_none(folder: AnyPath) -> str | None:
     try:
         return read_latest(folder)
     except CheckpointError:
         return None
 
 
-def _named_by(latest: str | None, folder: Path) -> Iteration | None:
+def _named_by(latest: str | None, folder: AnyPath) -> Iteration | None:
     return Iteration(None, latest.endswith(EMA_SUFFIX), folder) if latest and latest == folder.name else None
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_whole(folder: AnyPath) -> bool:
     """Whether a folder has weights in it, or a folder with weights that its own `latest` names."""
     try:
         if has_weights(list_folder(folder)):

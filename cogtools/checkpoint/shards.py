@@ -10,8 +10,8 @@ leave the index behind, and then their names say which belong together: model-00
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Literal
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Literal
 
 from cogtools.checkpoint.files import SourceFile, is_file, list_folder, read_small_file
 from cogtools.checkpoint.formats.signatures import looks_like_safetensors
@@ -19,12 +19,16 @@ from cogtools.checkpoint.limits import MAX_INDEX_BYTES
 from cogtools.checkpoint.names import PIPELINE_INDEX as PIPELINE_INDEX
 from cogtools.checkpoint.names import SHARD_INDEX_SUFFIXES as SHARD_INDEX_SUFFIXES
 from cogtools.checkpoint.names import shard_name
+from cogtools.checkpoint.paths import RemotePath
 from cogtools.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from cogtools.checkpoint.paths import AnyPath
 
 _START_BYTES = 16
 
 
-def kind_of_index(path: Path) -> Literal["pipeline", "shards"] | None:
+def kind_of_index(path: AnyPath) -> Literal["pipeline", "shards"] | None:
     """What sort of index a file is; None if it is none."""
     if path.name == PIPELINE_INDEX:
         return "pipeline"
@@ -39,13 +43,13 @@ def kind_of_index(path: Path) -> Literal["pipeline", "shards"] | None:
     return "shards" if isinstance(content.get("weight_map"), dict) else None
 
 
-def _may_be_json(path: Path) -> bool:
+def _may_be_json(path: AnyPath) -> bool:
     with SourceFile.open(path) as file:
         start = file.read(0, min(file.size_bytes, _START_BYTES))
     return start.lstrip().startswith(b"{") and not looks_like_safetensors(start)
 
 
-def read_shard_index(path: Path) -> dict[str, str]:
+def read_shard_index(path: AnyPath) -> dict[str, str]:
     """Which file each tensor of sharded weights is in.
 
     Raises:
@@ -64,7 +68,7 @@ def read_shard_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_index(path: Path) -> dict[str, object]:
+def read_index(path: AnyPath) -> dict[str, object]:
     """What stands in an index.
 
     Raises:
@@ -80,7 +84,7 @@ def read_index(path: Path) -> dict[str, object]:
     return value
 
 
-def _missing(index: Path, names: list[str], missing: list[str]) -> CheckpointError:
+def _missing(index: AnyPath, names: list[str], missing: list[str]) -> CheckpointError:
     """The error for shards that are not beside their index: which, and under what names they are there instead."""
     renamed = _renamed(index.parent, missing[0])
     more = f", and {len(missing) - 1:,} more of {len(names):,}" if len(missing) > 1 else ""
@@ -99,7 +103,7 @@ def _missing(index: Path, names: list[str], missing: list[str]) -> CheckpointErr
     )
 
 
-def _renamed(folder: Path, name: str) -> str | None:
+def _renamed(folder: AnyPath, name: str) -> str | None:
     """The file that has the number of this shard under another name; None if there is none, or are several."""
     wanted = shard_name(name)
     if wanted is None:
@@ -112,7 +116,7 @@ def _renamed(folder: Path, name: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def shards_by_name(folder: Path) -> list[Path]:
+def shards_by_name(folder: AnyPath) -> list[AnyPath]:
     """The shards in a folder that has no index of them, by number.
 
     Raises:
@@ -129,10 +133,14 @@ def shards_by_name(folder: Path) -> list[Path]:
     return shards
 
 
-def _refuse_outside(index: Path, folder: Path, name: str) -> None:
+def _refuse_outside(index: AnyPath, folder: AnyPath, name: str) -> None:
     """Refuse a shard outside of the index's folder, links followed."""
-    if not name or Path(name).name != name or "\\" in name or "\0" in name:
+    if not name or PurePath(name).name != name or "\\" in name or "\0" in name:
         raise _no_index(index, f"the file {name!r}, which is not beside it")
+    if isinstance(folder, RemotePath):
+        if name == "..":
+            raise _no_index(index, f"the file {name!r}, which is not beside it")
+        return
     try:
         is_inside = _is_inside(folder / name, folder)
     except (OSError, ValueError, RuntimeError) as error:  # half a surrogate pair; links in a circle
@@ -141,11 +149,11 @@ def _refuse_outside(index: Path, folder: Path, name: str) -> None:
         raise _no_index(index, f"the file {name!r}, a link to another folder")
 
 
-def _is_inside(path: Path, folder: Path) -> bool:
+def _is_inside(path: AnyPath, folder: AnyPath) -> bool:
     return path.resolve().parent in (folder, _blobs_of(folder))
 
 
-def _blobs_of(folder: Path) -> Path | None:
+def _blobs_of(folder: AnyPath) -> AnyPath | None:
     """Where Hugging Face's cache keeps the files of a folder: it has links to them. None for any other folder.
 
     The folder is `snapshots/REVISION`, or one of a pipeline's components in it; the files are in `blobs` beside
@@ -157,7 +165,7 @@ def _blobs_of(folder: Path) -> Path | None:
     return None
 
 
-def _no_index(path: Path, found: str) -> CheckpointError:
+def _no_index(path: AnyPath, found: str) -> CheckpointError:
     return CheckpointError(
         "this is not an index of a checkpoint's files",
         file=path,

@@ -30,6 +30,8 @@ class Storage:
         crc32: the CRC-32 that the file records for them; None where it records none.
         locate: finds the bytes. Called once, when they are first needed: for a zip archive that takes a read.
         big_endian: whether its numbers have their highest byte first.
+        span: a range of the file that has it, packed or not, and all that is read to find it. None if `locate` has to
+            be asked.
     """
 
     key: str
@@ -37,18 +39,23 @@ class Storage:
     crc32: int | None
     locate: Callable[[], FileRange]
     big_endian: bool = False
+    span: FileRange | None = None
     _range: FileRange | None = field(default=None, init=False)
 
     @classmethod
     def at(cls, key: str, place: FileRange) -> Self:
         """A storage whose place is known, without a CRC-32."""
-        return cls(key, place.size_bytes, None, lambda: place)
+        return cls(key, place.size_bytes, None, lambda: place, span=place)
 
     def range(self) -> FileRange:
         """Where the unpacked bytes are."""
         if self._range is None:
             self._range = self.locate()
         return self._range
+
+    def around(self) -> FileRange:
+        """A range of the file that has all of it; found without a read where that is possible."""
+        return self.span or self.range()
 
 
 @dataclass(slots=True, eq=False)

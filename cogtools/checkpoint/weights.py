@@ -5,11 +5,10 @@ Nothing is guessed: if several files could be meant, the error lists them.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.files import list_folder
+from cogtools.checkpoint.files import list_folder, size_of
 from cogtools.checkpoint.formats.signatures import looks_like_checkpoint
 from cogtools.checkpoint.names import (
     LIBRARY_FILES,
@@ -28,16 +27,16 @@ from cogtools.errors import SHOWN_PROBLEMS, CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from cogtools.checkpoint.files import FolderEntry
     from cogtools.checkpoint.names import Spread
+    from cogtools.checkpoint.paths import AnyPath
 
 _MOST_SNIFFED = 16
 """How many files of a folder are opened at most to see what they are, where no name tells."""
 
 
-def find_weights(folder: Path) -> Path | None:
+def find_weights(folder: AnyPath) -> AnyPath | None:
     """The file that a folder stands for; None if there are no weights in it.
 
     It is a file of weights, an index of shards, or a pipeline's model_index.json. Where shards have no index, the
@@ -90,7 +89,7 @@ def has_weights(entries: Iterable[FolderEntry]) -> bool:
     return any(is_weights_name(file.name) for file in files) or any(_look_like_checkpoints(files, most=1))
 
 
-def what_is_there(folder: Path) -> str:
+def what_is_there(folder: AnyPath) -> str:
     """What a folder holds that has no weights in it, in a few words."""
     entries = list_folder(folder)
     names = [entry.path.name for entry in entries]
@@ -104,7 +103,7 @@ def what_is_there(folder: Path) -> str:
     return listed(names)
 
 
-def spread_error(folder: Path, spread: Spread, names: list[str], file: Path | None = None) -> CheckpointError:
+def spread_error(folder: AnyPath, spread: Spread, names: list[str], file: AnyPath | None = None) -> CheckpointError:
     """The error for a checkpoint that has to be put together first."""
     return CheckpointError(
         spread.what,
@@ -122,7 +121,7 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(every[:SHOWN_PROBLEMS]) + (f" … and {more} more" if more > 0 else "")
 
 
-def _refuse_ranks(folder: Path, names: Iterable[str]) -> None:
+def _refuse_ranks(folder: AnyPath, names: Iterable[str]) -> None:
     """Refuse the files of some ranks without that of rank 0: they are parts of one training, and not a choice."""
     ranks = [name for name in names if rank_of(name)]
     if ranks:
@@ -135,7 +134,7 @@ def _refuse_ranks(folder: Path, names: Iterable[str]) -> None:
         )
 
 
-def _refuse_incomplete(folder: Path, shards: list[ShardName]) -> None:
+def _refuse_incomplete(folder: AnyPath, shards: list[ShardName]) -> None:
     """Refuse shards of several checkpoints, or of one that is not whole."""
     first = shards[0]
     if any(shard != first._replace(number=shard.number) for shard in shards):
@@ -158,10 +157,7 @@ def _refuse_incomplete(folder: Path, shards: list[ShardName]) -> None:
         )
 
 
-def _look_like_checkpoints(files: list[Path], *, most: int) -> list[Path]:
+def _look_like_checkpoints(files: list[AnyPath], *, most: int) -> list[AnyPath]:
     """Those of the largest files that begin as checkpoints do."""
-    sizes = []
-    for file in files:
-        with contextlib.suppress(OSError):  # it has gone
-            sizes.append((file.stat().st_size, file))
+    sizes = [(size, file) for file in files if (size := size_of(file)) is not None]
     return [file for _, file in heapq.nlargest(most, sizes) if looks_like_checkpoint(file)]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import closing
-from pathlib import Path
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
@@ -61,6 +60,10 @@ def export_lora_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.")] = False,
     sha256: Annotated[bool, typer.Option("--sha256", help="Print the output's SHA-256.")] = False,
+    dask: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Export on the Dask cluster whose scheduler has this address."),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check every value of what was written, as verify --against does.")
     ] = False,
@@ -77,8 +80,11 @@ def export_lora_command(
       cogtools export-lora out ComfyUI/models/loras --format comfyui
       cogtools export-lora old.safetensors fixed --alpha 1
       cogtools export-lora ckpts/*/ loras/
+      cogtools export-lora 's3://runs/*/' s3://loras/ --dask tcp://10.0.0.1:8786
     """
     from cogtools.checkpoint.files import is_folder
+    from cogtools.checkpoint.folder import has_pattern
+    from cogtools.checkpoint.paths import as_path
     from cogtools.export.export import export_checkpoint
     from cogtools.render.export import show_export
     from cogtools.render.json_object import report_json
@@ -101,12 +107,19 @@ def export_lora_command(
         verify=verify,
         rank=rank,
     )
+    source = as_path(sources[0])
     # As `cp` has it: a folder that goes into another one keeps a name of its own there.
-    if len(sources) > 1 or every or (is_folder(Path(sources[0])) and out.endswith(("/", os.sep))):
-        _export_many(sources, out, options, every=every, json=json, quiet=quiet)
+    if (
+        len(sources) > 1
+        or every
+        or dask is not None
+        or has_pattern(source)
+        or (out.endswith(("/", os.sep)) and is_folder(source))
+    ):
+        _export_many(sources, out, options, every=every, dask=dask, json=json, quiet=quiet)
         return
     with Progress("writing", hidden=quiet or json) as progress:
-        report = export_checkpoint(sources[0], out, options, progress=progress.update)
+        report = export_checkpoint(source, out, options, progress=progress.update)
     wrong = report.verification is not None and report.verification.verdict == "fail"
     if json:
         text.emit(report_json("export-lora", "wrong" if wrong else "ok", report))
@@ -144,9 +157,11 @@ def _export_many(
     options: ExportOptions,
     *,
     every: bool,
+    dask: str | None,
     json: bool,
     quiet: bool,
 ) -> None:
+    from cogtools.checkpoint.paths import as_path
     from cogtools.export.batch import batch_report, export_many, plan_batch
     from cogtools.render.export import show_batch, show_batch_item
     from cogtools.render.json_object import report_json
@@ -162,8 +177,14 @@ def _export_many(
         except PrintError as error:
             unprinted = unprinted or error
 
-    with closing(export_many(plan_batch(sources, Path(out), options, every=every), options)) as exports:
-        for item in exports:
+    jobs = plan_batch(sources, as_path(out), options, every=every)
+    with ExitStack() as stack:
+        executor = None
+        if dask is not None:
+            from cogtools.export.cluster import dask_executor
+
+            executor = stack.enter_context(dask_executor(dask))
+        for item in stack.enter_context(closing(export_many(jobs, options, executor))):
             items.append(item)
             if not json:
                 show(show_batch_item, item, quiet=quiet)

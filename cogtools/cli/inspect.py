@@ -14,8 +14,8 @@ from cogtools.render import text
 
 def inspect_command(
     paths: Annotated[
-        list[Path],
-        typer.Argument(metavar="CHECKPOINT...", show_default=False, help="Files or folders."),
+        list[str],
+        typer.Argument(metavar="CHECKPOINT...", show_default=False, help="Files or folders, or their URLs."),
     ],
     keys: Annotated[
         list[str] | None,

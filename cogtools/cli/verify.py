@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
@@ -20,16 +19,16 @@ if TYPE_CHECKING:
 
 def verify_command(
     paths: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
             metavar="OUT [LORA]...",
             show_default=False,
-            help="A LoRA, or a whole model or parts of it: a folder or a file. With --against BASE, the LoRAs that "
-            "were merged into it; with --against LORA, the others that were.",
+            help="A LoRA, or a whole model or parts of it: a folder or a file, or its URL. With --against BASE, the "
+            "LoRAs that were merged into it; with --against LORA, the others that were.",
         ),
     ],
     against: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="CHECKPOINT", help="Compare every value, and the scale, with the checkpoint's."),
     ] = None,
     iteration: Iteration = None,
@@ -65,6 +64,7 @@ def verify_command(
       cogtools verify pipeline --against ckpts/sft-disney
       cogtools verify merged --against CogVideoX-2b style.safetensors motion.safetensors
     """
+    from cogtools.checkpoint.paths import as_path
     from cogtools.render.json_object import report_json
     from cogtools.render.progress import Progress
     from cogtools.render.verify import show_verification
@@ -82,10 +82,11 @@ def verify_command(
     sources = None if against is None else [against, *loras]
     with Progress("verifying", hidden=quiet or json) as progress:
         report: ModelVerifyReport | VerifyReport
-        if holds_model(out):
+        path = as_path(out)
+        if holds_model(path):
             _refuse_for_models(layers, format)
             report = verify_model(
-                out,
+                path,
                 against=sources,
                 iteration=iteration,
                 ema=ema,
@@ -97,7 +98,7 @@ def verify_command(
             )
         else:
             report = verify_lora(
-                out,
+                path,
                 against=sources,
                 iteration=iteration,
                 ema=ema,

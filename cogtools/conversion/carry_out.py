@@ -1,7 +1,7 @@
 """Carrying out a plan: byte ranges of the checkpoint go into files, and what is computed comes between.
 
-The CRC-32s that the checkpoint records are computed beside the copying, from what is read a second time; so the
-checkpoint must not have changed in between.
+The CRC-32s that the checkpoint records are computed beside the copying: of a file of this machine from what is read a
+second time, so that it must not have changed in between; of others from what is fetched.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cogtools.checkpoint.files import FileRange
 from cogtools.checkpoint.gather import CHUNK_BYTES, tensor_chunks
 from cogtools.conversion.crc32 import Crc32Check
+from cogtools.conversion.fetching import Fetching
 from cogtools.conversion.loss import loss_report
 from cogtools.conversion.output import AtomicFile
 
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from cogtools.conversion.loss import LossReport
     from cogtools.conversion.output import AtomicFolder, GrowingFile
     from cogtools.conversion.plan import Planned
+    from cogtools.conversion.upload import Upload
+
+    Output = AtomicFile | AtomicFolder | Upload
+    """What takes its place when it is complete, on this machine or in a store."""
 
     Bytes = bytes | memoryview
     """What is computed is used before more of it is, and need not be copied before."""
@@ -40,11 +45,13 @@ class Written(NamedTuple):
         largest_relative_error: of any tensor, where arithmetic changed values; None where nothing was computed.
         sha256: of the file, if asked for.
         lost: how much of the LoRA was lost where it was cut to a lower rank or merged; None where it was not.
+        unchecked: how many storages have a CRC-32 that could not be compared, as parts of them only were needed.
     """
 
     largest_relative_error: float | None = None
     sha256: str | None = None
     lost: LossReport | None = None
+    unchecked: int = 0
 
 
 class PlannedFile(NamedTuple):
@@ -74,7 +81,7 @@ class PlannedFile(NamedTuple):
 
 
 def write(
-    output: AtomicFile | AtomicFolder,
+    output: Output,
     files: Sequence[PlannedFile],
     sources: Iterable[SourceFile],
     progress: Callable[[int, int], None] | None,
@@ -84,7 +91,7 @@ def write(
     """Write an output, and publish it only when the checkpoint's CRC-32s are known to be right.
 
     Args:
-        output: a file, or the folder of several.
+        output: a file, or the folder of several; on this machine or in a store.
         files: the file, or what is in the folder.
         sources: the files that are read: none may have changed meanwhile.
         progress: called with the bytes written so far and the bytes in all.
@@ -97,7 +104,7 @@ def write(
 
 
 def write_outputs(
-    outputs: Sequence[tuple[AtomicFile | AtomicFolder, Sequence[PlannedFile]]],
+    outputs: Sequence[tuple[Output, Sequence[PlannedFile]]],
     sources: Iterable[SourceFile],
     progress: Callable[[int, int], None] | None,
     *,
@@ -112,11 +119,12 @@ def write_outputs(
         for output, _ in outputs:
             opened.enter_context(output)
         check = opened.enter_context(Crc32Check(storages_of(tensors)))
+        fetching = opened.enter_context(Fetching(tensors, check))
         for output, files in outputs:
             for file in files:
                 with _begun(output, file) as growing:
                     growing.reserve(file.size_bytes)
-                    for part in _parts(file, arithmetic):
+                    for part in _parts(file, arithmetic, fetching):
                         if isinstance(part, FileRange):
                             growing.copy(part)
                             done += part.size_bytes
@@ -133,11 +141,11 @@ def write_outputs(
             source.refuse_changed()
         for output, _ in outputs:
             output.publish()
-    return Written(arithmetic.largest_relative_error, digest, arithmetic.lost)
+    return Written(arithmetic.largest_relative_error, digest, arithmetic.lost, len(check.unchecked))
 
 
 @contextmanager
-def _begun(output: AtomicFile | AtomicFolder, file: PlannedFile) -> Iterator[GrowingFile]:
+def _begun(output: Output, file: PlannedFile) -> Iterator[GrowingFile]:
     """The file to write to: the output itself, or one in its folder, which is closed at the end."""
     if isinstance(output, AtomicFile):
         yield output
@@ -146,17 +154,17 @@ def _begun(output: AtomicFile | AtomicFolder, file: PlannedFile) -> Iterator[Gro
         yield growing
 
 
-def _parts(file: PlannedFile, arithmetic: _Arithmetic) -> Iterator[FileRange | Bytes]:
+def _parts(file: PlannedFile, arithmetic: _Arithmetic, fetching: Fetching) -> Iterator[FileRange | Bytes]:
     """The bytes of a file, in order."""
     archive = file.archive
     yield file.head if archive is None else archive.start
     for number, tensor in enumerate(file.tensors):
         if archive is None:
-            yield from _content(tensor, arithmetic)
+            yield from _content(tensor, arithmetic, fetching)
             continue
         yield archive.before(number)
         crc32 = 0
-        for part in _content(tensor, arithmetic):
+        for part in _content(tensor, arithmetic, fetching):
             for chunk in _chunks(part):
                 crc32 = zlib.crc32(chunk, crc32)
                 yield chunk
@@ -215,8 +223,13 @@ class _Arithmetic:
         return None if self._computed is None else loss_report(self._computed.losses)
 
 
-def _content(tensor: Planned, arithmetic: _Arithmetic) -> Iterator[FileRange | Bytes]:
+def _content(tensor: Planned, arithmetic: _Arithmetic, fetching: Fetching) -> Iterator[FileRange | Bytes]:
     """The bytes of a tensor: ranges of the checkpoint where they can be copied as they are."""
+    with fetching.at_hand(tensor):
+        yield from _content_at_hand(tensor, arithmetic)
+
+
+def _content_at_hand(tensor: Planned, arithmetic: _Arithmetic) -> Iterator[FileRange | Bytes]:
     if tensor.compute is not None:
         yield from arithmetic.content(tensor)
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from cogtools.errors import CheckpointError
 from cogtools.interruption import signals_held_back
@@ -22,7 +22,7 @@ class Crc32Check:
 
     Storages of files on this machine are read a second time, by a thread beside the kernel's copy: that is the faster
     way. Those of other files, which have no file descriptor, must not be read twice: their bytes are handed in with
-    `update`, as they come.
+    `update`, as they come, by any thread.
 
     Use it in a `with` statement; `finish` waits for the result. A block that ends early ends the thread too.
 
@@ -33,7 +33,7 @@ class Crc32Check:
     def __init__(self, storages: Iterable[Storage]) -> None:
         recorded = [storage for storage in storages if storage.crc32 is not None]
         self._local = [storage for storage in recorded if _is_local(storage)]
-        self._running = {storage: _Crc32() for storage in recorded if not _is_local(storage)}
+        self._parts: dict[Storage, list[_Part]] = {storage: [] for storage in recorded if not _is_local(storage)}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -55,21 +55,21 @@ class Crc32Check:
             self._thread.join()
 
     def update(self, storage: Storage, offset_bytes: int, data: bytes) -> None:
-        """Hand in bytes of a storage, front to back; what was handed in before is not counted twice.
+        """Hand in bytes of a storage, in any order, but none twice.
 
         Args:
             storage: any; one that is read by the thread, or has no recorded CRC-32, is ignored.
             offset_bytes: where in the storage the bytes begin.
             data: the bytes.
         """
-        running = self._running.get(storage)
-        if running is not None:
-            running.update(offset_bytes, data)
+        parts = self._parts.get(storage)
+        if parts is not None:
+            parts.append(_Part(offset_bytes, len(data), zlib.crc32(data)))
 
     @property
     def unchecked(self) -> tuple[Storage, ...]:
-        """The storages whose CRC-32 cannot be compared, since not all of their bytes were handed in front to back."""
-        return tuple(storage for storage, running in self._running.items() if running.size_bytes != storage.size_bytes)
+        """The storages whose CRC-32 cannot be compared, since not all of their bytes were handed in."""
+        return tuple(storage for storage, parts in self._parts.items() if _joined(storage, parts) is None)
 
     def finish(self) -> None:
         """Wait until all is checked but for `unchecked`.
@@ -83,9 +83,10 @@ class Crc32Check:
             self._run()
         if self._error is not None:
             raise self._error
-        for storage, running in self._running.items():
-            if running.size_bytes == storage.size_bytes:
-                _compare(storage, running.value)
+        for storage, parts in self._parts.items():
+            crc32 = _joined(storage, parts)
+            if crc32 is not None:
+                _compare(storage, crc32)
 
     def _run(self) -> None:
         try:
@@ -105,23 +106,66 @@ class Crc32Check:
         _compare(storage, crc32)
 
 
-class _Crc32:
-    """The CRC-32 of the first `size_bytes` bytes of a storage."""
+class _Part(NamedTuple):
+    """A part of a storage, and its CRC-32."""
 
-    def __init__(self) -> None:
-        self.value = 0
-        self.size_bytes = 0
+    offset_bytes: int
+    size_bytes: int
+    crc32: int
 
-    def update(self, offset_bytes: int, data: bytes) -> None:
-        """Go on with bytes that follow, or overlap; beyond a gap nothing counts."""
-        if offset_bytes <= self.size_bytes < offset_bytes + len(data):
-            new = memoryview(data)[self.size_bytes - offset_bytes :]
-            self.value = zlib.crc32(new, self.value)
-            self.size_bytes += len(new)
+
+def _joined(storage: Storage, parts: Iterable[_Part]) -> int | None:
+    """The CRC-32 of a storage from those of its parts; None if they are not all of it."""
+    position, crc32 = 0, 0
+    for part in sorted(parts):
+        if part.offset_bytes != position:
+            return None
+        crc32 = joined_crc32(crc32, part.crc32, part.size_bytes)
+        position += part.size_bytes
+    return crc32 if position == storage.size_bytes else None
+
+
+_POLYNOMIAL = 0xEDB88320
+
+
+def joined_crc32(first: int, second: int, second_bytes: int) -> int:
+    """The CRC-32 of two runs of bytes laid end to end.
+
+    Args:
+        first: the CRC-32 of the first run.
+        second: that of the second.
+        second_bytes: how long the second is.
+
+    Source: zlib, crc32.c, `crc32_combine_`: a zero bit after the first run is a product with a matrix over GF(2), and
+    so are 2, 4, 8 … of them, with its square, the square of that, and so on.
+    """
+    one_bit = [_POLYNOMIAL, *(1 << place for place in range(31))]
+    matrix = _squared(_squared(_squared(one_bit)))  # a zero byte
+    while second_bytes:
+        if second_bytes & 1:
+            first = _product(matrix, first)
+        matrix = _squared(matrix)
+        second_bytes >>= 1
+    return first ^ second
+
+
+def _product(matrix: list[int], vector: int) -> int:
+    result = 0
+    for row in matrix:
+        if not vector:
+            break
+        if vector & 1:
+            result ^= row
+        vector >>= 1
+    return result
+
+
+def _squared(matrix: list[int]) -> list[int]:
+    return [_product(matrix, row) for row in matrix]
 
 
 def _is_local(storage: Storage) -> bool:
-    return getattr(storage.range().file, "fd", -1) >= 0
+    return storage.around().file.fd >= 0
 
 
 def _compare(storage: Storage, crc32: int) -> None:

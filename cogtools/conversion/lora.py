@@ -24,7 +24,7 @@ from cogtools.errors import CheckpointError, CogtoolsError, ExportError, OptionE
 from cogtools.formatting import number
 from cogtools.layouts import diffusers, peft, sat
 from cogtools.layouts.diffusers import module_path
-from cogtools.layouts.family import LoraKey, Module, Transformer, hidden_of, rank_of, recognise
+from cogtools.layouts.family import OTHER_SAT_MODELS, LoraKey, Module, Transformer, hidden_of, rank_of, recognise
 from cogtools.layouts.folded import ATTENTION_KINDS, Kind, fold_modules, folded_names
 from cogtools.layouts.lora import is_lora_key, other_adapter
 from cogtools.layouts.recognition import LAYOUTS, layout_of_names, read_names, recognise_transformer
@@ -472,6 +472,8 @@ def find_transformer(checkpoint: Checkpoint, lora: Lora | None) -> Transformer |
     if lora.layout is sat.LAYOUT:  # a few base weights may be there, beside layers that are not
         known = sat.recognise_transformer(shapes, hidden)
     known = known or recognise(hidden, lora.record.transformer_layers)
+    if known is None and hidden in OTHER_SAT_MODELS:
+        return Transformer(max(lora.layers, default=-1) + 1, hidden, ())
     if known is None:
         return None
     recorded = tuple(model for model in known.models if model.slug in lora.record.models)

@@ -23,9 +23,9 @@ from cogtools.layouts.family import LoraKey
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from cogtools.checkpoint.dtypes import DType
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.checkpoint.tensors import TensorEntry
     from cogtools.conversion.model import ModelLayout
     from cogtools.conversion.model_plan import PartPlan
@@ -238,7 +238,7 @@ class Stack:
     updates: Mapping[Module, tuple[Update, ...]]
     layout: LoraLayout
     dtype: DType
-    file: Path
+    file: AnyPath
     rank: int | None = None
     layers: tuple[int, ...] = ()
 

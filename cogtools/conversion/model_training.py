@@ -18,9 +18,8 @@ from cogtools.checkpoint.plausible import is_positive
 from cogtools.conversion.training_config import find_training_config, invalid, load_yaml
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath
 
 _HINT = "fix it, or move it away and state the model with --model"
 
@@ -49,7 +48,7 @@ class ModelTraining:
         scale_factor: what latents are multiplied by.
     """
 
-    path: Path
+    path: AnyPath
     rotary: bool | None
     sample: dict[str, int]
     interpolation: dict[str, float]
@@ -99,13 +98,13 @@ def _inside(content: object, path: tuple[str, ...]) -> dict[object, object]:
     return content if isinstance(content, dict) else {}
 
 
-def _size(path: Path, name: str, value: object) -> int:
+def _size(path: AnyPath, name: str, value: object) -> int:
     if type(value) is not int or not 0 < value <= _MAX_SIZE:
         raise invalid(path, name, value, "a whole number, 1 or more", _HINT)
     return value
 
 
-def _number(path: Path, name: str, value: object) -> float | None:
+def _number(path: AnyPath, name: str, value: object) -> float | None:
     if value is not None and not is_positive(value):
         raise invalid(path, name, value, "a number above 0", _HINT)
     return None if value is None else float(value)

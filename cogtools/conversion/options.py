@@ -118,6 +118,11 @@ class ExportOptions:
         return self.scale
 
 
+def format_words(layout: LoraLayout) -> list[str]:
+    """The words of a command that ask for a layout: none for the one that is written anyway."""
+    return [] if layout.name == ExportOptions().format else ["--format", layout.name]
+
+
 def checked_format(name: str) -> Format:
     """The name of a format.
 

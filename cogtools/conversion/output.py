@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from cogtools.checkpoint.files import FileRange, SourceFile
+    from cogtools.checkpoint.paths import AnyPath
 
 try:
     import fcntl
@@ -73,7 +74,7 @@ class GrowingFile:
         size_bytes: up to where it was written.
     """
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: AnyPath) -> None:
         self.target = target
         self.size_bytes = 0
         self._fd = -1
@@ -259,6 +260,8 @@ class AtomicFile(_Atomic, GrowingFile):
         target: where the file will be.
         overwrite: whether a file that is there already may be replaced.
     """
+
+    target: Path
 
     def __init__(self, target: Path, *, overwrite: bool = False) -> None:
         super().__init__(target)
@@ -513,9 +516,12 @@ def _remove_tree(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def refuse_unwritable(target: Path, size_bytes: int) -> None:
-    """Raise an `OutputError` if it can be seen without writing that an output of this size cannot be written there."""
-    folder = target.parent
+def refuse_unwritable(target: AnyPath, size_bytes: int) -> None:
+    """Raise an `OutputError` if it can be seen without writing that an output of this size cannot be written there.
+
+    What will be put into a store is written into the folder for temporary files first.
+    """
+    folder = target.parent if isinstance(target, Path) else _temporary_folder()
     with _write_errors(target):
         while not folder.exists():
             folder = folder.parent
@@ -535,6 +541,12 @@ def refuse_unwritable(target: Path, size_bytes: int) -> None:
             expected=f"{size_bytes:,} bytes",
             hint=_MORE_SPACE,
         )
+
+
+def _temporary_folder() -> Path:
+    import tempfile
+
+    return Path(tempfile.gettempdir())
 
 
 def _refuse_sources(targets: Iterable[Path], sources: Iterable[SourceFile], target: Path) -> None:
@@ -692,7 +704,7 @@ def _exists(target: Path) -> OutputError:
 
 
 @contextlib.contextmanager
-def _write_errors(target: Path) -> Iterator[None]:
+def _write_errors(target: AnyPath) -> Iterator[None]:
     """Raise what the system reports on writing as an `OutputError`."""
     try:
         yield
@@ -717,7 +729,7 @@ _WRITE_ERROR_HINTS = {
 }
 
 
-def _cannot_write(target: Path, error: OSError) -> OutputError:
+def _cannot_write(target: AnyPath, error: OSError) -> OutputError:
     return OutputError(
         f"the output cannot be written: {error.strerror or error}",
         file=target,

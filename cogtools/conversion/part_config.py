@@ -10,13 +10,13 @@ from cogtools.checkpoint.limits import MAX_ADAPTER_CONFIG_BYTES
 from cogtools.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from cogtools.checkpoint.paths import AnyPath
 
 MAX_CONFIG_BYTES = MAX_ADAPTER_CONFIG_BYTES
 """The longest configuration that is read. Real: 2 kB."""
 
 
-def read_config(path: Path) -> dict[str, object]:
+def read_config(path: AnyPath) -> dict[str, object]:
     """What a configuration says.
 
     Raises:
@@ -25,7 +25,7 @@ def read_config(path: Path) -> dict[str, object]:
     return parse_config(path, read_small_file(path, MAX_CONFIG_BYTES))
 
 
-def parse_config(path: Path, content: bytes) -> dict[str, object]:
+def parse_config(path: AnyPath, content: bytes) -> dict[str, object]:
     """The same, of content that has been read.
 
     Raises:

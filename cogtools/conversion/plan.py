@@ -38,10 +38,10 @@ from cogtools.layouts.programs import LOSERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
 
     from cogtools.checkpoint.dtypes import DType
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.checkpoint.tensors import Storage, TensorEntry
     from cogtools.conversion.lora import Lora
     from cogtools.conversion.options import ExportOptions
@@ -184,7 +184,7 @@ class LoraPlan:
     dtype: DType
     names: tuple[LoraKey, ...]
     notices: tuple[str, ...] = ()
-    config: Path | None = None
+    config: AnyPath | None = None
 
     @cached_property
     def modules(self) -> list[Module]:
@@ -429,7 +429,7 @@ def carried(plan: LoraPlan, options: ExportOptions, record: str | None = None) -
 
 
 def carry_one(
-    layout: LoraLayout, ranks: Mapping[Module, int], *, file: Path, layers: Sequence[int], record: str | None
+    layout: LoraLayout, ranks: Mapping[Module, int], *, file: AnyPath, layers: Sequence[int], record: str | None
 ) -> Carried:
     """State that the scaling of all modules is 1: their alphas are their ranks.
 

@@ -61,9 +61,9 @@ def readers_of(lora: Lora, scale: Scale | None, transformer: Transformer | None)
     Args:
         lora: the file.
         scale: what its updates should be multiplied by; None if that cannot be told.
-        transformer: the one that it belongs to; None if unknown.
+        transformer: the one that it belongs to; None if unknown. Nobody is listed for one that is not a CogVideoX.
     """
-    if not lora.tensors:
+    if not lora.tensors or (transformer is not None and transformer.others is not None):
         return ()
     return tuple(_reader(program, lora, scale, transformer) for program in PROGRAMS)
 

@@ -20,9 +20,9 @@ from cogtools.layouts.lora import is_lora_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath
 
 _RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt", re.ASCII)
 _FIRST_RANK, *_ = TRAINER_FILES
@@ -50,7 +50,7 @@ def other_rank_of(checkpoint: Checkpoint) -> str | None:
     return next((found for path in paths if (found := _other_rank(path)) is not None), None)
 
 
-def _other_rank(path: Path) -> str | None:
+def _other_rank(path: AnyPath) -> str | None:
     """What a file's name, or the file beside it, says of another tensor-parallel rank."""
     match = _RANK_FILE.fullmatch(path.name)
     if match is None:
@@ -125,7 +125,7 @@ def what_it_holds(checkpoint: Checkpoint) -> tuple[str, Hint]:
     return count + (f": {next(iter(checkpoint.tensors))} …" if checkpoint.tensors else ""), look
 
 
-def _optimizer(path: Path) -> tuple[str, Hint]:
+def _optimizer(path: AnyPath) -> tuple[str, Hint]:
     found = "an optimizer's state (a zero_pp_rank file of DeepSpeed)"
     weights = path.with_name(_FIRST_RANK)
     if is_file(weights):

@@ -18,7 +18,8 @@ from cogtools.layouts.family import LoraKey
 
 if TYPE_CHECKING:
     import os
-    from pathlib import Path
+
+    from cogtools.checkpoint.paths import AnyPath, RemotePath
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class LoraSummary:
         modules: the adapted modules: by layer, then those beside the layers.
     """
 
-    file: Path
+    file: AnyPath
     layout: str | None
     model: str | None
     models: tuple[str, ...]
@@ -77,7 +78,9 @@ class LoraSummary:
         return {module.path: module.scaling for module in self.modules}
 
 
-def read_lora(path: str | os.PathLike[str], *, iteration: int | None = None, ema: bool = False) -> LoraSummary:
+def read_lora(
+    path: str | os.PathLike[str] | RemotePath, *, iteration: int | None = None, ema: bool = False
+) -> LoraSummary:
     """Find out what the LoRA in a checkpoint or a LoRA file consists of. No weights are read.
 
     Args:

@@ -21,9 +21,9 @@ from cogtools.layouts.family import MAX_LAYERS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from cogtools.checkpoint.index import Checkpoint, SmallFile
+    from cogtools.checkpoint.paths import AnyPath
 
 FILE_NAME = "training_config.yaml"
 
@@ -54,7 +54,7 @@ class TrainingConfig:
         layers: `layer_range`, the layers that were trained; negative ones count from the last layer back.
     """
 
-    path: Path
+    path: AnyPath
     rank: int | None
     alpha: float | None
     layers: tuple[int, ...] | None
@@ -182,7 +182,7 @@ def load_yaml(file: SmallFile, hint: str = _HINT) -> object:
         raise _unreadable(file.path, reason, "YAML as the trainer writes it", hint) from error
 
 
-def _unreadable(path: Path, found: str, expected: str, hint: str) -> CheckpointError:
+def _unreadable(path: AnyPath, found: str, expected: str, hint: str) -> CheckpointError:
     return CheckpointError(
         "the training configuration cannot be read",
         file=path,
@@ -192,7 +192,7 @@ def _unreadable(path: Path, found: str, expected: str, hint: str) -> CheckpointE
     )
 
 
-def invalid(path: Path, name: str, value: object, expected: str, hint: str = _HINT) -> CheckpointError:
+def invalid(path: AnyPath, name: str, value: object, expected: str, hint: str = _HINT) -> CheckpointError:
     """The error for a value in a training configuration that cannot be."""
     return CheckpointError(
         f"`{name}` in the training configuration is not valid",

@@ -12,12 +12,14 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from cogtools.checkpoint.files import is_file, is_folder
-from cogtools.checkpoint.folder import TRAINER_FILES, find_file, find_save_folder, iterations_in
+from cogtools.checkpoint.folder import TRAINER_FILES, find_file, find_save_folder, has_pattern, iterations_in, matching
 from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.checkpoint.paths import RemotePath, as_path
 from cogtools.conversion.lora import read_lora
 from cogtools.conversion.options import CASTS
 from cogtools.errors import CheckpointError, CogtoolsError, KilledError, OptionError, OutputError, command
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
     from concurrent.futures import Executor, Future
 
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.checkpoint.run import Iteration
     from cogtools.conversion.options import ExportOptions
     from cogtools.conversion.record import ExportRecord
@@ -47,13 +50,13 @@ class Job(NamedTuple):
     """
 
     given: str
-    file: Path | None = None
+    file: AnyPath | None = None
     target: Target | None = None
     error: CogtoolsError | None = None
     reason: str | None = None
 
     @property
-    def output(self) -> Path | None:
+    def output(self) -> AnyPath | None:
         """The file of tensors to write."""
         return None if self.target is None else self.target.file
 
@@ -72,7 +75,7 @@ class BatchItem:
     """
 
     checkpoint: str
-    output: Path | None
+    output: AnyPath | None
     status: Literal["done", "skipped", "failed"]
     report: ExportReport | None = None
     error: CogtoolsError | None = None
@@ -101,11 +104,11 @@ def batch_report(items: Sequence[BatchItem]) -> BatchReport:
     return BatchReport(tuple(items), counts["done"], counts["skipped"], counts["failed"])
 
 
-def plan_batch(sources: Sequence[str], out: Path, options: ExportOptions, *, every: bool = False) -> list[Job]:
+def plan_batch(sources: Sequence[str], out: AnyPath, options: ExportOptions, *, every: bool = False) -> list[Job]:
     """Find the checkpoint that each source stands for, and the folder in `out` that its LoRA goes to.
 
     Args:
-        sources: checkpoint files and folders.
+        sources: checkpoint files and folders; URLs may have patterns.
         out: the folder for all of them.
         options: among them, which iteration of a save folder to take.
         every: take every iteration of a save folder.
@@ -118,14 +121,14 @@ def plan_batch(sources: Sequence[str], out: Path, options: ExportOptions, *, eve
     _refuse_as_output(out)
     jobs: list[Job] = []
     taken: dict[object, Job] = {}
-    for source in sources:
-        for job in _jobs(source, out, options, every=every):
+    for source, path in chain.from_iterable(map(_expanded, sources)):
+        for job in _jobs(source, path, out, options, every=every):
             name, folder = _place(job)
             other = taken.get(folder) or taken.get(name)
             if other is None or _are_two_folders(folder, _place(other)[1]):
                 jobs.append(job)
                 taken.update({name: job, folder: job})
-            elif job.output is not None and not _is_same(Path(job.given), Path(other.given)):
+            elif job.output is not None and not _is_same(as_path(job.given), as_path(other.given)):
                 raise _one_place(job, other, is_one=folder == _place(other)[1])
     return jobs
 
@@ -139,6 +142,8 @@ def _place(job: Job) -> tuple[str, object]:
         return job.given, job.given
     folder = job.target.folder
     name = unicodedata.normalize("NFC", unicodedata.normalize("NFC", str(folder)).casefold())
+    if isinstance(folder, RemotePath):
+        return str(folder), folder
     try:
         status = folder.stat()
     except (OSError, ValueError):
@@ -163,7 +168,7 @@ def _one_place(job: Job, other: Job, *, is_one: bool) -> OptionError:
     )
 
 
-def _refuse_as_output(out: Path) -> None:
+def _refuse_as_output(out: AnyPath) -> None:
     """Raise if the last argument cannot be the output folder: it is a file, or holds a training."""
     if is_file(out) or (out.suffix == ".safetensors" and not is_folder(out)):
         raise OptionError(
@@ -183,10 +188,36 @@ def _refuse_as_output(out: Path) -> None:
         )
 
 
-def _jobs(source: str, out: Path, options: ExportOptions, *, every: bool) -> list[Job]:
-    path = Path(source)
-    if not is_folder(path):
+def _expanded(source: str) -> list[tuple[str, AnyPath | CheckpointError]]:
+    """The paths that a pattern in a URL fits, as text too; of a path of this machine a shell has done that."""
+    path = as_path(source)
+    if not isinstance(path, RemotePath):
+        return [(source, path)]
+    if not has_pattern(path):
+        return [(str(path), path)]
+    try:
+        return [(str(found), found) for found in matching(path)]
+    except CheckpointError as error:
+        return [(str(path), error)]
+
+
+def _jobs(
+    source: str, path: AnyPath | CheckpointError, out: AnyPath, options: ExportOptions, *, every: bool
+) -> list[Job]:
+    if isinstance(path, CheckpointError):
+        return [Job(source, error=path)]
+    try:
+        is_one_file = not is_folder(path)
+    except CheckpointError as error:  # a server that does not answer
+        return [Job(source, error=error)]
+    if is_one_file:
         return [_job(source, out, options, lambda: path)]
+    if every and isinstance(path, RemotePath) and not path.store.lists:
+        raise OptionError(
+            f"{path.scheme}:// lists nothing: --all needs a store that lists",
+            found=source,
+            hint="name the iterations one by one",
+        )
     if _is_same(path, out):  # `*/ out/` names it, from the second time on
         return [Job(source, reason="this is the output folder")]
     try:
@@ -198,7 +229,7 @@ def _jobs(source: str, out: Path, options: ExportOptions, *, every: bool) -> lis
     return [_job(source, out, options, lambda: find_file(path, iteration=options.iteration, ema=options.ema))]
 
 
-def _all_iterations(folder: Path) -> list[Iteration]:
+def _all_iterations(folder: AnyPath) -> list[Iteration]:
     """The iterations in a save folder, which is listed once, or in the only save folder in a folder."""
     iterations = iterations_in(folder)
     if iterations:
@@ -207,7 +238,7 @@ def _all_iterations(folder: Path) -> list[Iteration]:
     return [] if save_folder is None else iterations_in(save_folder)
 
 
-def _job(given: str, out: Path, options: ExportOptions, find: Callable[[], Path]) -> Job:
+def _job(given: str, out: AnyPath, options: ExportOptions, find: Callable[[], AnyPath]) -> Job:
     try:
         file = find()
         return Job(str(file), file, target_in(out / run_name(file), options.layout, file))
@@ -215,10 +246,10 @@ def _job(given: str, out: Path, options: ExportOptions, find: Callable[[], Path]
         return Job(given, error=error)
 
 
-def _is_same(one: Path, other: Path) -> bool:
+def _is_same(one: AnyPath, other: AnyPath) -> bool:
     """Whether two paths lead to the same file or folder."""
     try:
-        return one == other or one.samefile(other)
+        return one == other or (isinstance(one, Path) and isinstance(other, Path) and one.samefile(other))
     except OSError:
         return False
 
@@ -275,7 +306,7 @@ def _side_by_side(jobs: Sequence[Job], options: ExportOptions, executor: Executo
     running: dict[Future[BatchItem], Job] = {}
     try:
         for job in jobs:
-            running[_submitted(executor, job, options)] = job
+            running[_submitted(executor, _absolute(job), options)] = job
         while running:
             with contextlib.suppress(TimeoutError):
                 for future in as_completed(running, timeout=_HEARD_SECONDS):
@@ -283,6 +314,14 @@ def _side_by_side(jobs: Sequence[Job], options: ExportOptions, executor: Executo
     finally:
         for future in running:
             future.cancel()
+
+
+def _absolute(job: Job) -> Job:
+    """The same job for whoever carries it out: on another machine, another folder is the current one."""
+    if job.file is None or job.target is None:
+        return job
+    target = job.target._replace(folder=job.target.folder.absolute(), file=job.target.file.absolute())
+    return job._replace(file=job.file.absolute(), target=target)
 
 
 def _submitted(executor: Executor, job: Job, options: ExportOptions) -> Future[BatchItem]:
@@ -356,7 +395,7 @@ class _Made(NamedTuple):
         return ", ".join([made, *cut, *(by_hand or ["no --alpha"])])
 
 
-def _is_done(file: Path, output: Path, options: ExportOptions) -> bool:
+def _is_done(file: AnyPath, output: AnyPath, options: ExportOptions) -> bool:
     """Whether the output exists already, was made with these options, and verifies against the checkpoint.
 
     Raises:
@@ -402,7 +441,7 @@ def _first_failure(report: VerifyReport) -> str:
     return next(f"{check.name}: {check.seen}" for check in report.checks if check.status == "fail")
 
 
-def _not_right(file: Path, output: Path, found: str) -> OutputError:
+def _not_right(file: AnyPath, output: AnyPath, found: str) -> OutputError:
     return OutputError(
         "the output exists already and does not verify",
         file=output,

@@ -12,6 +12,7 @@ from cogtools.checkpoint.files import is_folder
 from cogtools.checkpoint.formats.safetensors import safetensors_header
 from cogtools.checkpoint.formats.torch_zip_writer import TorchArchive
 from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.checkpoint.paths import as_path
 from cogtools.conversion.base import base_tensors
 from cogtools.conversion.carry_out import PlannedFile, Written, write
 from cogtools.conversion.lora import read_lora
@@ -30,7 +31,7 @@ from cogtools.conversion.plan import (
 )
 from cogtools.conversion.record import RECORD_KEY, ExportRecord
 from cogtools.errors import OptionError
-from cogtools.export.names import Target, target_of
+from cogtools.export.names import Target, local_type, target_of
 from cogtools.version import __version__
 
 if TYPE_CHECKING:
@@ -39,10 +40,15 @@ if TYPE_CHECKING:
 
     from cogtools.checkpoint.dtypes import DType
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath, RemotePath
+    from cogtools.conversion.carry_out import Output
     from cogtools.conversion.loss import LossReport
     from cogtools.conversion.scale import Carried
     from cogtools.layouts.lora import LoraLayout
     from cogtools.verification.report import VerifyReport
+
+
+Crc32Status = Literal["checked", "not checked", "not recorded"]
 
 
 class PreparedExport(NamedTuple):
@@ -95,7 +101,8 @@ class ExportReport:
         has_base: whether the output has base weights beside the LoRA.
         tensors: how many tensors the output has.
         size_bytes: the size of the output.
-        crc32: "checked", "not checked" in a dry run, or "not recorded" if the checkpoint has no CRC-32s to check.
+        crc32: "checked"; "not checked" in a dry run, or where only parts of storages were fetched; "not recorded" if
+            the checkpoint has no CRC-32s to check.
         largest_relative_error: of any tensor, where folding, casting or cutting changed the values; else None.
         lost: how much of the LoRA was lost where it was cut to a lower rank; else None.
         sha256: of the file of tensors, if asked for.
@@ -103,7 +110,7 @@ class ExportReport:
         verification: what `verify --against` found of it, all values looked at; None if not asked for.
     """
 
-    checkpoint: Path
+    checkpoint: AnyPath
     output: Path
     folder: Path
     files: tuple[Path, ...]
@@ -124,7 +131,7 @@ class ExportReport:
     has_base: bool
     tensors: int
     size_bytes: int
-    crc32: Literal["checked", "not checked", "not recorded"]
+    crc32: Crc32Status
     largest_relative_error: float | None
     lost: LossReport | None
     sha256: str | None
@@ -133,8 +140,8 @@ class ExportReport:
 
 
 def export_lora(
-    checkpoint: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | RemotePath,
+    out: str | os.PathLike[str] | RemotePath,
     *,
     format: Format = "diffusers",  # noqa: A002 - the option's name
     alpha: float | None = None,
@@ -203,8 +210,8 @@ def export_lora(
 
 
 def export_checkpoint(
-    checkpoint: str | os.PathLike[str],
-    out: str | os.PathLike[str] | Target,
+    checkpoint: str | os.PathLike[str] | RemotePath,
+    out: str | os.PathLike[str] | RemotePath | Target,
     options: ExportOptions,
     *,
     progress: Callable[[int, int], None] | None = None,
@@ -214,7 +221,7 @@ def export_checkpoint(
     _refuse_base(options)
     with ExitStack() as stack:
         opened = stack.enter_context(open_checkpoint(checkpoint, iteration=options.iteration, ema=options.ema))
-        target = out if isinstance(out, Target) else target_of(Path(out), layout, opened.path)
+        target = out if isinstance(out, Target) else target_of(as_path(out), layout, opened.path)
         output = output_at(target, layout, overwrite=options.overwrite)
         output.refuse_existing()
         base = None if options.base is None else stack.enter_context(open_checkpoint(options.base))
@@ -227,12 +234,13 @@ def export_checkpoint(
             written = write(output, prepared.files, sources, progress, sha256=options.sha256)
         notices = export_notices(opened, prepared.plan, options)
     plan = prepared.plan
+    shown = local_type(target)
     weights = set(plan.folded.values()) if options.way == "none" else {1.0}
     return ExportReport(
         checkpoint=opened.path,
-        output=target.file,
-        folder=target.folder,
-        files=tuple(target.folder / file.path if target.is_folder else target.file for file in prepared.files),
+        output=shown.file,
+        folder=shown.folder,
+        files=tuple(shown.folder / file.path if target.is_folder else shown.file for file in prepared.files),
         format=options.format,
         written=not options.dry_run,
         model=plan.transformer.name,
@@ -250,7 +258,7 @@ def export_checkpoint(
         has_base=base is not None,
         tensors=len(prepared.tensors),
         size_bytes=prepared.size_bytes,
-        crc32="not recorded" if not plan.has_crc32 else "not checked" if options.dry_run else "checked",
+        crc32=_crc32(plan, written, options),
         largest_relative_error=written.largest_relative_error,
         lost=written.lost,
         sha256=written.sha256,
@@ -275,11 +283,22 @@ def _refuse_base(options: ExportOptions) -> None:
         )
 
 
-def output_at(target: Target, layout: LoraLayout, *, overwrite: bool) -> AtomicFile | AtomicFolder:
+def output_at(target: Target, layout: LoraLayout, *, overwrite: bool) -> Output:
     """The file or folder of a LoRA that is to be written."""
+    place = target.folder if target.is_folder else target.file
+    if not isinstance(place, Path):
+        from cogtools.conversion.upload import Upload
+
+        return Upload(place, overwrite=overwrite, is_folder=target.is_folder)
     if not target.is_folder:
-        return AtomicFile(target.file, overwrite=overwrite)
-    return AtomicFolder(target.folder, overwrite=overwrite, is_ours=partial(is_ours, layout=layout))
+        return AtomicFile(place, overwrite=overwrite)
+    return AtomicFolder(place, overwrite=overwrite, is_ours=partial(is_ours, layout=layout))
+
+
+def _crc32(plan: LoraPlan, written: Written, options: ExportOptions) -> Crc32Status:
+    if not plan.has_crc32:
+        return "not recorded"
+    return "not checked" if options.dry_run or written.unchecked else "checked"
 
 
 def is_ours(folder: Path, layout: LoraLayout) -> bool:

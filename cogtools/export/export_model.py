@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from cogtools.checkpoint.files import is_folder
 from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.checkpoint.paths import as_path, local_path
 from cogtools.conversion.base_pipeline import GIVEN, BasePipeline
 from cogtools.conversion.carry_out import storages_of
 from cogtools.conversion.manifest import with_manifest
@@ -59,9 +59,11 @@ from cogtools.version import __version__
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from cogtools.checkpoint.files import SourceFile
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath, RemotePath
     from cogtools.conversion.carry_out import PlannedFile
     from cogtools.conversion.model import ModelPart
     from cogtools.conversion.model_reading import Reading
@@ -72,7 +74,7 @@ if TYPE_CHECKING:
 
 
 def export_model(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | RemotePath,
     out: str | os.PathLike[str],
     *,
     format: ModelFormat = "diffusers",  # noqa: A002 - as on the command line
@@ -123,7 +125,7 @@ def export_model(
 
 
 def export_model_checkpoint(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | RemotePath,
     out: str | os.PathLike[str],
     options: ModelOptions,
     *,
@@ -131,14 +133,15 @@ def export_model_checkpoint(
 ) -> ModelExportReport:
     """The same as `export_model`, with the options as one record."""
     _refuse_options(options)
+    place = local_path(out, "a whole model is written to this machine")
     with ExitStack() as opened:
         source = opened.enter_context(open_checkpoint(checkpoint, iteration=options.iteration, ema=options.ema))
-        prepared = prepare_model(source, Path(out), options, opened)
+        prepared = prepare_model(source, place, options, opened)
         output = prepared.output(options)
         output.refuse(prepared.sources)
         if not options.dry_run:
             output.write(prepared.sources, progress)
-        return model_report(source, Path(out), prepared, options)
+        return model_report(source, place, prepared, options)
 
 
 def prepare_model(
@@ -217,11 +220,11 @@ def _prepare_diffusers(
     if change is None:
         _refuse_diffusers(source, parts)
     elif TRANSFORMER in parts and parts[TRANSFORMER].layout == "diffusers":
-        own = opened.enter_context(BasePipeline(source.path.parent)) if source.path.name == INDEX else None
+        own = opened.enter_context(BasePipeline(_pipeline(source.path.parent))) if source.path.name == INDEX else None
         parts = {TRANSFORMER: parts[TRANSFORMER]}
     own_vae = "vae" in parts and options.vae is None
     if options.vae is not None:
-        parts["vae"] = _open_vae(Path(options.vae), opened)
+        parts["vae"] = _open_vae(as_path(options.vae), opened)
     readings = _read_parts(parts, model_of_slug(options.model))
     plans = [plan_for_diffusers(reading) for reading in readings.values()]
     if change is not None:
@@ -242,7 +245,7 @@ def _prepare_diffusers(
                     folders[out / name], copied[name] = own.copies(name), own.folder / name
             files += own.files
         elif options.base is not None:
-            base = opened.enter_context(BasePipeline(Path(options.base)))
+            base = opened.enter_context(BasePipeline(_pipeline(options.base)))
             for name in GIVEN:
                 given = None if name in parts else base.part(name, main.model, main.shapes[_TEXT_PROJ][1])
                 if given is not None:
@@ -281,7 +284,11 @@ def _refuse_diffusers(source: Checkpoint, parts: Mapping[str, ModelPart]) -> Non
         )
 
 
-def _open_vae(path: Path, opened: ExitStack) -> ModelPart:
+def _pipeline(given: str | os.PathLike[str] | RemotePath) -> Path:
+    return local_path(given, "a pipeline whose parts are copied is on this machine")
+
+
+def _open_vae(path: AnyPath, opened: ExitStack) -> ModelPart:
     """The VAE in a file of its own."""
     checkpoint = opened.enter_context(open_checkpoint(path))
     part = find_parts(checkpoint).get("vae")

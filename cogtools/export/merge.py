@@ -6,17 +6,18 @@ import math
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
 
 from cogtools.checkpoint.files import is_folder
 from cogtools.checkpoint.folder import find_save_folder
 from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.checkpoint.paths import as_path, local_path
 from cogtools.conversion.carry_out import Written, storages_of, write
 from cogtools.conversion.lora import find_lora
 from cogtools.conversion.loss import NOTABLE
 from cogtools.conversion.merge_plan import Stack, Weighted, common_transformer, merged_into, sum_of
 from cogtools.conversion.notices import source_notices
-from cogtools.conversion.options import MergeOptions, ModelOptions, checked_format
+from cogtools.conversion.options import MergeOptions, ModelFormat, ModelOptions, checked_format
 from cogtools.conversion.output import refuse_unwritable
 from cogtools.conversion.plan import named_dtype, one_rank, plan_lora, refuse_rank
 from cogtools.conversion.record import ExportRecord, MergedRecord
@@ -24,7 +25,7 @@ from cogtools.conversion.refusals import what_it_holds
 from cogtools.errors import ExportError, OptionError, command
 from cogtools.export.export import lora_files, output_at
 from cogtools.export.export_model import model_report, prepare_model
-from cogtools.export.names import target_of
+from cogtools.export.names import local_type, target_of
 from cogtools.formatting import counted, percent
 from cogtools.layouts import diffusers
 from cogtools.layouts.pipeline import TRANSFORMER
@@ -35,12 +36,14 @@ from cogtools.version import __version__
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from cogtools.checkpoint.files import SourceFile
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.loss import LossReport
     from cogtools.conversion.model_plan import PartPlan
-    from cogtools.conversion.options import Dtype, Format, ModelFormat
+    from cogtools.conversion.options import Dtype, Format
     from cogtools.conversion.plan import Planned
     from cogtools.export.model_report import ModelExportReport
     from cogtools.layouts.family import Transformer
@@ -61,7 +64,7 @@ class MergedLora:
         weight: what it was multiplied by beside that.
     """
 
-    file: Path
+    file: AnyPath
     layout: str | None
     modules: int
     rank: int | None
@@ -99,7 +102,7 @@ class MergeReport:
     """
 
     result: Literal["lora", "model"]
-    base: Path | None
+    base: AnyPath | None
     loras: tuple[MergedLora, ...]
     output: Path
     folder: Path
@@ -215,13 +218,14 @@ def merge_checkpoints(
         roles = roles_of([_source(checkpoint) for checkpoint in opened])
         loras = _weighted(roles, options)
         if roles.base is None:
-            return _merge_loras(loras, Path(out), options, progress)
-        return _merge_into_model(roles.base, loras, Path(out), options, progress, stack)
+            return _merge_loras(loras, as_path(out), options, progress)
+        place = local_path(out, "a whole model is written to this machine")
+        return _merge_into_model(roles.base, loras, place, options, progress, stack)
 
 
 def _open(paths: Sequence[str | os.PathLike[str]], options: MergeOptions) -> list[Checkpoint]:
     """Open the arguments. An iteration is that of the only one in which it can be chosen."""
-    given = list(map(Path, paths))
+    given = list(map(as_path, paths))
     runs = [path for path in given if is_folder(path) and find_save_folder(path) is not None]
     asked = options.iteration is not None or options.ema
     if asked and len(runs) > 1:
@@ -336,11 +340,15 @@ def _merge_into_model(
 ) -> MergeReport:
     if options.rank is not None:
         raise OptionError("--rank is that of a LoRA, and base weights have none", hint="leave it out")
+    if options.format not in (None, *get_args(ModelFormat)):
+        raise OptionError(
+            f"--format {options.format} is for LoRAs", found="base weights", expected=", ".join(get_args(ModelFormat))
+        )
     source, updates = base.checkpoint, sum_of(loras)
     is_own = any(lora.plan.lora.checkpoint is source for lora in loras)
     dtype = None if options.dtype is None else named_dtype(options.dtype)
     model_options = ModelOptions(
-        format=cast("ModelFormat", checked_format(options.format or "diffusers")),
+        format=cast("ModelFormat", options.format or "diffusers"),
         model=options.model,
         overwrite=options.overwrite,
         dry_run=options.dry_run,
@@ -411,7 +419,7 @@ def _lost_notice(written: Written, dtypes: Sequence[str]) -> list[str]:
 
 
 def _merge_loras(
-    loras: Sequence[Weighted], out: Path, options: MergeOptions, progress: Callable[[int, int], None] | None
+    loras: Sequence[Weighted], out: AnyPath, options: MergeOptions, progress: Callable[[int, int], None] | None
 ) -> MergeReport:
     layout = BY_NAME[checked_format(options.format or diffusers.LAYOUT.name)]
     transformer, file = common_transformer(loras), loras[0].plan.lora.checkpoint.path
@@ -436,13 +444,14 @@ def _merge_loras(
     output.refuse_source(_files(loras))
     refuse_unwritable(output.target, size_bytes)
     written = Written() if options.dry_run else write(output, planned, _files(loras), progress, sha256=False)
+    shown = local_type(target)
     return MergeReport(
         result="lora",
         base=None,
         loras=tuple(map(_merged_lora, loras)),
-        output=target.file,
-        folder=target.folder,
-        files=tuple(target.folder / file.path if target.is_folder else target.file for file in planned),
+        output=shown.file,
+        folder=shown.folder,
+        files=tuple(shown.folder / file.path if target.is_folder else shown.file for file in planned),
         written=not options.dry_run,
         model=transformer.name,
         pipeline=transformer.pipeline,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.options import ModelFormat
 
 
@@ -27,7 +28,7 @@ class PartReport:
 
     name: str
     folder: Path
-    source: Path | None
+    source: AnyPath | None
     files: tuple[str, ...]
     tensors: int
     dtype: tuple[str, ...]
@@ -100,7 +101,7 @@ class ModelExportReport:
         plan: what becomes of every tensor, for a dry run.
     """
 
-    checkpoint: Path
+    checkpoint: AnyPath
     output: Path
     written: bool
     format: ModelFormat

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple, cast, get_args
 
 from cogtools.checkpoint.folder import WEIGHTS_FILES
 from cogtools.checkpoint.run import iteration_of
@@ -13,6 +13,7 @@ from cogtools.errors import OptionError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.layouts.lora import LoraLayout
 
 SUFFIX = ".safetensors"
@@ -29,12 +30,28 @@ class Target(NamedTuple):
         is_folder: whether all of the folder is the output, and not that file alone.
     """
 
-    folder: Path
-    file: Path
+    folder: AnyPath
+    file: AnyPath
     is_folder: bool
 
 
-def target_of(out: Path, layout: LoraLayout, checkpoint: Path) -> Target:
+class LocalTarget(NamedTuple):
+    """The folder and file of a target, as reports have them.
+
+    Their type is that of outputs on this machine, which nearly all are, so that who exports to this machine need not
+    tell them apart; that of an output in a store is a `RemotePath`.
+    """
+
+    folder: Path
+    file: Path
+
+
+def local_type(target: Target) -> LocalTarget:
+    """The folder and file of a target."""
+    return LocalTarget(cast("Path", target.folder), cast("Path", target.file))
+
+
+def target_of(out: AnyPath, layout: LoraLayout, checkpoint: AnyPath) -> Target:
     """Where the LoRA of a checkpoint is written.
 
     Args:
@@ -57,13 +74,13 @@ def target_of(out: Path, layout: LoraLayout, checkpoint: Path) -> Target:
     return target_in(out, layout, checkpoint)
 
 
-def target_in(out: Path, layout: LoraLayout, checkpoint: Path) -> Target:
+def target_in(out: AnyPath, layout: LoraLayout, checkpoint: AnyPath) -> Target:
     """The same in a folder, whatever that is called."""
     name = layout.path or f"{file_stem(checkpoint)}_{layout.name}{SUFFIX}"
     return Target(out, out / name, layout.is_folder)
 
 
-def file_stem(checkpoint: Path) -> str:
+def file_stem(checkpoint: AnyPath) -> str:
     """What a file is called after a checkpoint, without dots: ComfyUI's nodes take what is before the first one."""
     name = run_name(checkpoint)
     for known in get_args(Format):
@@ -71,7 +88,7 @@ def file_stem(checkpoint: Path) -> str:
     return name.replace(".", "_") or "lora"
 
 
-def run_name(checkpoint: Path) -> str:
+def run_name(checkpoint: AnyPath) -> str:
     """The name of a checkpoint's LoRA: run and iteration, or what the file or its folder is called.
 
     By names alone: to look which iterations there are would take the longer, the more there are.
@@ -84,6 +101,6 @@ def run_name(checkpoint: Path) -> str:
     return checkpoint.stem
 
 
-def _folder_name(folder: Path) -> str:
+def _folder_name(folder: AnyPath) -> str:
     name = folder.absolute().name
     return folder.resolve().name if name == ".." else name

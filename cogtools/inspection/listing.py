@@ -10,9 +10,9 @@ from cogtools.inspection.selection import Selection, natural
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.checkpoint.tensors import TensorEntry
 
 
@@ -74,7 +74,7 @@ def add_statistics(tensors: list[Listed], progress: Callable[[int, int], None] |
             progress(done, in_all)
 
 
-def _place_in_file(entry: TensorEntry) -> tuple[Path, int]:
+def _place_in_file(entry: TensorEntry) -> tuple[AnyPath, int]:
     """The file in which a tensor's first element lies, and where in it or, if it is deflated, in its unpacked copy."""
     file, start, _ = entry.storage.range()
     return file.path, start + entry.offset_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cogtools.conversion.lora import find_scale, scale_of
-from cogtools.conversion.options import FORMATS
+from cogtools.conversion.options import FORMATS, format_words
 from cogtools.conversion.plan import LoraPlan, can_hold, plan_lora
 from cogtools.conversion.readers import readers_of
 from cogtools.conversion.refusals import refuse_unexportable
@@ -94,8 +94,8 @@ def _export_outlook(checkpoint: Checkpoint) -> tuple[LoraPlan | None, ExportOutl
     lora = plan.lora
     formats = tuple(name for name in FORMATS if can_hold(BY_NAME[name], lora))
     usual = (diffusers.LAYOUT, comfyui.LAYOUT)
-    other = next((layout.name for layout in usual if layout.name in formats and layout is not lora.layout), None)
-    hint = None if other is None else command("export-lora", checkpoint.path, "OUT_DIR", "--format", other)
+    other = next((layout for layout in usual if layout.name in formats and layout is not lora.layout), None)
+    hint = None if other is None else command("export-lora", checkpoint.path, "OUT_DIR", *format_words(other))
     return plan, ExportOutlook(
         possible=True, tensors=len(plan.names), size_bytes=size_bytes, formats=formats, notices=plan.notices, hint=hint
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.checkpoint.pickle.dangers import Danger
     from cogtools.conversion.readers import Reader
     from cogtools.errors import Hint, Problem
@@ -70,7 +71,7 @@ class TensorReport:
     storage_offset: int
     in_state_dict: bool
     container: str
-    file: Path | None = None
+    file: AnyPath | None = None
     offset_bytes: int | None = None
     statistics: Statistics | None = None
 
@@ -314,7 +315,7 @@ class FileReport:
         tensors: how many it has.
     """
 
-    file: Path
+    file: AnyPath
     format: str
     size_bytes: int
     tensors: int
@@ -376,7 +377,7 @@ class CheckpointReport:
         selected: how many were asked for; more than `tensors` has if there was a limit.
     """
 
-    checkpoint: Path
+    checkpoint: AnyPath
     format: str
     size_bytes: int
     files: tuple[FileReport, ...]

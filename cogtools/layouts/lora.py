@@ -363,8 +363,8 @@ class OtherAdapter(NamedTuple):
 
 
 OTHER_ADAPTERS = (
-    OtherAdapter(("lokr_",), "a LyCORIS LoKr", "lycoris (create_lycoris_from_weights, merge_to), and ComfyUI"),
-    OtherAdapter(("hada_",), "a LyCORIS LoHa", "lycoris (create_lycoris_from_weights, merge_to), and ComfyUI"),
+    OtherAdapter(("lokr_",), "a LyCORIS LoKr", "lycoris (create_lycoris_from_weights, merge_to)"),
+    OtherAdapter(("hada_",), "a LyCORIS LoHa", "lycoris (create_lycoris_from_weights, merge_to)"),
     OtherAdapter(("oft_", "boft_"), "an OFT adapter", "the library that trained it: lycoris or PEFT"),
     OtherAdapter(("diff", "diff_b"), "a full difference of weights", "ComfyUI"),
     OtherAdapter(("ia3_l",), "an IA3 adapter", "PEFT"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogtools.conversion.scale import ALPHA_SOURCES
@@ -14,8 +15,6 @@ from cogtools.render.text import notice, shortened, show, talk
 from cogtools.render.verify import show_verification, verdict_line
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from cogtools.conversion.loss import LossReport
     from cogtools.conversion.options import Format
     from cogtools.errors import CogtoolsError
@@ -159,6 +158,8 @@ def how_to_load(
     if not is_scaled and usage.unscaled:
         advice, templates = "Load it and apply the scale:", (*templates, *usage.unscaled)
     lines = [line.format_map(facts) for line in templates]
+    if not isinstance(file, Path):  # the URL of an object
+        lines.insert(0, "# download it first: no program loads it from there")
     if pipeline is not None and any("pipe." in line for line in lines):
         lines.insert(0, f"pipe = {pipeline}.from_pretrained(...)")
     return [advice.format_map(facts), *(f"    {line}" for line in lines)]

@@ -87,8 +87,8 @@ def _files(report: CheckpointReport) -> Iterator[Line]:
 
 def _name_in(report: CheckpointReport, part: FileReport) -> str:
     """The name of a file, with its folder where that is not the checkpoint's: a component of a pipeline."""
-    folder = report.checkpoint.parent
-    return str(part.file.relative_to(folder)) if part.file.is_relative_to(folder) else part.file.name
+    folder = f"{report.checkpoint.parent}/"
+    return str(part.file).removeprefix(folder) if str(part.file).startswith(folder) else part.file.name
 
 
 def _iterations(iterations: tuple[IterationReport, ...]) -> str:

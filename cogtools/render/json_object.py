@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Literal
 
 from cogtools.errors import CogtoolsError
@@ -34,13 +33,11 @@ def plain(value: object) -> object:
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, CogtoolsError):
         return value.to_dict()
-    if isinstance(value, Path):
-        return str(value)
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return value
+    return value if isinstance(value, (str, int, float)) or value is None else str(value)
 
 
 def _dumps(content: dict[str, object]) -> str:

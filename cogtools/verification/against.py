@@ -37,11 +37,11 @@ from cogtools.verification.values import place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.checkpoint.run import Iteration
     from cogtools.checkpoint.tensors import TensorEntry
     from cogtools.conversion.lora import Lora, LoraTensor
@@ -74,7 +74,7 @@ class Source(NamedTuple):
 
 @contextmanager
 def open_source(
-    paths: Sequence[Path], record: ExportRecord, *, iteration: int | None = None, ema: bool = False
+    paths: Sequence[AnyPath], record: ExportRecord, *, iteration: int | None = None, ema: bool = False
 ) -> Iterator[Source]:
     """Open the checkpoint that a file is to be held against, or the LoRAs that it was made of.
 
@@ -103,14 +103,14 @@ def open_source(
         yield Source(opened[0], plan, () if record.cut_to is None else (Weighted(plan),), recorded)
 
 
-def _recorded(paths: Sequence[Path], record: ExportRecord) -> Iteration | None:
-    """The iteration of a save folder that a file's record names; None if it is not there, or not one only."""
+def _recorded(paths: Sequence[AnyPath], record: ExportRecord) -> Iteration | None:
+    """The iteration of a save folder that a file's record names; None if it is not there, or there is no choice."""
     if record.iteration is None or record.merged is not None or not is_folder(paths[0]):
         return None
     folder = find_save_folder(paths[0])
     every = [] if folder is None else iterations_in(folder)
     found = [item for item in every if (item.number, item.ema) == (record.iteration, bool(record.ema))]
-    return found[0] if len(found) == 1 else None
+    return found[0] if len(found) == 1 and len(every) > 1 else None
 
 
 def source_notices(source: Source) -> list[str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from cogtools.checkpoint.formats import safetensors
 from cogtools.conversion.adapter_config import path_ends
 from cogtools.conversion.lora import find_other_adapter
+from cogtools.conversion.options import format_words
 from cogtools.conversion.plan import FLOATS
 from cogtools.conversion.scale import BY_NOTHING
 from cogtools.errors import Hint, Problem, command
@@ -21,6 +22,7 @@ from cogtools.formatting import counted, number
 from cogtools.layouts import diffusers
 from cogtools.layouts.family import ATTENTION, LoraKey, rank_of
 from cogtools.layouts.folded import fold_names
+from cogtools.layouts.lora import other_adapter
 from cogtools.verification.expected import stated_of
 from cogtools.verification.hints import only_load_tells
 from cogtools.verification.report import Check, folded, judged
@@ -87,11 +89,18 @@ def _other_adapter(lora: Lora) -> OtherAdapter | None:
 
 
 def _wrong_file_name(lora: Lora) -> list[Problem]:
-    """The file's own name, if its program does not find it by that; diffusers takes any."""
+    """The file itself, if its program does not find it by its name, or reads other kinds of files only."""
     layout, name = lora.intended, lora.checkpoint.path.name
-    if layout.unstated_scaling is not None or name == layout.file_name:
+    if _has_wrong_container(lora):
+        expected = f"a file of torch.save: {layout.reader} reads no other"
+        return [Problem("unexpected", name, found=lora.checkpoint.format, expected=expected)]
+    if not layout.is_folder or name == layout.file_name:
         return []
     return [Problem("unexpected", name, expected=f"{layout.file_name}: {layout.reader} reads no other file")]
+
+
+def _has_wrong_container(lora: Lora) -> bool:
+    return lora.intended.container == "torch" and lora.checkpoint.format == safetensors.FORMAT
 
 
 def _misnamed(lora: Lora, odd: Mapping[str, LoraKey]) -> list[Problem]:
@@ -110,7 +119,10 @@ def _misnamed(lora: Lora, odd: Mapping[str, LoraKey]) -> list[Problem]:
 def _unknown(lora: Lora) -> list[Problem]:
     """Keys that mean nothing, those that differ in the layer and the module only in one line."""
     layout = lora.intended
-    unknown = [key for key in lora.foreign if key not in set(lora.base_weights)]
+    # A program that loads whole models finds its base weights there.
+    known = set(lora.base_weights if layout.lora_only_note is None else lora.foreign)
+    unknown = [key for key in lora.foreign if key not in known]
+    unknown = [key for key in unknown if (kind := other_adapter(key)) is None or kind.readers != layout.reader]
     if layout.scale != "alpha_tensors" and not layout.ignores_alphas:
         unknown = [*unknown, *(tensor.key for tensor in lora.alphas.values())]
     alike: dict[tuple[str, str], list[str]] = {}
@@ -134,6 +146,8 @@ def _bad_names(lora: Lora, odd: Mapping[str, LoraKey], beyond: int) -> str:
         kinds = sorted({"unknown names" if (reading := lora.reading(key)) is None else reading.oddity for key in odd})
         return f"these are {' and '.join(kinds)}: {layout.reader} would load none of them"
     wrong = len(odd) + unknown + beyond
+    if not wrong and _has_wrong_container(lora):
+        return f"{layout.reader} reads no safetensors files"
     if not wrong:
         return f"the file is not called {layout.file_name}"
     return f"{counted(wrong, 'key')} of {len(lora.checkpoint.tensors)} with no place in the model"
@@ -144,7 +158,9 @@ def _who_reads_them(lora: Lora, odd: Mapping[str, LoraKey]) -> Hint:
     layout, path = lora.intended, lora.checkpoint.path
     if not lora.tensors:
         return _look(lora)
-    again = command("export-lora", path, "OUT_DIR", "--format", layout.name, advice=f"for {layout.reader}")
+    again = command("export-lora", path, "OUT_DIR", *format_words(layout), advice=f"for {layout.reader}")
+    if not odd and _has_wrong_container(lora):
+        return again
     if not odd:
         return Hint(f"name it {layout.file_name}") if _wrong_file_name(lora) else _look(lora)
     readers = {None if (reading := lora.reading(key)) is None else reading.layout for key in odd}
@@ -374,6 +390,9 @@ def _scale_without_config(lora: Lora, found: Mapping[Module, float]) -> Check:
         where = f" in {counted(len(lora.alphas), 'tensor')}" if lora.alphas else ""
         alpha = f": alpha {number(statement.alpha)}{where}" if statement.alpha else ""
         return Check("scale", "pass", f"scaling {figures(found.values())}{alpha}")
+    if lora.record.scale == "fold":
+        seen = f"{layout.reader} runs it at scaling {figures(found.values())}: the training's is multiplied in"
+        return Check("scale", "pass", f"{seen}, as its record says")
     if layout.unstated_alpha is not None:
         default = f"its default alpha, {number(layout.unstated_alpha)}"
         return Check("scale", "pass", f"{layout.reader} runs it at scaling {figures(found.values())}: {default}")
@@ -427,7 +446,7 @@ def _weight(lora: Lora) -> Hint:
         )  # fmt: skip
     weight = number(1 / rank) if rank else "1 / rank"
     return command(
-        "export-lora", path, "OUT_DIR", "--format", lora.intended.name, "--alpha", "1",
+        "export-lora", path, "OUT_DIR", *format_words(lora.intended), "--alpha", "1",
         advice=f"load it at weight alpha / rank ({weight} for SAT's default alpha, 1); to write a file that states it",
     )  # fmt: skip
 
@@ -510,8 +529,10 @@ def recorded_scalings(lora: Lora) -> dict[Module, float]:
     """The scaling that each module of a file should have by its record, as far as that tells."""
     record, layout = lora.record, lora.intended
     found: dict[Module, float] = {}
+    if record.scale not in ("metadata", "fold", "none"):
+        return found
     for module, rank in lora.ranks.items():
-        scaling = record.scaling_of(rank) if record.scale in ("metadata", "fold", "none") and rank else None
-        if scaling is not None:
+        scaling = record.scaling_of(record.rank or rank)
+        if scaling is not None and rank:
             found[module] = (layout.scaling_unstated(rank) or 1.0) if record.scale == "fold" else scaling
     return found

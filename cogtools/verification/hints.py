@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cogtools.conversion.options import CASTS
+from cogtools.conversion.options import CASTS, format_words
 from cogtools.errors import Hint, command
 from cogtools.formatting import shown
 from cogtools.layouts import diffusers
@@ -61,7 +61,7 @@ def _export_again(lora: Lora, source: Sequence[object] | None) -> Hint:
     if source is None:  # whether this user has it is not known
         return Hint(f"copy it again from where it came, or export it again from its checkpoint{_made_of(record)}")
     layout = BY_NAME.get(record.format or "", diffusers.LAYOUT)
-    options: list[object] = [] if layout is diffusers.LAYOUT else ["--format", layout.name]
+    options: list[object] = [*format_words(layout)]
     for name, value in (("--alpha", record.alpha_by_hand), ("--scaling", record.scaling_by_hand)):
         options += [name, value] if value is not None else []
     for merged in record.merged or ():

@@ -10,6 +10,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from cogtools.checkpoint.paths import RemotePath
 from cogtools.errors import CheckpointError, KilledError, LibraryError, Problem
 from cogtools.layouts.family import HEAD_SIZE, Module
 from cogtools.verification import child
@@ -18,8 +19,8 @@ from cogtools.verification.report import Check
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.lora import Lora
     from cogtools.errors import CogtoolsError
     from cogtools.verification.expected import Expected
@@ -104,8 +105,14 @@ def _not_handed_on(lora: Lora) -> list[Problem]:
     return [] if stated is None else list(stated.not_handed_on)
 
 
-def _refuse_path(path: Path) -> None:
-    """Refuse a path that the safetensors library cannot open, which takes UTF-8 only."""
+def _refuse_path(path: AnyPath) -> None:
+    """Refuse a path that the libraries cannot open: safetensors takes UTF-8 only, and none takes a URL."""
+    if isinstance(path, RemotePath):
+        raise CheckpointError(
+            "--load takes a file of this machine: that is what the libraries load",
+            file=path,
+            hint="download the file, and verify the copy",
+        )
     try:
         str(path).encode()
     except UnicodeEncodeError as error:

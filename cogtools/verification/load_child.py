@@ -36,6 +36,7 @@ from cogtools.verification.written import open_written
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.lora import Lora
     from cogtools.layouts.family import Model, Module, Transformer
     from cogtools.verification.expected import Expected
@@ -247,7 +248,7 @@ def _load(lora: Lora, transformer: Any) -> Any:
     return transformer
 
 
-def _load_with_peft(folder: Path, transformer: Any) -> Any:
+def _load_with_peft(folder: AnyPath, transformer: Any) -> Any:
     from peft import PeftModel
 
     # PEFT makes adapters in float32 unless told not to, whatever the file has.

@@ -16,6 +16,7 @@ from cogtools.conversion.model import find_parts, no_model
 from cogtools.conversion.model_plan import plan_for_diffusers, plan_for_sat
 from cogtools.conversion.model_reading import read_text_encoder, read_transformer, read_vae
 from cogtools.conversion.model_record import read_model_record
+from cogtools.conversion.plan import Planned
 from cogtools.errors import Problem
 from cogtools.formatting import counted
 from cogtools.layouts import transformer
@@ -28,9 +29,9 @@ from cogtools.verification.report import Check, judged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.model import ModelPart
     from cogtools.conversion.model_plan import PartPlan
     from cogtools.layouts.family import Model
@@ -64,7 +65,7 @@ class ModelSource:
 
 
 @contextmanager
-def open_model_source(paths: Sequence[Path], *, iteration: int | None, ema: bool) -> Iterator[ModelSource]:
+def open_model_source(paths: Sequence[AnyPath], *, iteration: int | None, ema: bool) -> Iterator[ModelSource]:
     """Open the checkpoint that a model is held against, and the LoRAs that were merged into it.
 
     Raises:
@@ -93,10 +94,28 @@ def against_checks(
     Raises:
         CogtoolsError: if the checkpoint cannot be read, or is not whole.
     """
+    others = {
+        name: other for name, part in written.parts.items() if (other := _made_of_other(part, source)) is not None
+    }
+    if len(others) == len(written.parts):  # the checkpoint has got another name
+        others = {}
     checks = []
-    for part in written.parts.values():
-        checks += _part_checks(part, source, model, advance)
+    for name, part in written.parts.items():
+        if name in others:
+            checks.append(Check(f"{name} against", "skipped", f"made of {others[name]}, as its record says"))
+        else:
+            checks += _part_checks(part, source, model, advance)
     return checks
+
+
+def _made_of_other(written: WrittenPart, source: ModelSource) -> str | None:
+    """What a part was made of, where its record names something else than the checkpoint; else None."""
+    if written.part is None or written.name not in source.parts:
+        return None
+    made_of = read_model_record(written.part.checkpoint).source
+    part = source.parts[written.name].checkpoint
+    names = {source.checkpoint.path.name, part.path.name, read_model_record(part).source}  # a copy has its record too
+    return None if made_of in names else made_of
 
 
 def _part_checks(
@@ -107,14 +126,15 @@ def _part_checks(
         return [Check(name, "skipped", "it cannot be opened")]
     if written.name not in source.parts:
         return [Check(name, "skipped", f"the checkpoint has no {written.name}")]
-    record = read_model_record(written.part.checkpoint)
-    if record.source not in (None, source.checkpoint.path.name):
-        return [Check(name, "skipped", f"made of {record.source}, as its record says")]
-    plan = _plan(written, source.parts[written.name], model)
+    part, record = source.parts[written.name], read_model_record(written.part.checkpoint)
+    if written.name != TRANSFORMER and part.layout == "diffusers":  # a copy
+        copied = [Planned(key, entry.dtype, entry.shape, (entry,)) for key, entry in part.tensors.items()]
+        return [_compared(name, written, copied, advance)]
+    plan = _plan(written, part, model)
     if written.name == TRANSFORMER and (record.merged is not None or source.loras):
-        checks = merged_checks(name, written.part, plan, source, record, advance)
+        checks = merged_checks(name, written.part, plan, source.loras, record, advance)
     else:
-        checks = [_compared(name, written, plan, advance)]
+        checks = [_compared(name, written, plan.tensors, advance)]
     if written.name == TRANSFORMER and written.config is not None:
         checks.append(_config(written, plan))
         positions = _positions(written, source.parts[TRANSFORMER])
@@ -133,15 +153,14 @@ def _plan(written: WrittenPart, part: ModelPart, model: Model | None) -> PartPla
     return plan_for_diffusers(reading)
 
 
-def _compared(name: str, written: WrittenPart, plan: PartPlan, advance: Callable[[int], None]) -> Check:
+def _compared(name: str, written: WrittenPart, tensors: Sequence[Planned], advance: Callable[[int], None]) -> Check:
     problems = []
-    for planned, key, entry in paired(written.part, plan.tensors):
+    for planned, key, entry in paired(written.part, tensors):
         problem = Problem("missing", key) if entry is None else difference(key, entry, planned, advance)
         problems += [] if problem is None else [problem]
-    good = f"{counted(len(plan.tensors), 'tensor')} equal the checkpoint's bit for bit"
-    return judged(
-        name, problems, good, f"{len(problems)} of {counted(len(plan.tensors), 'tensor')} are not the checkpoint's"
-    )
+    count = counted(len(tensors), "tensor")
+    good = f"{count} equal the checkpoint's bit for bit"
+    return judged(name, problems, good, f"{len(problems)} of {count} are not the checkpoint's")
 
 
 def _config(written: WrittenPart, plan: PartPlan) -> Check:

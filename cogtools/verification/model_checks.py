@@ -18,8 +18,8 @@ from cogtools.verification.report import Check, judged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.model import ModelPart
     from cogtools.verification.model_written import WrittenModel, WrittenPart
     from cogtools.verification.report import Status
@@ -276,7 +276,7 @@ def _tokenizer(written: WrittenModel) -> Check:
     )
 
 
-def _scheduler(folder: Path, model: Model | None) -> Check:
+def _scheduler(folder: AnyPath, model: Model | None) -> Check:
     part = PARTS["scheduler"]
     try:
         config = read_config(folder / part.config)

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from cogtools.conversion.model_plan import PartPlan
     from cogtools.conversion.model_record import ModelRecord
     from cogtools.conversion.plan import Planned
-    from cogtools.verification.model_against import ModelSource
 
 _BLOCK_ELEMENTS = 1 << 19
 """How many elements of a weight are computed at once."""
@@ -45,7 +44,7 @@ def merged_checks(
     name: str,
     written: ModelPart,
     plan: PartPlan,
-    source: ModelSource,
+    loras: Sequence[Checkpoint],
     record: ModelRecord,
     advance: Callable[[int], None],
 ) -> list[Check]:
@@ -57,20 +56,18 @@ def merged_checks(
         name: of the check.
         written: the transformer.
         plan: what the base alone becomes.
-        source: the base, and the LoRAs that are given.
+        loras: the LoRAs that are given.
         record: how the model was made.
         advance: called with the bytes that were compared, as they are.
 
     Raises:
         CogtoolsError: if the LoRAs are not as many as were merged, or one cannot be read or merged.
     """
-    merged = record.merged or ()
-    loras: Sequence[Checkpoint] = source.loras
+    merged, base = record.merged or (), plan.reading.part.checkpoint
     is_own = len(merged) == 1 and merged[0].source == record.source and plan.reading.has_lora
-    if is_own and not loras:
-        loras = [source.checkpoint]
+    loras = [base] if is_own and not loras else loras
     if not loras:
-        return _without_loras(name, written, plan, source, record, advance)
+        return _without_loras(name, written, plan, record, advance)
     refuse_other_number([checkpoint.path for checkpoint in loras], merged)
     dtype = None if record.dtype is None else DTYPES[record.dtype]
     tensors = merged_into(plan, written.layout, sum_of(as_recorded(loras, merged)), dtype)
@@ -91,7 +88,6 @@ def _without_loras(
     name: str,
     written: ModelPart,
     plan: PartPlan,
-    source: ModelSource,
     record: ModelRecord,
     advance: Callable[[int], None],
 ) -> list[Check]:
@@ -107,9 +103,8 @@ def _without_loras(
     merged = record.merged or ()
     names = ", ".join(lora.source or "a file without a name" for lora in merged)
     rest = counted(len(plan.tensors) - len(unchanged), "weight")
-    hint = command(
-        "verify", written.checkpoint.path.parent, "--against", source.checkpoint.path, *["LORA"] * len(merged)
-    )
+    base = plan.reading.part.checkpoint.path
+    hint = command("verify", written.checkpoint.path.parent, "--against", base, *["LORA"] * len(merged))
     return [
         judged(name, problems, good, bad),
         Check(f"{name} loras", "warn", f"{rest} not compared: {names} merged into them, as the record says", hint=hint),

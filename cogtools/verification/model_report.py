@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.verification.model_written import Kind
     from cogtools.verification.report import Check, Verdict
 
@@ -32,14 +31,14 @@ class ModelVerifyReport:
         verdict: that of the worst check.
     """
 
-    path: Path
+    path: AnyPath
     kind: Kind
     model: str | None
     parts: tuple[str, ...]
     tensors: int
     dtype: tuple[str, ...]
     size_bytes: int
-    against: Path | None
+    against: AnyPath | None
     libraries: dict[str, str]
     strict: bool
     checks: tuple[Check, ...]

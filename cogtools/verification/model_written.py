@@ -17,9 +17,9 @@ from cogtools.layouts.pipeline import CONFIG, INDEX, PARTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.model import ModelPart
     from cogtools.layouts.pipeline import Part
 
@@ -45,7 +45,7 @@ class WrittenPart:
     """
 
     name: str
-    path: Path
+    path: AnyPath
     part: ModelPart | None
     config: Mapping[str, object] | None = None
     problems: tuple[Problem, ...] = ()
@@ -64,10 +64,10 @@ class WrittenModel:
         index: model_index.json.
     """
 
-    path: Path
+    path: AnyPath
     kind: Kind
     parts: dict[str, WrittenPart] = field(default_factory=dict)
-    folders: dict[str, Path] = field(default_factory=dict)
+    folders: dict[str, AnyPath] = field(default_factory=dict)
     index: Mapping[str, object] | None = None
     opened: ExitStack = field(default_factory=ExitStack)
 
@@ -84,7 +84,7 @@ class WrittenModel:
         return sum(entry.size_bytes for part in parts for entry in part.tensors.values())
 
 
-def holds_model(path: Path) -> bool:
+def holds_model(path: AnyPath) -> bool:
     """Whether a path is that of a whole model or a part of one, and not of a LoRA."""
     if is_folder(path) and (is_file(path / INDEX) or _part_of_folder(path) is not None or _folders_in(path)):
         return True
@@ -95,7 +95,7 @@ def holds_model(path: Path) -> bool:
         return False
 
 
-def open_model(path: Path, *, iteration: int | None = None, ema: bool = False) -> WrittenModel:
+def open_model(path: AnyPath, *, iteration: int | None = None, ema: bool = False) -> WrittenModel:
     """Open a written model.
 
     Args:
@@ -126,7 +126,7 @@ def open_model(path: Path, *, iteration: int | None = None, ema: bool = False) -
     return model
 
 
-def _part_of_folder(folder: Path) -> Part | None:
+def _part_of_folder(folder: AnyPath) -> Part | None:
     """The part that a folder is, as its config.json says; None if it is none that has weights."""
     config = _config(folder / CONFIG)
     architectures = config.get("architectures") if config else None
@@ -137,21 +137,21 @@ def _part_of_folder(folder: Path) -> Part | None:
     return next((PARTS[name] for name in WEIGHTS if PARTS[name].class_name in classes), None)
 
 
-def _folders_in(path: Path) -> dict[str, Path]:
+def _folders_in(path: AnyPath) -> dict[str, AnyPath]:
     """The folders of parts in a folder."""
     found = {name: path / name for name in PARTS if is_folder(path / name)}
     has_config = any(is_file(folder / PARTS[name].config) for name, folder in found.items() if name in WEIGHTS)
     return found if has_config else {}
 
 
-def _config(path: Path) -> dict[str, object] | None:
+def _config(path: AnyPath) -> dict[str, object] | None:
     try:
         return read_config(path) if is_file(path) else None
     except CheckpointError:
         return None
 
 
-def _open_file(path: Path, iteration: int | None, *, ema: bool) -> WrittenModel:
+def _open_file(path: AnyPath, iteration: int | None, *, ema: bool) -> WrittenModel:
     """A file of weights, or a folder of SAT's."""
     checkpoint = open_checkpoint(path, iteration=iteration, ema=ema)
     model = WrittenModel(path, "file")
@@ -174,7 +174,7 @@ def _parts_of(checkpoint: Checkpoint) -> dict[str, ModelPart]:
     return found
 
 
-def _open_part(part: Part, folder: Path, opened: ExitStack) -> WrittenPart:
+def _open_part(part: Part, folder: AnyPath, opened: ExitStack) -> WrittenPart:
     """A part's folder, as its library loads it: the index of shards counts before a single file."""
     index, single = folder / part.shard_index, folder / part.weights_name
     problems, odd = [], []
@@ -195,14 +195,14 @@ def _open_part(part: Part, folder: Path, opened: ExitStack) -> WrittenPart:
     return WrittenPart(part.name, folder, found, _config(folder / CONFIG), tuple(problems), tuple(odd))
 
 
-def _index_problems(index: Path) -> list[Problem]:
+def _index_problems(index: AnyPath) -> list[Problem]:
     metadata = read_index(index).get("metadata")
     if isinstance(metadata, dict):
         return []
     return [Problem("missing", f"metadata in {index.name}", expected='an object such as {"total_size": 123}')]
 
 
-def _odd_shards(part: Part, folder: Path, index: Path, checkpoint: Checkpoint) -> list[Problem]:
+def _odd_shards(part: Part, folder: AnyPath, index: AnyPath, checkpoint: Checkpoint) -> list[Problem]:
     """Tensors of shards that the index does not name, shards that it does not, and another size than it states."""
     odd = []
     for name, shard in checkpoint.parts.items():

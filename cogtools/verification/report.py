@@ -10,8 +10,8 @@ from cogtools.layouts.folded import folded_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-    from pathlib import Path
 
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.readers import Reader
     from cogtools.errors import Hint, ProblemKind
     from cogtools.layouts.family import LoraKey
@@ -63,7 +63,7 @@ class VerifyReport:
         verdict: that of the worst check.
     """
 
-    path: Path
+    path: AnyPath
     layout: str
     reader: str
     model: str
@@ -74,7 +74,7 @@ class VerifyReport:
     scaling: tuple[float, ...]
     size_bytes: int
     readers: tuple[Reader, ...]
-    against: Path | None
+    against: AnyPath | None
     libraries: dict[str, str]
     strict: bool
     checks: tuple[Check, ...]

@@ -27,9 +27,9 @@ from cogtools.verification.report import Check
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.checkpoint.tensors import TensorEntry
     from cogtools.conversion.lora import Lora
     from cogtools.conversion.plan import Update
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from cogtools.layouts.family import Module
 
 
-def refuse_other_number(paths: Sequence[Path], merged: Sequence[MergedRecord] | None) -> None:
+def refuse_other_number(paths: Sequence[AnyPath], merged: Sequence[MergedRecord] | None) -> None:
     """Raise an `OptionError` if there are not as many files as something was made of.
 
     Args:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cogtools.checkpoint.paths import RemotePath, as_path
 from cogtools.conversion.lora import scale_of
 from cogtools.conversion.options import checked_format
 from cogtools.conversion.readers import readers_of
@@ -38,17 +38,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.lora import Lora
     from cogtools.layouts.family import Module
     from cogtools.verification.against import Source
     from cogtools.verification.expected import Expected
     from cogtools.verification.load import Loaded
 
+    Given = str | os.PathLike[str] | RemotePath
+
 
 def verify_lora(
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | RemotePath,
     *,
-    against: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    against: Given | Sequence[Given] | None = None,
     iteration: int | None = None,
     ema: bool = False,
     load: bool = False,
@@ -62,7 +65,7 @@ def verify_lora(
     """Check that a LoRA file is complete, consistent, and states its scale; that it is its checkpoint's; that it loads.
 
     Args:
-        out: the file, or the folder that has it.
+        out: the file, or the folder that has it; or the URL of one.
         against: the checkpoint that it was made of: every value is compared. Of a merged LoRA, all that were merged.
         iteration: which iteration of the checkpoint, where that is a save folder; None takes the latest.
         ema: hold it against its EMA weights.
@@ -85,7 +88,7 @@ def verify_lora(
     paths = given_paths(against)
     with ExitStack() as opened:
         asked = None if format is None else BY_NAME[checked_format(format)]
-        lora = opened.enter_context(open_written(Path(out), asked))
+        lora = opened.enter_context(open_written(as_path(out), asked))
         expected = expect(lora, model=model, layers=layers)
         # Before the long work: a missing checkpoint is an error at once.
         source = opened.enter_context(_open_source(lora, paths, iteration, ema=ema)) if paths else None
@@ -126,15 +129,17 @@ class _Case:
         return scalings(self.lora) or self.by_peft
 
 
-def given_paths(against: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None) -> list[Path]:
+def given_paths(against: Given | Sequence[Given] | None) -> list[AnyPath]:
     """What a file is to be held against, as paths; [] if nothing."""
     if against is None:
         return []
-    return [Path(against)] if isinstance(against, (str, PathLike)) else list(map(Path, against))
+    if isinstance(against, (str, PathLike, RemotePath)):
+        return [as_path(against)]
+    return list(map(as_path, against))
 
 
 def _open_source(
-    lora: Lora, paths: Sequence[Path], iteration: int | None, *, ema: bool
+    lora: Lora, paths: Sequence[AnyPath], iteration: int | None, *, ema: bool
 ) -> AbstractContextManager[Source]:
     from cogtools.verification.against import open_source
 
@@ -211,7 +216,9 @@ def _bytes_to_look_at(lora: Lora) -> int:
     return sum(tensor.entry.size_bytes for tensor in lora.tensors.values())
 
 
-def _as_words(paths: Sequence[Path], iteration: int | None, source: Source | None, *, ema: bool) -> list[object] | None:
+def _as_words(
+    paths: Sequence[AnyPath], iteration: int | None, source: Source | None, *, ema: bool
+) -> list[object] | None:
     """The checkpoint as words of a command; None if there is none."""
     if not paths:
         return None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cogtools.checkpoint.paths import as_path, local_path
 from cogtools.conversion.model_reading import model_of_slug
 from cogtools.conversion.notices import choice_notices
 from cogtools.errors import OptionError
@@ -21,16 +21,18 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
+    from cogtools.checkpoint.paths import RemotePath
     from cogtools.layouts.family import Model
     from cogtools.verification.model_against import ModelSource
     from cogtools.verification.model_written import WrittenModel
     from cogtools.verification.report import Check
+    from cogtools.verification.verify import Given
 
 
 def verify_model(
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | RemotePath,
     *,
-    against: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    against: Given | Sequence[Given] | None = None,
     iteration: int | None = None,
     ema: bool = False,
     load: bool = False,
@@ -64,7 +66,7 @@ def verify_model(
         )
     asked = model_of_slug(model)
     with ExitStack() as opened:
-        written = opened.enter_context(open_model(Path(out)))
+        written = opened.enter_context(open_model(as_path(out)))
         source = None
         paths = given_paths(against)
         if paths:
@@ -75,6 +77,7 @@ def verify_model(
         checks = _checks(written, source, known, _Meter(progress, written.size_bytes * (1 if source is None else 2)))
         libraries: dict[str, str] = {}
         if load:
+            local_path(written.path, "--load takes files of this machine: that is what the libraries load")
             if say is not None:
                 say("loading it with diffusers and transformers")
             from cogtools.verification.model_load import load_model

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.files import is_file, is_folder
+from cogtools.checkpoint.files import is_file, is_folder, list_folder
 from cogtools.checkpoint.folder import find_save_folder
 from cogtools.checkpoint.formats import safetensors
 from cogtools.checkpoint.opening import open_checkpoint
@@ -16,14 +17,15 @@ from cogtools.layouts.recognition import LAYOUTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
+    from cogtools.checkpoint.files import SourceFile
+    from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.lora import Lora
     from cogtools.layouts.lora import LoraLayout
 
 
 @contextmanager
-def open_written(out: Path, asked: LoraLayout | None = None) -> Iterator[Lora]:
+def open_written(out: AnyPath, asked: LoraLayout | None = None) -> Iterator[Lora]:
     """Open a LoRA file, or the one in a folder.
 
     Args:
@@ -36,14 +38,14 @@ def open_written(out: Path, asked: LoraLayout | None = None) -> Iterator[Lora]:
     with open_checkpoint(find_lora_file(out)) as file:
         lora = read_lora(file)
         if file.format == safetensors.FORMAT:
-            _refuse_what_upstream_refuses(file.path)
+            _refuse_what_upstream_refuses(file.files[0])
         elif lora.layout is None or lora.layout.container != "torch" or (asked is None and not lora.record.version):
             raise _not_safetensors(lora)
         lora.asked = asked
         yield lora
 
 
-def find_lora_file(out: Path) -> Path:
+def find_lora_file(out: AnyPath) -> AnyPath:
     """The LoRA file that a path stands for: itself, or in a folder the one with a usual name, or the only one.
 
     Raises:
@@ -54,10 +56,12 @@ def find_lora_file(out: Path) -> Path:
     for layout in LAYOUTS:
         if layout.path is not None and is_file(out / layout.path):
             return out / layout.path
-    found = sorted(path.name for path in out.glob("*.safetensors"))
+    entries = list_folder(out)
+    found = [entry.path.name for entry in entries if entry.path.name.endswith(".safetensors")]
     if len(found) == 1:
         return out / found[0]
-    inside = sorted(path.parent.name for path in out.glob(f"*/{diffusers.FILE_NAME}"))
+    folders = [entry.path for entry in entries if entry.is_folder]
+    inside = [folder.name for folder in folders if is_file(folder / diffusers.FILE_NAME)]
     if inside and not found:
         raise CheckpointError(
             "this is a folder of LoRAs: they are verified one by one",
@@ -74,7 +78,7 @@ def find_lora_file(out: Path) -> Path:
     )
 
 
-def _what_else(folder: Path) -> Hint:
+def _what_else(folder: AnyPath) -> Hint:
     """What to do with a folder without a LoRA file: it may be a training that has not been exported yet."""
     if find_save_folder(folder) is not None:
         return command("export-lora", folder, "OUT_DIR", advice="export it, then verify what was written")
@@ -95,17 +99,32 @@ def _not_safetensors(lora: Lora) -> CheckpointError:
     return CheckpointError(what, file=file.path, found=file.format, expected=expected, hint=hint)
 
 
-def _refuse_what_upstream_refuses(path: Path) -> None:
+def _refuse_what_upstream_refuses(file: SourceFile) -> None:
     """Open the file with the safetensors library too: whoever loads the LoRA does."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "np"):
+        with _on_this_machine(file) as path, safe_open(path, "np"):
             pass
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             "the safetensors library does not read this file",
-            file=path,
+            file=file.path,
             found=str(error),
             hint="copy, download or export it again",
         ) from error
+
+
+@contextmanager
+def _on_this_machine(file: SourceFile) -> Iterator[AnyPath]:
+    """A file of this machine with the same header; what follows it is a hole where the file lies elsewhere."""
+    if file.fd >= 0:
+        yield file.path
+        return
+    import tempfile
+
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as copy:
+        copy.write(file.read(0, safetensors.read_header(file).data_offset))
+        copy.truncate(file.size_bytes)
+        copy.flush()
+        yield Path(copy.name)

@@ -207,7 +207,7 @@ def test_alphas_have_a_storage_each(run: Path, tmp_path: Path) -> None:
 def test_every_format_gives_the_update_of_the_real_trainers_lora(name: Format, real_run: Path, tmp_path: Path) -> None:
     with open_checkpoint(real_run) as checkpoint:
         file = checkpoint.path
-    loaded = torch.load(file, weights_only=False)
+    loaded = torch.load(str(file), weights_only=False)
     module = loaded.get("module", loaded)
     wanted = {}
     for layer in range(3):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from cogtools import export_lora
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.conversion.lora import find_lora, find_scale
+from cogtools.conversion.lora import find_lora
 from cogtools.conversion.plan import LoraPlan, plan_lora
 from cogtools.errors import ExportError, Problem
 from cogtools.layouts import diffusers
@@ -70,6 +70,7 @@ def test_modules_beyond_the_attention_are_read_in_every_layout_that_has_them(
 @pytest.mark.parametrize(
     ("layout", "source"),
     [
+        ("sat", "training_config.yaml"),
         ("diffusers", "lora_adapter_metadata"),
         ("peft", "adapter_config.json"),
         ("comfyui", "alpha tensors"),
@@ -77,14 +78,10 @@ def test_modules_beyond_the_attention_are_read_in_every_layout_that_has_them(
     ],
 )
 def test_the_scale_is_read_where_the_layout_states_it(layout: str, source: str, tmp_path: Path) -> None:
-    path = save_lora(tmp_path, BY_NAME[layout], factors(), 2.0)
-    with open_checkpoint(path) as checkpoint:
-        lora = find_lora(checkpoint)
-        assert lora is not None
-        scale = find_scale(lora)
-    assert (scale.alpha, scale.source) == (2, source)
-    assert scale.scalings == dict.fromkeys(MODULES, 0.5)
-    assert plan(path).notices[1:] == ()  # the first: nothing tells how many layers there are
+    found = plan(save_lora(tmp_path, BY_NAME[layout], factors(), 2.0))
+    assert (found.scale.alpha, found.scale.source) == (2, source)
+    assert found.scale.scalings == dict.fromkeys(MODULES, 0.5)
+    assert found.notices[1:] == ()  # the first: nothing tells how many layers there are
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "comfyui", "videox-fun", "diffsynth"])
@@ -93,8 +90,8 @@ def test_a_scale_that_nothing_states_is_taken_as_1_with_a_note(layout: str, tmp_
     assert (found.scale.source, found.scaling) == ("nothing", 1.0)
     assert found.notices[1:] == (
         "Nothing states the scale: taken as 1, as diffusers does. Trainers that lose it, with the scaling of their "
-        "defaults: CogVideo's finetune 0.5, VideoX-Fun with --use_peft_lora 0.5, SAT's own exporter 1/rank. State "
-        "it with --scaling, or --alpha.",
+        "defaults: CogVideo's finetune 0.5, VideoX-Fun with --use_peft_lora 0.5, SAT's own exporter 1/rank. "
+        "State it with --scaling, or --alpha.",
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 from cogtools.checkpoint import limits
 from cogtools.checkpoint.files import SourceFile
 from cogtools.checkpoint.index import Checkpoint, SmallFile
+from cogtools.checkpoint.paths import AnyPath
 from cogtools.conversion.training_config import TrainingConfig, find_training_config, read_training_config
 from cogtools.errors import CheckpointError
 from tests.support.factories import TOY_2B, sat_checkpoint, sat_state_dict, save_run
@@ -18,7 +19,7 @@ def read(path: Path, *, with_alpha: bool = True) -> TrainingConfig:
     return read_training_config(SmallFile(path, path.read_bytes()), with_alpha=with_alpha)
 
 
-def found(checkpoint: Path) -> Path | None:
+def found(checkpoint: Path) -> AnyPath | None:
     """Where the configuration of a checkpoint is found; the file is made if it is not there."""
     checkpoint.touch()
     with SourceFile.open(checkpoint) as file:

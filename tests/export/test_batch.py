@@ -182,7 +182,7 @@ def test_a_checkpoint_is_planned_once_to_see_that_nothing_is_to_do(
     options = ExportOptions()
     jobs = plan_batch([str(runs[0])], tmp_path / "out", ExportOptions())
     assert [item.status for item in export_many(jobs, options)] == ["done"]
-    opened: list[Path] = []
+    opened: list[object] = []
 
     def enter(self: Checkpoint) -> Checkpoint:
         opened.append(self.path)

@@ -171,3 +171,17 @@ def test_wrong_positions_would_be_seen(real: Path, tmp_path: Path) -> None:
     )
     found = forward(load(tmp_path / "transformer", 1e-6), passes)
     assert (found - passes["out_base"]).abs().max() > 0.01
+
+
+@by_eps
+@pytest.mark.parametrize("name", FORWARD)
+def test_the_merged_model_computes_what_sats_merged_model_and_its_lora_did(
+    name: str, eps: float, most: float, real: Path, truth: Path, tmp_path: Path
+) -> None:
+    run = run_of(name, real, truth)
+    passes = load_file(run / "forward.safetensors")
+    cogtools.merge(run, out=tmp_path)
+    found = forward(load(tmp_path / "transformer", eps), passes)
+    for expected in ("out_merged", "out_lora"):
+        assert (found - passes[expected]).abs().max() < most
+    assert (found - passes["out_base"]).abs().max() > 0.01

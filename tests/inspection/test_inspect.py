@@ -169,6 +169,8 @@ def test_the_report_of_a_training_says_what_is_in_it(toy: Path) -> None:
     tensors = {section: sum(section_of(key) == section for key in shapes) for section in parameters}
     frozen = sum(parameters.values()) - parameters["lora"]
     rng_bytes = torch.Generator().get_state().numel() + 16
+    assert report.lora is not None
+    assert report.lora.readers[-1].why == "the file is not called mp_rank_00_model_states.pt"
     assert report == CheckpointReport(
         checkpoint=toy,
         format="torch.save (zip)",
@@ -227,7 +229,6 @@ def test_the_report_of_a_training_says_what_is_in_it(toy: Path) -> None:
             unstated_scaling=0.25,
             misstated=(),
             scalings=(0.25,),
-            readers=report.lora.readers if report.lora is not None else (),  # in a test of their own
             export=ExportOutlook(
                 possible=True,
                 tensors=24,
@@ -237,8 +238,9 @@ def test_the_report_of_a_training_says_what_is_in_it(toy: Path) -> None:
                     "There is no training_config.yaml with a lora_alpha, so alpha is 1, SAT's default. "
                     "If the training had another one, state it with --alpha.",
                 ),
-                hint=Hint(command=f"cogtools export-lora {toy} OUT_DIR --format diffusers"),
+                hint=Hint(None, f"cogtools export-lora {toy} OUT_DIR"),
             ),
+            readers=report.lora.readers,  # in tests of their own
         ),
         other_adapter=None,
         tensors=(),
@@ -638,7 +640,9 @@ def test_a_lora_that_is_in_diffusers_layout_already_exports_too(inspect: Command
         "\n  exports to 240 tensors, 7.4 MB, in diffusers' layout\n"
         "             Nothing states the scale: taken as 1, as diffusers does. Trainers that lose it, with the scaling "
         "of their defaults: CogVideo's finetune 0.5, VideoX-Fun with --use_peft_lora 0.5, SAT's own exporter 1/rank. "
-        "State it with --scaling, or --alpha.\n" in inspect(path).out
+        "State it with --scaling, or --alpha.\n"
+        "  formats    diffusers, peft, comfyui, videox-fun, diffsynth, sat\n"
+        f"             try: cogtools export-lora {path} OUT_DIR --format comfyui\n" in inspect(path).out
     )
 
 

@@ -1,5 +1,6 @@
 """Run the command line in this process or in one of its own, and hold what --json prints against the schemas."""
 
+import functools
 import json
 import os
 import pty
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jsonschema
+import pytest
+import typer
 from referencing import Registry, Resource
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +44,11 @@ class Result(NamedTuple):
         found = json.loads(self.out, parse_constant=_refuse)
         _validate(found)
         return found
+
+
+def build_once() -> None:
+    """Let typer build the command line once in this process: it takes longer than most commands, every time."""
+    pytest.MonkeyPatch().setattr("typer.main.get_command", functools.cache(typer.main.get_command))
 
 
 CommandLine = Callable[..., Result]

@@ -124,7 +124,9 @@ def _exported() -> tuple[str, bytes]:
     from cogtools.export.export import export_lora
 
     with tempfile.TemporaryDirectory() as scratch:
-        content = export_lora(_checkpoint(Path(scratch)), Path(scratch, "out")).output.read_bytes()
+        out = Path(scratch, "out.safetensors")
+        export_lora(_checkpoint(Path(scratch)), out)
+        content = out.read_bytes()
     size = int.from_bytes(content[:8], "little")
     return content[8 : 8 + size].decode(), content[8 + size :]
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.support import hostile
+from tests.support.command_line import build_once
 from tests.support.fuzz_commands import (
     COMMANDS,
     INSPECT,
@@ -301,6 +302,7 @@ def fuzz(target: str, work: Path, options: list[str]) -> None:
         import cogtools.render.inspect
         import cogtools.verification.against
         import cogtools.verification.verify  # noqa: F401 - imported for its effect
+    build_once()
     corpus, start = work / "corpus" / target, work / "seeds" / target
     failures = work / "failures" / target
     for folder in (corpus, start, failures):

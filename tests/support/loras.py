@@ -37,8 +37,12 @@ def save_lora(folder: Path, layout: LoraLayout, tensors: Mapping[LoraKey, torch.
     header, files, alphas = ({}, {}, {}) if alpha is None else carry(layout, ranks, dict.fromkeys(ranks, alpha))
     scalars = {LoraKey(*module, "alpha"): torch.tensor(float(value)) for module, value in alphas.items()}
     named = {str(layout.key(key)): tensor for key, tensor in {**tensors, **scalars}.items()}
-    path = folder / (layout.file_name or "lora.safetensors")
-    save_file(named, path, metadata=header or None)
+    path = folder / (layout.path or "lora.safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if layout.container == "torch":
+        torch.save({"module": named}, path)
+    else:
+        save_file(named, path, metadata=header or None)
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return path

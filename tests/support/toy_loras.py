@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from cogtools.conversion.scale import carry
 from cogtools.layouts import diffusers
-from cogtools.layouts.family import LoraKey, Module
+from cogtools.layouts.family import BY_NAME, IN_LAYERS, LoraKey, Module
 
-SIZES = {"h": 128, "4h": 512, "time": 512, "6h": 768, "2h": 256, "patch_out": 64, "text": 4096}
-"""The sizes of a toy's modules: of hidden size 128, else as in the models."""
+SIZES = {"h": 128, "4h": 512, "time": 32, "6h": 768, "2h": 256, "patch_out": 64, "patch_in": 64, "text": 32, "ofs": 32}
+"""The sizes of the modules of a toy model; `patch_in` and `patch_out` are those of the 1.0 models for text only."""
 
 
 @dataclass
@@ -25,6 +25,8 @@ class ToyLora:
         dtype: of its tensors.
         seed: of its values.
         size: the standard deviation of lora_B.
+        sizes: of the modules that are not as in `SIZES`.
+        convolution: the channels of the patch embedding, where that is a convolution.
     """
 
     ranks: Mapping[Module, int]
@@ -32,17 +34,19 @@ class ToyLora:
     dtype: torch.dtype = torch.float32
     seed: int = 0
     size: float = 0.02
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    convolution: int | None = None
 
     def factors(self) -> dict[LoraKey, torch.Tensor]:
         """Its tensors."""
-        from cogtools.layouts.family import BY_NAME
-
-        generator = torch.Generator().manual_seed(self.seed)
+        generator, sizes = torch.Generator().manual_seed(self.seed), {**SIZES, **self.sizes}
         found = {}
         for module, rank in self.ranks.items():
             linear = BY_NAME[module.name]
-            a = torch.randn(rank, SIZES[linear.inputs], generator=generator) / 11
-            b = torch.randn(SIZES[linear.outputs], rank, generator=generator) * self.size
+            a = torch.randn(rank, sizes[linear.inputs], generator=generator) / 11
+            b = torch.randn(sizes[linear.outputs], rank, generator=generator) * self.size
+            if module.name == "patch_proj" and self.convolution is not None:
+                a, b = a.view(rank, self.convolution, 2, 2), b.view(-1, rank, 1, 1)
             found[LoraKey(*module, "A")] = a.to(self.dtype)
             found[LoraKey(*module, "B")] = b.to(self.dtype)
         return found
@@ -52,7 +56,7 @@ class ToyLora:
         factors = self.factors()
         return {
             module: self.scaling(module)
-            * (factors[LoraKey(*module, "B")].double() @ factors[LoraKey(*module, "A")].double())
+            * (factors[LoraKey(*module, "B")].double().flatten(1) @ factors[LoraKey(*module, "A")].double().flatten(1))
             for module in self.ranks
         }
 
@@ -72,6 +76,13 @@ class ToyLora:
 def attention(rank: int, layers: int = 3) -> dict[Module, int]:
     """This rank in the attention of every layer."""
     return {Module(layer, name): rank for layer in range(layers) for name in ("q", "k", "v", "out")}
+
+
+def every_module(rank: int, *, ofs: bool = False) -> dict[Module, int]:
+    """This rank in every module that LoRAs can adapt, of three layers."""
+    beside = [name for name, linear in BY_NAME.items() if not linear.in_layers and (ofs or not name.startswith("ofs"))]
+    in_layers = {Module(layer, name): rank for layer in range(3) for name in IN_LAYERS}
+    return in_layers | {Module(None, name): rank for name in beside}
 
 
 def updates_in(path: Path) -> dict[Module, torch.Tensor]:

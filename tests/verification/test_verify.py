@@ -138,6 +138,7 @@ def test_a_good_file_passes_all_checks(good: Source) -> None:
     assert [(check.name, check.status) for check in report.checks] == [
         (name, "pass") for name in (*PLAIN_CHECKS, "against", "against-scale", "load")
     ]
+    assert [reader.loads for reader in report.readers].count("yes") == 3  # new and old diffusers, kijai's wrapper
     assert replace(report, checks=(), libraries={}, readers=()) == VerifyReport(
         path=good.file,
         layout="diffusers",
@@ -149,12 +150,12 @@ def test_a_good_file_passes_all_checks(good: Source) -> None:
         dtype=("float16",),
         scaling=(0.25,),
         size_bytes=good.file.stat().st_size,
+        readers=(),
         against=good.checkpoint,
         libraries={},
         strict=False,
         checks=(),
         notices=(),
-        readers=(),  # in a test of their own
         verdict="pass",
     )
     assert set(report.libraries) == {"diffusers", "peft"}

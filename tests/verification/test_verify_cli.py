@@ -61,7 +61,7 @@ def test_a_good_file_is_told_check_by_check_with_the_verdict_last(cogtools_cli: 
     assert cogtools_cli("verify", out, "--against", checkpoint) == (
         0,
         f"""\
-file     {out}/pytorch_lora_weights.safetensors (28.8 kB)
+file     {out}/pytorch_lora_weights.safetensors (28.8 kB), held against diffusers
 model    CogVideoX of no published size: 3 layers, hidden size 128
 LoRA     diffusers, 3 layers, rank 4, float16, effective scaling 0.25
 against  {checkpoint}
@@ -83,6 +83,13 @@ pass     record          alpha 1 (scale: metadata), rank 4, float16, as exported
 pass     against         24 tensors equal the checkpoint's bit for bit
 pass     against-scale   scaling 0.25: alpha 1 (SAT's default) / rank 4
 
+loaded by  diffusers >= 0.34: 12 modules of 12, the scale from the header; scaling 0.25, as trained
+           diffusers < 0.34: 12 modules of 12, it reads no scale; scaling 1, 4 times as strong as trained
+           kijai's ComfyUI-CogVideoXWrapper: 12 modules of 12, the scale from the header; scaling 0.25, as trained; \
+with diffusers older than 0.34 at scaling 1
+not by     PEFT, ComfyUI >= 0.20.1, VideoX-Fun, VideoX-Fun before November 2025, DiffSynth-Studio <= 1.1.9, SAT: \
+these are diffusers' names
+
 verified: all 15 checks passed
 """,
         "",
@@ -95,7 +102,7 @@ def test_a_wrong_file_is_told_with_what_is_missing(cogtools_cli: CommandLine, tm
     assert cogtools_cli("verify", out, "--quiet") == (
         1,
         f"""\
-file     {out}/pytorch_lora_weights.safetensors (27.6 kB)
+file     {out}/pytorch_lora_weights.safetensors (27.6 kB), held against diffusers
 model    CogVideoX of no published size: 3 layers, hidden size 128
 LoRA     diffusers, 3 layers, rank 4, float16, effective scaling 0.25
 

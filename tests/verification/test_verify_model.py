@@ -109,7 +109,8 @@ def test_a_vae_of_its_own_is_held_against_its_own_file(tmp_path: Path) -> None:
         "made of 3d-vae.pt, as its record says"
     )
     assert failed(cogtools.verify_model(tmp_path / "out/vae", against=tmp_path / "3d-vae.pt")) == {}
-    assert failed(cogtools.verify_model(tmp_path / "out/vae", against=run)) == {"vae against": "skipped"}
+    # Alone it may have been made of a file that has got another name since.
+    assert failed(cogtools.verify_model(tmp_path / "out/vae", against=run)) == {"vae against": "fail"}
 
 
 # Damage

@@ -10,7 +10,7 @@ from cogtools.checkpoint.files import SourceFile
 from cogtools.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from cogtools.checkpoint.paths import AnyPath
 
 FormatName: TypeAlias = Literal["zip", "safetensors", "legacy"]
 
@@ -74,7 +74,7 @@ def looks_like_safetensors(start: bytes) -> bool:
     return len(start) > 8 and start[8:9] == b"{" and length <= MAX_SAFETENSORS_HEADER_BYTES
 
 
-def looks_like_checkpoint(path: Path) -> bool:
+def looks_like_checkpoint(path: AnyPath) -> bool:
     """Whether a file begins as a checkpoint does; a zip archive as torch.save makes it, not any."""
     try:
         with SourceFile.open(path) as file:

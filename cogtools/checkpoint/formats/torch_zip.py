@@ -59,7 +59,14 @@ def open_torch_zip(file: SourceFile) -> Checkpoint:
             if entry is None:
                 raise lacking(key, size_bytes, "is not in the archive")
             crc32 = entry.crc32 if archive.has_crc32 else None
-            storage = Storage(key, entry.size_bytes, crc32, lambda: unpacked_range(archive, entry), big_endian)
+            storage = Storage(
+                key,
+                entry.size_bytes,
+                crc32,
+                lambda: unpacked_range(archive, entry),
+                big_endian,
+                span=archive.span(entry),
+            )
             storages[key] = storage
         if storage.size_bytes != size_bytes:
             raise lacking(key, size_bytes, f"has {storage.size_bytes:,}")

@@ -39,6 +39,8 @@ END64_LOCATOR = struct.Struct("<4sLQL")
 END64 = struct.Struct("<4sQ2H2L4Q")
 _END64_HEAD_BYTES = 12  # its magic and its size, which is that of what follows
 _MAX_COMMENT_BYTES = 0xFFFF
+_MOST_PADDING_BYTES = 256
+"""What PyTorch puts into an entry's own header at most, to align what follows: 64 bytes, and the sizes of zip64."""
 EXTRA_ZIP64 = 1
 IN_EXTRA_ZIP64 = 0xFFFFFFFF
 
@@ -61,6 +63,15 @@ class ZipArchive(NamedTuple):
     file: SourceFile
     entries: dict[str, ZipEntry]
     has_crc32: bool
+
+    def span(self, entry: ZipEntry) -> FileRange:
+        """A range that has an entry with its own header, unless that is longer than any that is known.
+
+        No header is read for that: where an entry's bytes begin is not known before.
+        """
+        start = entry.header_offset
+        most = LOCAL_HEADER.size + len(entry.name.encode()) + _MOST_PADDING_BYTES + entry.packed_bytes
+        return FileRange(self.file, start, min(most, self.file.size_bytes - start))
 
 
 # Bytes of entries

@@ -33,7 +33,8 @@ from cogtools.formatting import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
+
+    from cogtools.checkpoint.paths import AnyPath
 
 OpenStorage: TypeAlias = "Callable[[str, DType | None, int], Storage]"
 """Gives the storage of a key, for a dtype (None: untyped) and a number of elements."""
@@ -264,7 +265,7 @@ ORDINARY_NAMES = frozenset(
 )
 
 
-def malformed(path: Path, error: MalformedPickleError, *, intact: bool = False) -> CheckpointError:
+def malformed(path: AnyPath, error: MalformedPickleError, *, intact: bool = False) -> CheckpointError:
     """The error for a file whose pickle is broken.
 
     Args:
