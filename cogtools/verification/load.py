@@ -7,6 +7,7 @@ an expression for an exponential time, is not handed on to them at all.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from cogtools.checkpoint.paths import RemotePath
@@ -66,6 +67,7 @@ def load_lora(lora: Lora, expected: Expected, *, model: str | None, layers: int 
     if refused:
         seen = "not loaded: what the file states is not handed on to the libraries"
         return Loaded(Check("load", "fail", seen, tuple(refused)), {}, {})
+    _refuse_without_libraries()
     _refuse_path(lora.checkpoint.path)
     asked = None if lora.asked is None else lora.asked.name
     question = {"path": str(lora.checkpoint.path), "format": asked, "model": model, "layers": layers}
@@ -85,6 +87,17 @@ def _cannot(lora: Lora, expected: Expected) -> str | None:
         # diffusers would unpickle it.
         return f"diffusers reads safetensors only from a file named .safetensors, not {lora.checkpoint.path.name}"
     return None
+
+
+def _refuse_without_libraries() -> None:
+    """Refuse to start a process that cannot do it. Nothing is imported."""
+    for name in ("torch", "diffusers", "peft"):
+        try:
+            is_there = find_spec(name) is not None
+        except ValueError:  # the import system's answer where something stands in for the module
+            is_there = False
+        if not is_there:
+            raise LibraryError(f"this needs {name}, which is not installed", hint=f"pip install {name}")
 
 
 def _not_handed_on(lora: Lora) -> list[Problem]:
