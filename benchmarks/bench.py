@@ -127,6 +127,8 @@ def cases(folder: Path) -> dict[str, Case]:
         "export model": Case("cogtools export-model",
                              [COGTOOLS, "export-model", str(dense), str(folder / "model"), "--quiet"],
                              output=folder / "model"),
+        "merge": Case("cogtools merge: the LoRA into the whole model",
+                      [COGTOOLS, "merge", str(dense), str(folder / "merged"), "--quiet"], output=folder / "merged"),
         "copy model": Case("floor: copy the model's bytes, and sync",
                            [sys.executable, "-c", COPY, str(dense), str(folder / "model-copy"), str(MODEL_BYTES)],
                            output=folder / "model-copy"),
@@ -155,7 +157,7 @@ def main(arguments: Sequence[str]) -> None:
     """Make the checkpoints, measure, print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__)
     parser.add_argument(
-        "folder", type=Path, help="where checkpoints and results go: 20 GB of sparse files, 14 GB of others"
+        "folder", type=Path, help="where checkpoints and results go: 20 GB of sparse files, 18 GB of others"
     )
     parser.add_argument("--rounds", type=int, default=5, help="how often each command runs")
     options = parser.parse_args(arguments)
@@ -169,11 +171,11 @@ def main(arguments: Sequence[str]) -> None:
                 case.memory.clear()
     print(f"2B, rank 128, {(options.folder / '2b.pt').stat().st_size / 1e9:.1f} GB; medians of {options.rounds} runs\n")
     print(table(results))
-    ratio = statistics.median(
-        ours / copied
-        for ours, copied in zip(results["export model"].seconds, results["copy model"].seconds, strict=True)
-    )
-    print(f"\nexport-model takes {ratio:.2f} times as long as copying and syncing as many bytes")
+    print()
+    for name, label in (("export model", "export-model"), ("merge", "merge")):
+        pairs = zip(results[name].seconds, results["copy model"].seconds, strict=True)
+        ratio = statistics.median(ours / copied for ours, copied in pairs)
+        print(f"{label} takes {ratio:.2f} times as long as copying and syncing as many bytes")
 
 
 if __name__ == "__main__":

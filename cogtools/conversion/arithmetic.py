@@ -35,7 +35,7 @@ each time, which takes longer than to compute with them."""
 MOST_THREADS = 4
 """How many blocks are merged side by side at most: beyond that, reading and writing are what takes the time."""
 
-CHUNK_BYTES = 2 << 20
+CHUNK_BYTES = 1 << 20
 """How much of a tensor is cast at once."""
 
 
@@ -79,17 +79,20 @@ class Computed:
         loss = Loss()
         for chunk in tensor_chunks(entry, CHUNK_BYTES):
             values = torch.frombuffer(bytearray(chunk), dtype=torch_dtype(entry.dtype))
-            yield self._rounded(tensor, values.double(), loss)
+            yield self._rounded(tensor, values.to(_wide(values.dtype)), loss)
         self.errors.append(loss.ratio)
 
     def _rounded(self, tensor: Planned, exact: torch.Tensor, loss: Loss) -> memoryview:
         """Values in the dtype of a planned tensor; their rounding is added to `loss`."""
         result = exact.to(torch_dtype(tensor.dtype))
-        is_finite = exact.isfinite()
-        if not torch.equal(result.isfinite(), is_finite):
-            raise _too_large(tensor, exact[is_finite])
-        finite = exact[is_finite]
-        loss.add((result.double()[is_finite] - finite).square().sum().item(), finite.square().sum().item())
+        if result.dtype != exact.dtype:
+            is_finite = result.isfinite()
+            if not is_finite.all():
+                if not torch.equal(is_finite, exact.isfinite()):
+                    raise _too_large(tensor, exact[exact.isfinite()])
+                loss.add(_square(result[is_finite].to(exact.dtype) - exact[is_finite]), _square(exact[is_finite]))
+            else:
+                loss.add(_square(result.to(exact.dtype) - exact), _square(exact))
         return _bytes(result)
 
     # Folding, stacking and cutting
@@ -140,7 +143,7 @@ class Computed:
         which takes many times as long where something else runs too.
         """
         dtype = torch_dtype(tensor.dtype)
-        wide = torch.float64 if torch.float64 in (dtype, torch_dtype(base.dtype)) else torch.float32
+        wide = _wide(dtype, torch_dtype(base.dtype))
         rows, columns = base.shape[0], prod(base.shape[1:])
         factors = [(load(u.a, wide).flatten(1), load(u.b, wide).flatten(1), u.scaling) for u in added.updates]
         loss = self._loss_of(added.module)
@@ -256,9 +259,19 @@ def _bytes(values: torch.Tensor) -> memoryview:
     return values.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
+def _wide(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype that holds values of these exactly: single precision, or double for what is that already."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
 def _square(values: torch.Tensor) -> float:
-    """The square of the Frobenius norm of a matrix that lies in one piece."""
-    return torch.dot(values.view(-1), values.view(-1)).item()
+    """The square of the Frobenius norm: in the precision of the values, in double where that is too narrow for it."""
+    flat = values.reshape(-1)
+    found = torch.dot(flat, flat).item()
+    if found and math.isfinite(found):
+        return found
+    norm: float = torch.linalg.vector_norm(flat, dtype=torch.float64).item()
+    return norm * norm
 
 
 def _too_large(tensor: Planned, values: torch.Tensor) -> ExportError:
