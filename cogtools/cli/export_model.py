@@ -61,7 +61,7 @@ def export_model_command(
     \b
     Examples:
       cogtools export-model ckpts/sft-disney out
-      cogtools export-model ckpts/sft-disney out --vae 3d-vae.pt --base CogVideoX-2b
+      cogtools export-model ckpts/sft-disney out --base CogVideoX-2b
       cogtools export-model CogVideoX-2b sat-2b --format sat
     """
     from cogtools.export.export_model import export_model_checkpoint

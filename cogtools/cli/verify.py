@@ -62,7 +62,7 @@ def verify_command(
       cogtools verify out
       cogtools verify out --against ckpts/lora-disney --load
       cogtools verify pipeline --against ckpts/sft-disney
-      cogtools verify merged --against CogVideoX-2b style.safetensors motion.pt
+      cogtools verify merged --against CogVideoX-2b a.safetensors b.safetensors
     """
     from cogtools.checkpoint.paths import as_path
     from cogtools.render.json_object import report_json

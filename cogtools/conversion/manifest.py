@@ -59,10 +59,11 @@ def is_ours(folder: Path) -> bool:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """The size of every file in a folder and the folders in it, but for the list itself."""
+    """The size of every file and link in a folder and the folders in it, but for the list itself."""
     sizes: dict[str, int] = {}
-    for place, _, names in os.walk(folder):
-        for name in names:
+    for place, folders, files in os.walk(folder):
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        for name in (*files, *links):
             path = Path(place, name)
             sizes[path.relative_to(folder).as_posix()] = path.lstat().st_size
     sizes.pop(NAME)

@@ -102,6 +102,7 @@ def what_it_holds(checkpoint: Checkpoint) -> tuple[str, Hint]:
     """What a checkpoint holds that has no LoRA, and what to do about it."""
     keys = [*checkpoint.tensors, *checkpoint.not_tensors]
     look = command("inspect", checkpoint.path)
+    export = command("export-model", checkpoint.path, "OUT_DIR", advice="to convert it for diffusers")
     adapter = find_other_adapter(checkpoint)
     if adapter is not None:
         return adapter.name, Hint(f"load it with {adapter.readers}: cogtools does not convert these")
@@ -113,15 +114,15 @@ def what_it_holds(checkpoint: Checkpoint) -> tuple[str, Hint]:
     count = counted(len(checkpoint.tensors), "tensor")
     bare = [sat.bare_key(key) for key in keys]
     if any(key.startswith("transformer.layers.") for key in bare):
-        return f"a base model without a LoRA ({count})", look
+        return f"a base model without a LoRA ({count})", export
     model = diffusers.recognise_transformer({key: entry.shape for key, entry in checkpoint.tensors.items()})
     if model is not None or _starts(keys, "transformer_blocks.", "transformer.transformer_blocks."):
         name = f"{model.name}, " if model is not None else ""
         return f"a base model in diffusers' layout, without a LoRA ({name}{count})", look
     if _starts(keys, "encoder.block.", "conditioner."):
-        return f"a text encoder ({count})", look
+        return f"a text encoder ({count})", export
     if _starts(keys, "first_stage_model.", "encoder.", "decoder."):
-        return f"a VAE ({count})", look
+        return f"a VAE ({count})", export
     return count + (f": {next(iter(checkpoint.tensors))} …" if checkpoint.tensors else ""), look
 
 

@@ -218,7 +218,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         "  file:      {path}\n"
         "  found:     a base model without a LoRA (188 tensors)\n"
         "  expected:  keys such as …layers.0.attention.query_key_value.matrix_A.0, or those of another trainer's LoRA\n"
-        "  try:       cogtools inspect {path}\n",
+        "  try:       to convert it for diffusers: cogtools export-model {path} OUT_DIR\n",
     ),
     "tensor-missing": (
         one_tensor_missing,
@@ -337,7 +337,7 @@ def test_help_is_plain_text(words: list[str]) -> None:
     assert "\x1b" not in done.out
 
 
-@pytest.mark.parametrize("command", ["export-lora", "inspect", "verify"])
+@pytest.mark.parametrize("command", ["export-lora", "export-model", "inspect", "verify"])
 def test_the_examples_in_a_help_can_be_pasted(command: str) -> None:
     lines = run_program(command, "--help", environment={"COLUMNS": "80"}).out.splitlines()
     first = lines.index("  Examples:") + 1

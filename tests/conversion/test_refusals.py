@@ -44,6 +44,9 @@ def message_of(value: object, folder: Path, name: str = "x.pt") -> str:
     return str(error_of(folder / name)).replace(str(folder / name), "x.pt")
 
 
+EXPORT = "to convert it for diffusers: cogtools export-model x.pt OUT_DIR"
+
+
 def no_lora(found: str, hint: str = "cogtools inspect x.pt") -> str:
     return (
         "there is no LoRA in this checkpoint\n"
@@ -194,10 +197,12 @@ def test_a_true_shape_that_cannot_be_is_none(shape: object, tmp_path: Path) -> N
 
 
 def test_a_base_model_is_told_from_a_lora(base: StateDict, tmp_path: Path) -> None:
-    assert message_of({"module": base}, tmp_path) == no_lora(f"a base model without a LoRA ({len(base)} tensors)")
+    assert message_of({"module": base}, tmp_path) == no_lora(
+        f"a base model without a LoRA ({len(base)} tensors)", EXPORT
+    )
     transformer = only(base, TRANSFORMER, bare=True)
     found = f"a base model without a LoRA ({len(transformer)} tensors)"
-    assert message_of(transformer, tmp_path) == no_lora(found)
+    assert message_of(transformer, tmp_path) == no_lora(found, EXPORT)
 
 
 @pytest.mark.parametrize(
@@ -270,14 +275,14 @@ def test_a_base_model_in_diffusers_layout_is_told(prefix: str, tmp_path: Path) -
 def test_a_vae_is_told(bare: bool, base: StateDict, tmp_path: Path) -> None:
     vae = only(base, VAE, bare=bare)
 
-    assert message_of({"state_dict": vae}, tmp_path) == no_lora(f"a VAE ({len(vae)} tensors)")
+    assert message_of({"state_dict": vae}, tmp_path) == no_lora(f"a VAE ({len(vae)} tensors)", EXPORT)
 
 
 @pytest.mark.parametrize("bare", [False, True])
 def test_a_text_encoder_is_told_and_taken_for_no_vae(bare: bool, base: StateDict, tmp_path: Path) -> None:
     t5 = only(base, TEXT_ENCODER, bare=bare)
 
-    assert message_of(t5, tmp_path) == no_lora(f"a text encoder ({len(t5)} tensors)")
+    assert message_of(t5, tmp_path) == no_lora(f"a text encoder ({len(t5)} tensors)", EXPORT)
 
 
 def test_anything_else_is_told_by_its_first_key(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_only_the_parts_that_are_written_are_replaced(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in changed} == {"transformer"}
 
 
-@pytest.mark.parametrize("change", ["file added", "config edited", "weights of others", "no list"])
+@pytest.mark.parametrize("change", ["file added", "link added", "config edited", "weights of others", "no list"])
 def test_a_folder_that_cogtools_did_not_write_is_never_replaced(
     change: str, tmp_path: Path, cogtools_cli: CommandLine
 ) -> None:
@@ -89,6 +89,8 @@ def test_a_folder_that_cogtools_did_not_write_is_never_replaced(
     folder = tmp_path / "out/transformer"
     if change == "file added":
         (folder / "notes.txt").write_text("mine")
+    elif change == "link added":
+        (folder / "mine").symlink_to(tmp_path)
     elif change == "config edited":
         (folder / "config.json").write_text(
             (folder / "config.json").read_text().replace('"dropout": 0.0', '"dropout": 0.1')
