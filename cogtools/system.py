@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogtools.errors import CogtoolsError, OptionError
+from cogtools.errors import CogtoolsError, LibraryError
 from cogtools.interruption import is_interrupted
 
 if TYPE_CHECKING:
@@ -102,10 +102,10 @@ def as_cogtools_error(error: Exception) -> CogtoolsError | None:
             return CogtoolsError(what, found=found, hint=hint)
     if isinstance(error, ModuleNotFoundError) and library:
         package = _PACKAGES.get(library, library)
-        return OptionError(f"this needs {library}, which is not installed", hint=f"pip install {package}")
+        return LibraryError(f"this needs {library}, which is not installed", hint=f"pip install {package}")
     if library:
         versions = _versions(error, library)
-        return CogtoolsError(
+        return LibraryError(
             f"{library} cannot be imported",
             found=_one_line(causes[-1]),
             expected=f"versions that go together; installed: {versions}" if versions else None,
@@ -138,6 +138,7 @@ _SHORT_ERRNOS = {
 _SHORT_TEXTS = {
     "can't start new thread": _MORE_THREADS,
     "can't allocate memory": _MORE_MEMORY,  # PyTorch raises a RuntimeError
+    "bad_alloc": _MORE_MEMORY,  # what C++ says of it
     "failed to map segment": _MORE_MEMORY,  # the dynamic linker, of a library that does not fit into memory
     "cannot allocate memory": _MORE_MEMORY,
     "cannot map zero-fill pages": _MORE_MEMORY,

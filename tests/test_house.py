@@ -118,12 +118,7 @@ def test_what_is_shown_is_a_report() -> None:
 
 
 def test_nothing_imports_in_a_circle() -> None:
-    # What serves URLs is imported in the functions that meet a URL: that way round is not an import at start.
-    late = {"cogtools.checkpoint.remote." + name for name in ("file", "store", "http", "objects")}
-    doors = {"cogtools.checkpoint.files", "cogtools.checkpoint.paths", "cogtools.checkpoint.remote.store"}
-    modules = {
-        name: imports - {name, "cogtools"} - (late if name in doors else set()) for name, imports in IMPORTS.items()
-    }
+    modules = {name: imports - {name, "cogtools"} for name, imports in IMPORTS.items()}
     try:
         tuple(TopologicalSorter(modules).static_order())
     except CycleError as error:

@@ -1,8 +1,8 @@
 """A question that a fresh Python process answers, within limits on its time and memory.
 
 What runs there can hang, take all memory or crash without harm: its end without an answer is an error that says why.
-Question and answer are JSON objects, on the standard input and output of the process. It imports from where this
-process does, uses no network and no GPU, and ends with this process.
+Question and answer are JSON objects, on the standard input and output of the process. An error there that the user can
+act on is one here. The process imports from where this one does, uses no network and no GPU, and ends with this one.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cogtools.errors import KilledError
+from cogtools.errors import CheckpointError, CogtoolsError, Hint, KilledError, LibraryError
+from cogtools.system import as_cogtools_error, prepare_libraries
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 TIME_LIMIT_SECONDS = 600
 """Far more than the largest LoRA takes on a busy machine: loading one of 5B at rank 256 takes 5 seconds."""
@@ -30,22 +32,23 @@ looked at where the system has /proc."""
 
 _LOOK_SECONDS = 0.05
 
-_START = "import sys; sys.path[:] = sys.argv[2:]; __import__('importlib').import_module(sys.argv[1]).main()"
+_START = "import sys; sys.path[:] = sys.argv[2:]; from cogtools.verification import child; child.answer(sys.argv[1])"
 """With -P, so that nothing is imported from the current folder unless this process would."""
 
 _SURROUNDINGS = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def ask(module: str, question: Mapping[str, object], what: str) -> dict[str, object]:
-    """Ask a question of a module's `main` in a fresh process.
+    """Ask a question of a module's function `answer` in a fresh process.
 
     Args:
-        module: its name; its `main` is to call `answer_with`.
+        module: its name; its `answer` takes the question and returns the answer.
         question: a JSON object.
         what: what the process does, for messages: "loading the file with diffusers and PEFT".
 
     Raises:
         KilledError: if the process gives no answer: it dies, or passes a limit.
+        CogtoolsError: if there is not enough memory, a library cannot be imported, or `answer` raises one.
     """
     with subprocess.Popen(  # noqa: S603 - this interpreter, with code of its own
         [sys.executable, "-P", "-c", _START, module, *sys.path],
@@ -60,10 +63,12 @@ def ask(module: str, question: Mapping[str, object], what: str) -> dict[str, obj
             process.kill()
             process.wait()  # also after Ctrl-C, for which Popen does not wait
     try:
-        found = json.loads(answer)
+        found: dict[str, Any] = json.loads(answer)
     except ValueError as error:
         raise _died(process.returncode, talk, what) from error
-    return dict(found)
+    if "error" in found:
+        raise _error_of(found["error"])
+    return dict(found["answer"])
 
 
 def _watch(process: subprocess.Popen[bytes], question: bytes, what: str) -> tuple[bytes, bytes]:
@@ -96,24 +101,51 @@ def _resident_bytes(process_id: int) -> int:
         return 0
 
 
-def _died(code: int, talk: bytes, what: str) -> KilledError:
-    lines = talk.decode(errors="replace").strip().splitlines()
+def _died(code: int, talk: bytes, what: str) -> CogtoolsError:
+    """The error of a process that ended without an answer: what it said last may tell why."""
+    last = next(reversed(talk.decode(errors="replace").strip().splitlines()), None)
+    short = None if last is None else as_cogtools_error(RuntimeError(last))
+    if short is not None:
+        short.found = last
+        return short
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         # Python's interpreter never ends so by itself: the system does it when memory runs out, or a library crashes.
         return KilledError(
             f"{what} was ended by {name}",
-            found=lines[-1] if lines else None,
+            found=last,
             hint="see whether the machine has enough free memory" if name == "SIGKILL" else None,
         )
-    return KilledError(f"{what} ended without an answer", found=lines[-1] if lines else f"exit code {code}")
+    return KilledError(f"{what} ended without an answer", found=last or f"exit code {code}")
 
 
-def answer_with(answer: Callable[[dict[str, object]], Mapping[str, object]]) -> None:
-    """Answer the one question of this process: what a module's `main` calls in it."""
+def answer(module: str) -> None:
+    """Answer the one question of this process with a module's `answer`, or with the error that it ends with."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print does not get into the answer
     if hasattr(signal, "alarm"):
         signal.alarm(2 * TIME_LIMIT_SECONDS)  # ends this process also where the one that asked was killed
+    prepare_libraries()
     with out:
-        json.dump(answer(json.load(sys.stdin)), out)
+        json.dump(_answer(module, json.load(sys.stdin)), out)
+
+
+def _answer(module: str, question: dict[str, object]) -> dict[str, object]:
+    try:
+        return {"answer": import_module(module).answer(question)}
+    except Exception as error:
+        known = as_cogtools_error(error)
+        if known is None:
+            raise
+        return {"error": known.to_dict()}
+
+
+_KINDS = {kind.kind: kind for kind in (CheckpointError, KilledError, LibraryError)}
+"""The classes of the errors that may come from there."""
+
+
+def _error_of(fields: Mapping[str, Any]) -> CogtoolsError:
+    """An error of the process, from `CogtoolsError.to_dict`."""
+    hint = None if fields["hint"] is None else Hint(**fields["hint"])
+    error = _KINDS.get(fields["kind"], CogtoolsError)
+    return error(fields["what"], file=fields["file"], found=fields["found"], expected=fields["expected"], hint=hint)

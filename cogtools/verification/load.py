@@ -7,11 +7,10 @@ an expression for an exponential time, is not handed on to them at all.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from cogtools.checkpoint.paths import RemotePath
-from cogtools.errors import CheckpointError, KilledError, LibraryError, Problem
+from cogtools.errors import CheckpointError, Problem
 from cogtools.layouts.family import HEAD_SIZE, Module
 from cogtools.verification import child
 from cogtools.verification.expected import stated_of
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
     from cogtools.checkpoint.paths import AnyPath
     from cogtools.conversion.lora import Lora
-    from cogtools.errors import CogtoolsError
     from cogtools.verification.expected import Expected
     from cogtools.verification.report import Status
 
@@ -67,7 +65,6 @@ def load_lora(lora: Lora, expected: Expected, *, model: str | None, layers: int 
     if refused:
         seen = "not loaded: what the file states is not handed on to the libraries"
         return Loaded(Check("load", "fail", seen, tuple(refused)), {}, {})
-    _refuse_without_libraries()
     _refuse_path(lora.checkpoint.path)
     asked = None if lora.asked is None else lora.asked.name
     question = {"path": str(lora.checkpoint.path), "format": asked, "model": model, "layers": layers}
@@ -87,17 +84,6 @@ def _cannot(lora: Lora, expected: Expected) -> str | None:
         # diffusers would unpickle it.
         return f"diffusers reads safetensors only from a file named .safetensors, not {lora.checkpoint.path.name}"
     return None
-
-
-def _refuse_without_libraries() -> None:
-    """Refuse to start a process that cannot do it. Nothing is imported."""
-    for name in ("torch", "diffusers", "peft"):
-        try:
-            is_there = find_spec(name) is not None
-        except ValueError:  # the import system's answer where something stands in for the module
-            is_there = False
-        if not is_there:
-            raise LibraryError(f"this needs {name}, which is not installed", hint=f"pip install {name}")
 
 
 def _not_handed_on(lora: Lora) -> list[Problem]:
@@ -135,17 +121,7 @@ def answer_of(loaded: Loaded) -> dict[str, object]:
     }
 
 
-def error_of(error: CogtoolsError) -> dict[str, object]:
-    """The same of an error that is not about the file."""
-    advice = None if error.hint is None else error.hint.advice
-    return {"kind": error.kind, "what": error.what, "found": error.found, "advice": advice}
-
-
 def _read(answer: Mapping[str, object]) -> Loaded:
-    if "what" in answer:
-        found, advice = (cast("str | None", answer[name]) for name in ("found", "advice"))
-        error = LibraryError if answer["kind"] == LibraryError.kind else KilledError
-        raise error(str(answer["what"]), found=found, hint=advice)
     problems = (
         Problem(kind, subject, found, expected, tuple(keys))
         for kind, subject, found, expected, keys in cast("list[list[Any]]", answer["problems"])

@@ -26,9 +26,8 @@ from cogtools.layouts.folded import fold_modules
 from cogtools.layouts.lora import PEFT_STYLE
 from cogtools.layouts.recognition import BY_NAME
 from cogtools.verification.checks import figures, scalings
-from cogtools.verification.child import answer_with
 from cogtools.verification.expected import expect
-from cogtools.verification.load import Loaded, answer_of, error_of
+from cogtools.verification.load import Loaded, answer_of
 from cogtools.verification.overheard import LIBRARIES, everything_said, one_line
 from cogtools.verification.report import Check
 from cogtools.verification.written import open_written
@@ -50,13 +49,8 @@ _ROUNDING = 1e-11
 less than a thousandth of that."""
 
 
-def main() -> None:
-    """Answer the question of `load.load_lora`."""
-    answer_with(answer)
-
-
 def answer(question: dict[str, object]) -> dict[str, object]:
-    """Load the file that a question names, into the model that it names."""
+    """Answer the question of `load.load_lora`: load the file that it names into the model that it names."""
     model, layers, asked = question["model"], question["layers"], question["format"]
     with open_written(Path(str(question["path"])), None if asked is None else BY_NAME[str(asked)]) as lora:
         expected = expect(
@@ -64,10 +58,7 @@ def answer(question: dict[str, object]) -> dict[str, object]:
             model=model if isinstance(model, str) else None,
             layers=layers if isinstance(layers, int) else None,
         )
-        try:
-            return answer_of(_load_lora(lora, expected))
-        except (LibraryError, KilledError) as error:
-            return error_of(error)
+        return answer_of(_load_lora(lora, expected))
 
 
 class _Adapter(NamedTuple):
@@ -140,6 +131,9 @@ _HARMLESS = ("You have passed exclude_modules=",)
 modules the file has."""
 
 
+_NEEDED = ("torch", *LIBRARIES, "safetensors")
+
+
 def _import_libraries() -> dict[str, str]:
     """Import the libraries, before anything is listened to: what they say of themselves is not about the file.
 
@@ -155,6 +149,8 @@ def _import_libraries() -> dict[str, str]:
             from diffusers.models.transformers import cogvideox_transformer_3d  # noqa: F401
     except Exception as error:
         _raise_if_out_of_memory(error)
+        if isinstance(error, ModuleNotFoundError) and error.name in _NEEDED:
+            raise
         raise LibraryError(
             f"these cannot be imported together: {', '.join(_installed())}",
             found=f"{type(error).__name__}: {one_line(str(error))}",
@@ -166,7 +162,7 @@ def _import_libraries() -> dict[str, str]:
 def _installed() -> list[str]:
     """The libraries and their versions."""
     found = []
-    for name in ("torch", *LIBRARIES, "safetensors"):
+    for name in _NEEDED:
         try:
             found.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:

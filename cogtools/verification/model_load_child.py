@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cogtools.layouts.pipeline import PARTS
 from cogtools.layouts.text_encoder import TIED_EMBEDDING
-from cogtools.verification.child import answer_with
 from cogtools.verification.overheard import everything_said, one_line
 
 if TYPE_CHECKING:
@@ -19,21 +18,12 @@ _FOUND = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatche
 """What the libraries say of keys that did not fit, and the kind of problem that it is."""
 
 
-def main() -> None:
-    """Answer the question of `model_load.load_model`."""
-    answer_with(answer)
-
-
 def answer(question: dict[str, object]) -> dict[str, object]:
-    """Load the folders of parts that a question names, or the files."""
+    """Answer the question of `model_load.load_model`: load the folders of parts that it names, or the files."""
     folders = cast("dict[str, str]", question["folders"])
     if not folders:
         return _of_files(str(question["kind"]), cast("list[str]", question["files"]))
-    try:
-        versions = _import_libraries()
-    except Exception as error:  # noqa: BLE001 - whatever a library raises while it is imported
-        return {"error": f"--load needs diffusers and transformers: {one_line(f'{type(error).__name__}: {error}')}"}
-    return _of_folders(folders, cast("dict[str, str]", question["dtypes"]), versions)
+    return _of_folders(folders, cast("dict[str, str]", question["dtypes"]), _import_libraries())
 
 
 def _import_libraries() -> dict[str, str]:

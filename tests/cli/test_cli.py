@@ -100,10 +100,12 @@ def test_text_of_any_length_is_printed_inert() -> None:
     assert printable("naïve 猫 😀") == "naïve 猫 😀"
 
 
-@pytest.mark.parametrize("words", ["export-lora {run} {out}2 --scale fold"])
+@pytest.mark.parametrize("words", ["verify {out} --load", "export-lora {run} {out}2 --scale fold"])
 def test_a_library_that_is_missing_is_named(run_folder: Path, tmp_path: Path, words: str) -> None:
     cogtools.export_lora(run_folder, tmp_path / "out")
-    code = "import sys; sys.modules['torch'] = None; from cogtools.__main__ import main; main()"
+    (tmp_path / "libraries").mkdir()
+    (tmp_path / "libraries" / "torch.py").write_text("raise ModuleNotFoundError('not here', name='torch')")
+    code = f"import sys; sys.path[:0] = [{str(tmp_path / 'libraries')!r}]; from cogtools.__main__ import main; main()"
     line = words.format(run=run_folder, out=tmp_path / "out")
     done = subprocess.run([sys.executable, "-c", code, *line.split()], capture_output=True, text=True, check=False)
     message = "error: this needs torch, which is not installed\n  try:       pip install torch\n"

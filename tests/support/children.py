@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from cogtools.verification.child import answer_with
+from cogtools.errors import LibraryError
 
 
 def _hang() -> object:
@@ -29,7 +29,24 @@ def _talk() -> object:
 
 
 def _fail() -> object:
-    raise RuntimeError("no answer to that")
+    raise ValueError("no answer to that")
+
+
+def _refuse() -> object:
+    raise LibraryError("no", file="x", found="a", expected="b", hint="c")
+
+
+def _need() -> object:
+    return __import__("not_there")
+
+
+def _be_short() -> object:
+    raise MemoryError
+
+
+def _be_short_beneath_python() -> object:
+    os.write(2, b"terminate called\n  what():  std::bad_alloc\n")
+    os.abort()
 
 
 DEEDS: dict[str, Callable[[], object]] = {
@@ -37,6 +54,10 @@ DEEDS: dict[str, Callable[[], object]] = {
     "take memory": _take_memory,
     "talk": _talk,
     "fail": _fail,
+    "refuse": _refuse,
+    "need": _need,
+    "be short": _be_short,
+    "be short beneath Python": _be_short_beneath_python,
     "die": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "exit": lambda: sys.exit(3),
     "exit beneath Python": lambda: os._exit(1),
@@ -44,9 +65,5 @@ DEEDS: dict[str, Callable[[], object]] = {
 }
 
 
-def main() -> None:
-    answer_with(lambda question: _answer(question))
-
-
-def _answer(question: Mapping[str, object]) -> dict[str, object]:
+def answer(question: Mapping[str, object]) -> dict[str, object]:
     return {"done": DEEDS[str(question["do"])](), "question": question}

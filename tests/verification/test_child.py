@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cogtools.errors import KilledError
+from cogtools.errors import CogtoolsError, KilledError, LibraryError
 from cogtools.verification import child
 
 
@@ -56,7 +56,7 @@ def test_one_that_takes_too_much_memory_is_stopped(monkeypatch: pytest.MonkeyPat
     ("deed", "what", "found"),
     [
         ("die", "doing it was ended by SIGKILL", None),
-        ("fail", "doing it ended without an answer", "RuntimeError: no answer to that"),
+        ("fail", "doing it ended without an answer", "ValueError: no answer to that"),
         ("exit", "doing it ended without an answer", "exit code 3"),
         ("exit beneath Python", "doing it ended without an answer", "exit code 1"),
     ],
@@ -66,3 +66,25 @@ def test_one_that_ends_without_an_answer_is_an_error(deed: str, what: str, found
         ask(deed)
 
     assert (error.value.what, error.value.found) == (what, found)
+
+
+def test_an_error_that_the_user_can_act_on_is_one_here() -> None:
+    with pytest.raises(LibraryError) as error:
+        ask("refuse")
+
+    assert error.value.to_dict() == LibraryError("no", file="x", found="a", expected="b", hint="c").to_dict()
+
+
+@pytest.mark.parametrize(
+    ("deed", "what"),
+    [
+        ("need", "this needs not_there, which is not installed"),
+        ("be short", "not enough memory"),
+        ("be short beneath Python", "not enough memory"),
+    ],
+)
+def test_what_it_lacks_is_said(deed: str, what: str) -> None:
+    with pytest.raises(CogtoolsError) as error:
+        ask(deed)
+
+    assert error.value.what == what

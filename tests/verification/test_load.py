@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -111,10 +110,10 @@ def test_libraries_that_do_not_go_together_are_one_clear_error(
 
 
 def test_a_library_that_is_not_there_is_named(
-    good: Path, cogtools_cli: CommandLine, monkeypatch: pytest.MonkeyPatch
+    good: Path, tmp_path: Path, cogtools_cli: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(child, "ask", None)  # nothing is asked
-    monkeypatch.setitem(sys.modules, "peft", None)
+    (tmp_path / "peft.py").write_text("raise ModuleNotFoundError('not here', name='peft')\n")
+    monkeypatch.syspath_prepend(tmp_path)
 
     result = cogtools_cli("verify", good, "--load", "--json")
 
