@@ -59,7 +59,36 @@ def ignore_signals() -> None:
 
 @contextlib.contextmanager
 def signals_held_back() -> Iterator[None]:
-    """Let signals wait while the block runs. Threads and processes that it starts do not hear them at all."""
+    """Let signals wait while the block runs. Threads and processes that it starts do not hear them at all.
+
+    A thread that was there before hears them, and Python then calls their handlers in the main thread, whatever that
+    has blocked: so handlers stand in that put it off.
+    """
+    with _handlers_that_wait(), _blocked_signals():
+        yield
+
+
+@contextlib.contextmanager
+def _handlers_that_wait() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    changed: list[signal.Signals] = []
+    heard: list[int] = []
+    try:
+        with contextlib.suppress(ValueError):  # not the main thread: no handler is called here
+            for number, handler in before.items():
+                if handler not in (signal.SIG_IGN, None):
+                    changed.append(number)
+                    signal.signal(number, lambda number, _frame: heard.append(number))
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, before[number])
+        if heard:
+            signal.raise_signal(heard[0])
+
+
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -6,6 +6,7 @@
                                without an index, all shards by their names
     a diffusers model          diffusion_pytorch_model.safetensors, or its shards
     a diffusers pipeline       model_index.json, and a folder per component
+    parts of a pipeline        transformer/ of them
     a LoRA                     pytorch_lora_weights.safetensors; PEFT's adapter_model.safetensors
     one checkpoint             whatever its name: where no name tells, the largest files are looked into
 
@@ -21,7 +22,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.files import link_target
-from cogtools.checkpoint.names import EMA_SUFFIX, is_companion, spread_over
+from cogtools.checkpoint.names import EMA_SUFFIX, MAIN_PART, is_companion, spread_over
 from cogtools.checkpoint.names import TRAINER_FILES as TRAINER_FILES
 from cogtools.checkpoint.names import WEIGHTS_FILES as WEIGHTS_FILES
 from cogtools.checkpoint.paths import RemotePath
@@ -85,7 +86,12 @@ def _find_file(folder: AnyPath, number: int | None, *, ema: bool, levels: int) -
         return _find_file(runs[0], number, ema=ema, levels=levels - 1)
     if runs:
         raise _several(folder, "this folder holds several trainings", runs, hint=_ONE_OF_THEM)
-    raise _no_checkpoint(save_folder)
+    main = folder / MAIN_PART
+    found = find_weights(main) if is_folder(main) else None
+    if found is None:
+        raise _no_checkpoint(save_folder)
+    refuse_choice(found, iteration=number, ema=ema)
+    return found
 
 
 def _no_checkpoint(save_folder: SaveFolder) -> CheckpointError:

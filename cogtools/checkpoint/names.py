@@ -40,6 +40,10 @@ WEIGHTS_FILES = (*TRAINER_FILES, *LIBRARY_FILES)
 """The usual names of weights; of several in one folder, the first is meant."""
 
 PIPELINE_INDEX = "model_index.json"
+
+MAIN_PART = "transformer"
+"""The folder that stands for the parts of a pipeline where they have no index."""
+
 SHARD_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 INDEX_NAMES = (PIPELINE_INDEX, *SHARD_INDEX_SUFFIXES)
 

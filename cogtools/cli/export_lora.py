@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from contextlib import ExitStack, closing
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import Annotated, get_args
 
 import typer
 
-from cogtools.cli.options import COULD_NOT, WRONG, Ema, Iteration, Json, Quiet, Rank
+from cogtools.cli.batch import is_batch, refuse_arguments, run_batch
+from cogtools.cli.options import WRONG, Dask, Ema, Every, Iteration, Json, Quiet, Rank
 from cogtools.conversion.options import Cast, ExportOptions, Format, Scale
-from cogtools.errors import OptionError, PrintError
 from cogtools.render import text
-
-if TYPE_CHECKING:
-    from cogtools.export.batch import BatchItem
 
 
 def export_lora_command(
@@ -55,15 +49,12 @@ def export_lora_command(
     ] = None,
     iteration: Iteration = None,
     ema: Ema = False,
-    every: Annotated[bool, typer.Option("--all", help="Export every iteration of a save folder.")] = False,
+    every: Every = False,
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Accept a LoRA of some layers.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.")] = False,
     sha256: Annotated[bool, typer.Option("--sha256", help="Print the output's SHA-256.")] = False,
-    dask: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="Export on the Dask cluster whose scheduler has this address."),
-    ] = None,
+    dask: Dask = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check every value of what was written, as verify --against does.")
     ] = False,
@@ -82,9 +73,6 @@ def export_lora_command(
       cogtools export-lora ckpts/*/ loras/
       cogtools export-lora 's3://runs/*/' s3://loras/ --dask tcp://10.0.0.1:8786
     """
-    from cogtools.checkpoint.folder import has_pattern
-    from cogtools.checkpoint.paths import as_path
-    from cogtools.checkpoint.places import is_folder
     from cogtools.export.export import export_checkpoint
     from cogtools.render.export import show_export
     from cogtools.render.json_object import report_json
@@ -107,19 +95,11 @@ def export_lora_command(
         verify=verify,
         rank=rank,
     )
-    source = as_path(sources[0])
-    # As `cp` has it: a folder that goes into another one keeps a name of its own there.
-    if (
-        len(sources) > 1
-        or every
-        or dask is not None
-        or has_pattern(source)
-        or (out.endswith(("/", os.sep)) and is_folder(source))
-    ):
-        _export_many(sources, out, options, every=every, dask=dask, json=json, quiet=quiet)
+    if is_batch(sources, out, every=every, dask=dask):
+        run_batch("export-lora", sources, out, options, every=every, dask=dask, json=json, quiet=quiet)
         return
     with Progress("writing", hidden=quiet or json) as progress:
-        report = export_checkpoint(source, out, options, progress=progress.update)
+        report = export_checkpoint(sources[0], out, options, progress=progress.update)
     wrong = report.verification is not None and report.verification.verdict == "fail"
     if json:
         text.emit(report_json("export-lora", "wrong" if wrong else "ok", report))
@@ -133,69 +113,8 @@ def _sources_and_output(paths: list[str], sat_pt_path: str | None, lora_save_dir
     """The checkpoints and, last, the output, given as arguments or by the flags of CogVideo's own exporter."""
     given = [sat_pt_path, *paths, lora_save_directory]
     words = [word for word in given if word is not None]
-    if "" in words:  # which would be the current folder
-        raise OptionError(
-            "an argument of export-lora is empty",
-            found=" ".join(map(repr, words)),
-            expected="cogtools export-lora CHECKPOINT OUT_DIR",
-            hint="look whether a shell variable in the command has no value",
-        )
     by_flags = sat_pt_path is not None or lora_save_directory is not None
-    if len(words) < 2 or (by_flags and len(words) > 2):
-        raise OptionError(
-            "export-lora takes a checkpoint and a place for the output",
-            found=" ".join(words) or "neither",
-            expected="cogtools export-lora CHECKPOINT OUT_DIR",
-            hint="cogtools export-lora --help",
-        )
+    refuse_arguments(
+        "export-lora", words, "cogtools export-lora CHECKPOINT OUT_DIR", is_wrong=by_flags and len(words) > 2
+    )
     return words
-
-
-def _export_many(
-    sources: list[str],
-    out: str,
-    options: ExportOptions,
-    *,
-    every: bool,
-    dask: str | None,
-    json: bool,
-    quiet: bool,
-) -> None:
-    from cogtools.checkpoint.paths import as_path
-    from cogtools.export.batch import batch_report, export_many, plan_batch
-    from cogtools.render.export import show_batch, show_batch_item
-    from cogtools.render.json_object import report_json
-
-    items: list[BatchItem] = []
-    unprinted: PrintError | None = None
-
-    def show(show: Callable[..., None], *words: object, **options: bool) -> None:
-        """Print, and go on if that fails: the exports are what matters."""
-        nonlocal unprinted
-        try:
-            show(*words, **options)
-        except PrintError as error:
-            unprinted = unprinted or error
-
-    jobs = plan_batch(sources, as_path(out), options, every=every)
-    with ExitStack() as stack:
-        executor = None
-        if dask is not None:
-            from cogtools.export.cluster import dask_executor
-
-            executor = stack.enter_context(dask_executor(dask))
-        for item in stack.enter_context(closing(export_many(jobs, options, executor))):
-            items.append(item)
-            if not json:
-                show(show_batch_item, item, quiet=quiet)
-    report = batch_report(items)
-    if json:
-        show(text.emit, report_json("export-lora", "error" if report.failed else "ok", report))
-    elif not quiet:
-        show(show_batch, report)
-    if unprinted is not None:
-        raise unprinted
-    if report.failed:
-        raise typer.Exit(COULD_NOT)
-    if any(item.is_wrong for item in items):
-        raise typer.Exit(WRONG)

@@ -6,28 +6,25 @@ from typing import Annotated
 
 import typer
 
-from cogtools.cli.options import Ema, Iteration, Json, Quiet
+from cogtools.cli.batch import is_batch, refuse_arguments, run_batch
+from cogtools.cli.options import Dask, Ema, Every, Iteration, Json, Quiet
 from cogtools.conversion.options import ModelFormat, ModelOptions
 from cogtools.layouts.family import SLUGS
 from cogtools.render import text
 
 
 def export_model_command(
-    checkpoint: Annotated[
-        str,
+    paths: Annotated[
+        list[str] | None,
         typer.Argument(
-            metavar="CHECKPOINT",
+            metavar="CHECKPOINT... OUT",
             show_default=False,
             help="A checkpoint: a file, an iteration's folder or the trainer's save folder; a VAE or a text encoder "
-            "alone. With --format sat: a diffusers pipeline, its transformer folder, or a file of it.",
+            "alone. With --format sat: a diffusers pipeline, its transformer folder, or a file of it. And a folder, in "
+            "which each part gets a folder of its own; with several checkpoints, or a folder and an OUT that ends in a "
+            "slash, each gets a folder in OUT for that.",
         ),
-    ],
-    out: Annotated[
-        str,
-        typer.Argument(
-            metavar="OUT", show_default=False, help="A folder, in which each part gets a folder of its own."
-        ),
-    ],
+    ] = None,
     format_: Annotated[
         ModelFormat,
         typer.Option("--format", metavar="diffusers|sat", help="What to write: folders for diffusers, or one for SAT."),
@@ -47,12 +44,14 @@ def export_model_command(
     ] = None,
     iteration: Iteration = None,
     ema: Ema = False,
+    every: Every = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the folders of parts that cogtools wrote.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what each tensor would be made of, and write nothing.")
     ] = False,
+    dask: Dask = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -63,12 +62,16 @@ def export_model_command(
       cogtools export-model ckpts/sft-disney out
       cogtools export-model ckpts/sft-disney out --base CogVideoX-2b
       cogtools export-model CogVideoX-2b sat-2b --format sat
+      cogtools export-model ckpts/*/ models/
     """
     from cogtools.export.export_model import export_model_checkpoint
     from cogtools.render.export_model import show_model_export
     from cogtools.render.json_object import report_json
     from cogtools.render.progress import Progress
 
+    words = paths or []
+    refuse_arguments("export-model", words, "cogtools export-model CHECKPOINT OUT")
+    *sources, out = words
     options = ModelOptions(
         format=format_,
         model=model,
@@ -80,8 +83,11 @@ def export_model_command(
         overwrite=overwrite,
         dry_run=dry_run,
     )
+    if is_batch(sources, out, every=every, dask=dask):
+        run_batch("export-model", sources, out, options, every=every, dask=dask, json=json, quiet=quiet)
+        return
     with Progress("writing", hidden=quiet or json) as progress:
-        report = export_model_checkpoint(checkpoint, out, options, progress=progress.update)
+        report = export_model_checkpoint(sources[0], out, options, progress=progress.update)
     if json:
         text.emit(report_json("export-model", "ok", report))
     elif not quiet:

@@ -21,3 +21,9 @@ Rank = Annotated[
 ]
 Ema = Annotated[bool, typer.Option("--ema", help="Take the EMA weights (the folder N-ema).")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+
+Every = Annotated[bool, typer.Option("--all", help="Export every iteration of a save folder.")]
+
+Dask = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="Export on the Dask cluster whose scheduler has this address.")
+]

@@ -12,7 +12,7 @@ from cogtools.checkpoint.places import is_file, is_folder, list_folder, open_fil
 from cogtools.checkpoint.shards import read_index
 from cogtools.conversion import manifest
 from cogtools.conversion.carry_out import PlannedFile
-from cogtools.conversion.manifest import with_manifest
+from cogtools.conversion.model_plan import with_manifest
 from cogtools.conversion.part_config import read_config
 from cogtools.errors import CheckpointError, ExportError, Problem
 from cogtools.layouts import vae

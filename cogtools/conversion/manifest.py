@@ -15,26 +15,27 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogtools.conversion.carry_out import PlannedFile
+from cogtools.checkpoint.places import read_small_file, size_of
 from cogtools.errors import CheckpointError
 from cogtools.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping
 
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.paths import AnyPath
 
 NAME = "cogtools.json"
 
 _MAX_BYTES = 1 << 20
 
 
-def with_manifest(files: Sequence[PlannedFile], record: Mapping[str, object] | None = None) -> tuple[PlannedFile, ...]:
-    """Files of a folder, and the list of them, with a record of how they were made."""
-    content: dict[str, object] = {"files": {file.path: file.size_bytes for file in files}, "version": __version__}
+def listing(sizes: Mapping[str, int], record: Mapping[str, object] | None = None) -> bytes:
+    """The list of a folder's files, by their sizes in bytes, with a record of how they were made."""
+    content: dict[str, object] = {"files": sizes, "version": __version__}
     if record is not None:
         content["record"] = record
-    return (*files, PlannedFile(NAME, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()))
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def record_beside(checkpoint: Checkpoint) -> object:
@@ -47,14 +48,33 @@ def record_beside(checkpoint: Checkpoint) -> object:
     return content.get("record") if isinstance(content, dict) else None
 
 
+def is_whole(folder: AnyPath) -> bool:
+    """Whether a folder has all that its list of files says."""
+    listed = _listed(folder)
+    return listed is not None and all(size_of(folder / name) == size for name, size in listed.items())
+
+
+def is_cut_off(folder: AnyPath, names: Collection[str]) -> bool:
+    """Whether a folder has a list of these files, and not all of them: putting them into a store was cut off."""
+    listed = _listed(folder)
+    return listed is not None and {*listed, NAME} == set(names) and not is_whole(folder)
+
+
+def _listed(folder: AnyPath) -> dict[str, object] | None:
+    """The size of each file, as a folder's list of files has it; None if it has no such list."""
+    try:
+        listed = json.loads(read_small_file(folder / NAME, _MAX_BYTES))["files"]
+    except (CheckpointError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return listed if isinstance(listed, dict) else None
+
+
 def is_ours(folder: Path) -> bool:
     """Whether a folder holds what its list of files says, and nothing else."""
+    listed = _listed(folder)
     try:
-        with (folder / NAME).open("rb") as file:
-            content = json.loads(file.read(_MAX_BYTES))
-        listed = content["files"]
-        return isinstance(listed, dict) and _sizes(folder) == listed
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return listed is not None and _sizes(folder) == listed
+    except OSError:
         return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.places import is_file
@@ -14,17 +15,17 @@ from cogtools.layouts.pipeline import INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from cogtools.checkpoint.files import SourceFile
-    from cogtools.conversion.carry_out import PlannedFile
+    from cogtools.checkpoint.paths import AnyPath
+    from cogtools.conversion.carry_out import Output, PlannedFile
 
 
 class ModelOutput:
     """The folders and files of a model that is to be written. Nothing is written before `write`.
 
     Each folder appears whole or not at all. Those that are replaced are replaced as a whole, so that no old index and
-    no old shard is left beside new weights; whatever else lies beside them stays.
+    no old shard is left beside new weights; whatever else lies beside them stays. In an object store each file does.
 
     Args:
         folders: the files of each folder, by its path.
@@ -34,16 +35,16 @@ class ModelOutput:
 
     def __init__(
         self,
-        folders: Mapping[Path, Sequence[PlannedFile]],
-        index: tuple[Path, PlannedFile] | None,
+        folders: Mapping[AnyPath, Sequence[PlannedFile]],
+        index: tuple[AnyPath, PlannedFile] | None,
         *,
         overwrite: bool,
     ) -> None:
-        self._outputs: list[tuple[AtomicFile | AtomicFolder, Sequence[PlannedFile]]] = [
-            (AtomicFolder(folder, overwrite=overwrite, is_ours=is_ours), files) for folder, files in folders.items()
+        self._outputs: list[tuple[Output, Sequence[PlannedFile]]] = [
+            (_folder_at(folder, files, overwrite=overwrite), files) for folder, files in folders.items()
         ]
         if index is not None:
-            self._outputs.append((AtomicFile(index[0], overwrite=overwrite), [index[1]]))
+            self._outputs.append((_file_at(index[0], overwrite=overwrite), [index[1]]))
 
     @property
     def size_bytes(self) -> int:
@@ -71,7 +72,23 @@ class ModelOutput:
         return write_outputs(self._outputs, sources, progress)
 
 
-def refuse_other_pipeline(out: Path, class_name: str) -> None:
+def _folder_at(folder: AnyPath, files: Sequence[PlannedFile], *, overwrite: bool) -> Output:
+    if isinstance(folder, Path):
+        return AtomicFolder(folder, overwrite=overwrite, is_ours=is_ours)
+    from cogtools.conversion.upload import Upload
+
+    return Upload(folder, overwrite=overwrite, names=[file.path for file in files])
+
+
+def _file_at(path: AnyPath, *, overwrite: bool) -> Output:
+    if isinstance(path, Path):
+        return AtomicFile(path, overwrite=overwrite)
+    from cogtools.conversion.upload import Upload
+
+    return Upload(path, overwrite=overwrite)
+
+
+def refuse_other_pipeline(out: AnyPath, class_name: str) -> None:
     """Refuse to write parts into the folder of a pipeline of another class.
 
     Raises:

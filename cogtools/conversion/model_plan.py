@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from cogtools.checkpoint.formats.safetensors import safetensors_header
 from cogtools.checkpoint.formats.torch_zip_writer import TorchArchive
 from cogtools.checkpoint.names import LATEST, TRAINER_FILES
+from cogtools.conversion import manifest
 from cogtools.conversion.carry_out import PlannedFile
-from cogtools.conversion.manifest import with_manifest
 from cogtools.conversion.plan import Planned
 from cogtools.conversion.record import RECORD_KEY
 from cogtools.errors import OptionError
@@ -213,6 +213,14 @@ def shards_of(tensors: Sequence[Planned], max_bytes: int) -> list[list[Planned]]
         current.append(tensor)
         size_bytes += tensor.size_bytes
     return [*shards, current] if current else shards
+
+
+def with_manifest(files: Sequence[PlannedFile], record: Mapping[str, object] | None = None) -> tuple[PlannedFile, ...]:
+    """Files of a folder, and the list of them, with a record of how they were made."""
+    return (
+        *files,
+        PlannedFile(manifest.NAME, manifest.listing({file.path: file.size_bytes for file in files}, record)),
+    )
 
 
 def json_file(name: str, content: Mapping[str, object]) -> PlannedFile:

@@ -1,4 +1,4 @@
-"""Exporting many checkpoints at once, each into a folder of its own.
+"""Exporting many checkpoints at once, LoRAs or whole models, each into a folder of its own.
 
 One that fails does not stop the others. Outputs of an earlier run that still verify against their checkpoints are
 skipped, so that an interrupted batch can simply be started again.
@@ -14,17 +14,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from cogtools.checkpoint.folder import TRAINER_FILES, find_file, find_save_folder, has_pattern, iterations_in, matching
-from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.paths import RemotePath, as_path
 from cogtools.checkpoint.places import is_file, is_folder, store_of
-from cogtools.conversion.lora import read_lora
-from cogtools.conversion.options import CASTS
-from cogtools.errors import CheckpointError, CogtoolsError, KilledError, OptionError, OutputError, command
-from cogtools.export.export import ExportReport, export_checkpoint
-from cogtools.export.names import Target, run_name, target_in
+from cogtools.conversion.options import ExportOptions
+from cogtools.errors import CheckpointError, CogtoolsError, KilledError, OptionError
+from cogtools.export.names import run_name
 from cogtools.system import as_cogtools_error
 
 if TYPE_CHECKING:
@@ -33,9 +30,40 @@ if TYPE_CHECKING:
 
     from cogtools.checkpoint.paths import AnyPath
     from cogtools.checkpoint.run import Iteration
-    from cogtools.conversion.options import ExportOptions
-    from cogtools.conversion.record import ExportRecord
-    from cogtools.verification.report import VerifyReport
+    from cogtools.conversion.options import ModelOptions
+    from cogtools.export.export import ExportReport
+    from cogtools.export.model_report import ModelExportReport
+    from cogtools.export.names import Target
+
+    BatchOptions = ExportOptions | ModelOptions
+
+
+class Work(Protocol):
+    """What a batch does with each of its checkpoints."""
+
+    def target(self, folder: AnyPath, file: AnyPath, /) -> Target:
+        """Where the output of a checkpoint is written, in a folder of its own."""
+
+    def is_done(self, file: AnyPath, target: Target) -> bool:
+        """Whether that is there already, and right.
+
+        Raises:
+            OutputError: if it is there, and is not right.
+        """
+
+    def export(self, file: AnyPath, target: Target) -> ExportReport | ModelExportReport:
+        """Write it."""
+
+
+def work_of(options: BatchOptions) -> Work:
+    """What a batch with these options does."""
+    if isinstance(options, ExportOptions):
+        from cogtools.export.batch_lora import LoraWork
+
+        return LoraWork(options)
+    from cogtools.export.batch_model import ModelWork
+
+    return ModelWork(options)
 
 
 class Job(NamedTuple):
@@ -44,7 +72,7 @@ class Job(NamedTuple):
     Attributes:
         given: the path that the user gave.
         file: the checkpoint file that it stands for; None if there is none.
-        target: where its LoRA is written.
+        target: where it is written.
         error: why there is no checkpoint.
         reason: why it is skipped.
     """
@@ -57,7 +85,7 @@ class Job(NamedTuple):
 
     @property
     def output(self) -> AnyPath | None:
-        """The file of tensors to write."""
+        """The file of tensors to write, or the folder of a model."""
         return None if self.target is None else self.target.file
 
 
@@ -67,7 +95,8 @@ class BatchItem:
 
     Attributes:
         checkpoint: the file, or the path that the user gave if that is not a checkpoint.
-        output: the file for its LoRA; None if there is no checkpoint, or it is the output folder.
+        output: the file for its LoRA, or the folder for its model; None if there is no checkpoint, or it is the output
+            folder.
         status: "done", "skipped" or "failed".
         report: of an export that was done.
         error: why it failed.
@@ -77,14 +106,14 @@ class BatchItem:
     checkpoint: str
     output: AnyPath | None
     status: Literal["done", "skipped", "failed"]
-    report: ExportReport | None = None
+    report: ExportReport | ModelExportReport | None = None
     error: CogtoolsError | None = None
     reason: str | None = None
 
     @property
     def is_wrong(self) -> bool:
         """Whether what was written was checked and found wrong."""
-        verification = None if self.report is None else self.report.verification
+        verification = getattr(self.report, "verification", None)
         return verification is not None and verification.verdict == "fail"
 
 
@@ -104,13 +133,13 @@ def batch_report(items: Sequence[BatchItem]) -> BatchReport:
     return BatchReport(tuple(items), counts["done"], counts["skipped"], counts["failed"])
 
 
-def plan_batch(sources: Sequence[str], out: AnyPath, options: ExportOptions, *, every: bool = False) -> list[Job]:
-    """Find the checkpoint that each source stands for, and the folder in `out` that its LoRA goes to.
+def plan_batch(sources: Sequence[str], out: AnyPath, options: BatchOptions, *, every: bool = False) -> list[Job]:
+    """Find the checkpoint that each source stands for, and the folder in `out` that its output goes to.
 
     Args:
         sources: checkpoint files and folders; URLs may have patterns.
         out: the folder for all of them.
-        options: among them, which iteration of a save folder to take.
+        options: those of an export of LoRAs, or of whole models; among them, which iteration of a save folder to take.
         every: take every iteration of a save folder.
 
     Raises:
@@ -183,7 +212,7 @@ def _refuse_as_output(out: AnyPath) -> None:
             "the last argument is the output folder, but this folder holds a training",
             file=out,
             found=str(found[0]),
-            expected="cogtools export-lora CHECKPOINT... OUT_DIR",
+            expected="CHECKPOINT... OUT_DIR",
             hint="name the folder to write to as the last argument",
         )
 
@@ -202,7 +231,7 @@ def _expanded(source: str) -> list[tuple[str, AnyPath | CheckpointError]]:
 
 
 def _jobs(
-    source: str, path: AnyPath | CheckpointError, out: AnyPath, options: ExportOptions, *, every: bool
+    source: str, path: AnyPath | CheckpointError, out: AnyPath, options: BatchOptions, *, every: bool
 ) -> list[Job]:
     if isinstance(path, CheckpointError):
         return [Job(source, error=path)]
@@ -238,10 +267,10 @@ def _all_iterations(folder: AnyPath) -> list[Iteration]:
     return [] if save_folder is None else iterations_in(save_folder)
 
 
-def _job(given: str, out: AnyPath, options: ExportOptions, find: Callable[[], AnyPath]) -> Job:
+def _job(given: str, out: AnyPath, options: BatchOptions, find: Callable[[], AnyPath]) -> Job:
     try:
         file = find()
-        return Job(str(file), file, target_in(out / run_name(file), options.layout, file))
+        return Job(str(file), file, work_of(options).target(out / run_name(file), file))
     except CheckpointError as error:
         return Job(given, error=error)
 
@@ -255,7 +284,7 @@ def _is_same(one: AnyPath, other: AnyPath) -> bool:
 
 
 def export_many(
-    jobs: Sequence[Job], options: ExportOptions, executor: Executor | None = None
+    jobs: Sequence[Job], options: BatchOptions, executor: Executor | None = None
 ) -> Generator[BatchItem, None, None]:
     """Export the jobs' checkpoints side by side; yields each as it ends.
 
@@ -300,10 +329,11 @@ _HEARD_SECONDS = 1.0
 """How late a signal is heard at most that arrives just before the wait for the next result begins."""
 
 
-def _side_by_side(jobs: Sequence[Job], options: ExportOptions, executor: Executor) -> Iterator[BatchItem]:
+def _side_by_side(jobs: Sequence[Job], options: BatchOptions, executor: Executor) -> Iterator[BatchItem]:
     from concurrent.futures import as_completed
 
     running: dict[Future[BatchItem], Job] = {}
+    options = _on_any_machine(options)
     try:
         for job in jobs:
             running[_submitted(executor, _absolute(job), options)] = job
@@ -324,7 +354,15 @@ def _absolute(job: Job) -> Job:
     return job._replace(file=job.file.absolute(), target=target)
 
 
-def _submitted(executor: Executor, job: Job, options: ExportOptions) -> Future[BatchItem]:
+def _on_any_machine(options: BatchOptions) -> BatchOptions:
+    """The same options, for the same reason."""
+    base = None if options.base is None else str(as_path(options.base).absolute())
+    if isinstance(options, ExportOptions):
+        return replace(options, base=base)
+    return replace(options, base=base, vae=None if options.vae is None else str(as_path(options.vae).absolute()))
+
+
+def _submitted(executor: Executor, job: Job, options: BatchOptions) -> Future[BatchItem]:
     try:
         return executor.submit(export_one, job, options)
     except Exception as error:  # noqa: BLE001 - an executor that is broken fails the jobs that it does not take
@@ -357,15 +395,15 @@ def _failed(job: Job, error: CogtoolsError) -> BatchItem:
     return BatchItem(job.given, job.output, "failed", error=error)
 
 
-def export_one(job: Job, options: ExportOptions) -> BatchItem:
+def export_one(job: Job, options: BatchOptions) -> BatchItem:
     """Export one checkpoint of a batch. An error is in the result, not raised."""
     if job.file is None or job.target is None:
         raise ValueError("this job has no checkpoint")
     try:
-        if not options.overwrite and _is_done(job.file, job.target.file, options):
+        work = work_of(options)
+        if not options.overwrite and work.is_done(job.file, job.target):
             return BatchItem(job.given, job.output, "skipped", reason="exists already and verifies")
-        # The file says which iteration it is.
-        report = export_checkpoint(job.file, job.target, replace(options, iteration=None, ema=False))
+        report = work.export(job.file, job.target)
     except Exception as error:  # noqa: BLE001 - a bug, or no memory: that ends this job, and not the others
         known = as_cogtools_error(error) or _bug(error)
         known.file = known.file or str(job.file)
@@ -376,78 +414,3 @@ def export_one(job: Job, options: ExportOptions) -> BatchItem:
 def _bug(error: Exception) -> CogtoolsError:
     found = f"{type(error).__name__}: {error}"
     return CogtoolsError("it failed unexpectedly", found=found, hint="export this one on its own to see more")
-
-
-class _Made(NamedTuple):
-    """The options that an output was made with."""
-
-    format: str | None
-    scale: str | None
-    dtype: str | None
-    alpha: float | None
-    scaling: float | None
-    rank: int | None
-    has_base: bool
-
-    def __str__(self) -> str:
-        by_hand = [f"--{name} {value}" for name, value in (("alpha", self.alpha), ("scaling", self.scaling)) if value]
-        made = f"format {self.format}, scale {self.scale}, dtype {self.dtype}"
-        cut = [] if self.rank is None else [f"--rank {self.rank}"]
-        cut += ["with --base"] if self.has_base else []
-        return ", ".join([made, *cut, *(by_hand or ["no --alpha"])])
-
-
-def _is_done(file: AnyPath, output: AnyPath, options: ExportOptions) -> bool:
-    """Whether the output exists already, was made with these options, and verifies against the checkpoint.
-
-    Raises:
-        OutputError: if it exists and the rest is not so.
-    """
-    if not is_file(output):
-        return False
-    from cogtools.verification.verify import verify_lora
-
-    try:
-        with open_checkpoint(output) as written:
-            record = read_lora(written).record
-        found, wanted = _made(record), _wanted(record, options)
-        if found != wanted:
-            raise OutputError(
-                "the output exists already and was made with other options",
-                file=output,
-                found=str(found),
-                expected=str(wanted),
-                hint="replace it with --overwrite, or give another folder",
-            )
-        report = verify_lora(output, against=file)
-    except CheckpointError as error:
-        if error.file != str(output):
-            raise
-        raise _not_right(file, output, error.what) from error
-    if report.verdict == "fail":
-        raise _not_right(file, output, _first_failure(report))
-    return True
-
-
-def _made(record: ExportRecord) -> _Made:
-    by_hand = record.alpha_by_hand, record.scaling_by_hand
-    return _Made(record.format, record.scale, record.dtype, *by_hand, record.cut_to, record.base is not None)
-
-
-def _wanted(record: ExportRecord, options: ExportOptions) -> _Made:
-    dtype = record.source_dtype if options.dtype == "keep" else CASTS.get(options.dtype)
-    by_hand = options.alpha, options.scaling
-    return _Made(options.format, options.way, dtype, *by_hand, options.rank, options.base is not None)
-
-
-def _first_failure(report: VerifyReport) -> str:
-    return next(f"{check.name}: {check.seen}" for check in report.checks if check.status == "fail")
-
-
-def _not_right(file: AnyPath, output: AnyPath, found: str) -> OutputError:
-    return OutputError(
-        "the output exists already and does not verify",
-        file=output,
-        found=found,
-        hint=command("verify", output, "--against", file, advice="replace it with --overwrite; to see more"),
-    )

@@ -235,13 +235,13 @@ def export_checkpoint(
             written = write(output, prepared.files, sources, progress, sha256=options.sha256)
         notices = (*export_notices(opened, prepared.plan, options), *prepared.notices)
     plan = prepared.plan
-    shown = local_type(target)
+    folder, file = local_type(target.folder), local_type(target.file)
     weights = set(plan.folded.values()) if options.way == "none" else {1.0}
     return ExportReport(
         checkpoint=opened.path,
-        output=shown.file,
-        folder=shown.folder,
-        files=tuple(shown.folder / file.path if target.is_folder else shown.file for file in prepared.files),
+        output=file,
+        folder=folder,
+        files=tuple(folder / planned.path if target.is_folder else file for planned in prepared.files),
         format=options.format,
         written=not options.dry_run,
         model=plan.transformer.name,
@@ -290,7 +290,8 @@ def output_at(target: Target, layout: LoraLayout, *, overwrite: bool) -> Output:
     if not isinstance(place, Path):
         from cogtools.conversion.upload import Upload
 
-        return Upload(place, overwrite=overwrite, is_folder=target.is_folder)
+        names = [layout.path or "", *layout.beside] if target.is_folder else []
+        return Upload(place, overwrite=overwrite, names=names)
     if not target.is_folder:
         return AtomicFile(place, overwrite=overwrite)
     return AtomicFolder(place, overwrite=overwrite, is_ours=partial(is_ours, layout=layout))

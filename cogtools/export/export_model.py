@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from cogtools.checkpoint.opening import open_checkpoint
@@ -11,7 +12,6 @@ from cogtools.checkpoint.paths import as_path, local_path
 from cogtools.checkpoint.places import is_folder
 from cogtools.conversion.base_pipeline import GIVEN, BasePipeline
 from cogtools.conversion.carry_out import storages_of
-from cogtools.conversion.manifest import with_manifest
 from cogtools.conversion.model import find_parts, no_model
 from cogtools.conversion.model_output import ModelOutput, refuse_other_pipeline
 from cogtools.conversion.model_plan import (
@@ -23,6 +23,7 @@ from cogtools.conversion.model_plan import (
     plan_for_diffusers,
     plan_for_sat,
     sat_files,
+    with_manifest,
 )
 from cogtools.conversion.model_reading import (
     model_name,
@@ -43,6 +44,7 @@ from cogtools.export.model_report import (
     RowsReport,
     TensorReport,
 )
+from cogtools.export.names import local_type
 from cogtools.formatting import counted
 from cogtools.layouts import sat, transformer
 from cogtools.layouts.family import SLUGS
@@ -59,7 +61,6 @@ from cogtools.version import __version__
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from cogtools.checkpoint.files import SourceFile
     from cogtools.checkpoint.index import Checkpoint
@@ -75,7 +76,7 @@ if TYPE_CHECKING:
 
 def export_model(
     checkpoint: str | os.PathLike[str] | RemotePath,
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | RemotePath,
     *,
     format: ModelFormat = "diffusers",  # noqa: A002 - as on the command line
     model: str | None = None,
@@ -126,14 +127,14 @@ def export_model(
 
 def export_model_checkpoint(
     checkpoint: str | os.PathLike[str] | RemotePath,
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | RemotePath,
     options: ModelOptions,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> ModelExportReport:
     """The same as `export_model`, with the options as one record."""
     _refuse_options(options)
-    place = local_path(out, "a whole model is written to this machine")
+    place = as_path(out)
     with ExitStack() as opened:
         source = opened.enter_context(open_checkpoint(checkpoint, iteration=options.iteration, ema=options.ema))
         prepared = prepare_model(source, place, options, opened)
@@ -145,7 +146,7 @@ def export_model_checkpoint(
 
 
 def prepare_model(
-    source: Checkpoint, out: Path, options: ModelOptions, opened: ExitStack, change: Change | None = None
+    source: Checkpoint, out: AnyPath, options: ModelOptions, opened: ExitStack, change: Change | None = None
 ) -> PreparedModel:
     """Find out all about an export without reading weights.
 
@@ -177,9 +178,9 @@ class PreparedModel(NamedTuple):
     """
 
     plans: tuple[PartPlan, ...]
-    folders: Mapping[Path, Sequence[PlannedFile]]
+    folders: Mapping[AnyPath, Sequence[PlannedFile]]
     copied: Mapping[str, Path]
-    pipeline_index: tuple[Path, PlannedFile] | None
+    pipeline_index: tuple[AnyPath, PlannedFile] | None
     sources: Sequence[SourceFile]
     notices: tuple[str, ...]
 
@@ -210,7 +211,7 @@ def _refuse_options(options: ModelOptions) -> None:
 
 
 def _prepare_diffusers(
-    source: Checkpoint, out: Path, options: ModelOptions, opened: ExitStack, change: Change | None
+    source: Checkpoint, out: AnyPath, options: ModelOptions, opened: ExitStack, change: Change | None
 ) -> PreparedModel:
     max_shard_bytes = parse_size(options.max_shard_size or SHARD_SIZE)
     parts = find_parts(source)
@@ -229,7 +230,9 @@ def _prepare_diffusers(
     plans = [plan_for_diffusers(reading) for reading in readings.values()]
     if change is not None:
         plans = [change(plan) if plan.name == TRANSFORMER else plan for plan in plans]
-    folders = {out / plan.name: diffusers_files(plan, _record(plan), max_shard_bytes) for plan in plans}
+    folders: dict[AnyPath, Sequence[PlannedFile]] = {
+        out / plan.name: diffusers_files(plan, _record(plan), max_shard_bytes) for plan in plans
+    }
     copied: dict[str, Path] = {}
     index = None
     files = [file for part in parts.values() for file in part.checkpoint.files]
@@ -354,7 +357,7 @@ def _vae_notice(reading: Reading) -> list[str]:
 # To SAT
 
 
-def _prepare_sat(source: Checkpoint, out: Path, options: ModelOptions, change: Change | None) -> PreparedModel:
+def _prepare_sat(source: Checkpoint, out: AnyPath, options: ModelOptions, change: Change | None) -> PreparedModel:
     parts = find_parts(source)
     part = parts.get(TRANSFORMER)
     if part is None and not parts:
@@ -405,7 +408,7 @@ def _lora_notice(source: Checkpoint, reading: Reading) -> str:
     )
 
 
-def model_report(source: Checkpoint, out: Path, prepared: PreparedModel, options: ModelOptions) -> ModelExportReport:
+def model_report(source: Checkpoint, out: AnyPath, prepared: PreparedModel, options: ModelOptions) -> ModelExportReport:
     """What an export found, and wrote unless it is a dry run."""
     plans = {plan.name: plan for plan in prepared.plans}
     main = next((plan.reading for plan in prepared.plans if plan.reading.model is not None), None)
@@ -418,7 +421,7 @@ def model_report(source: Checkpoint, out: Path, prepared: PreparedModel, options
     missing = tuple(name for name in PARTS if name not in names) if options.format == "diffusers" else ()
     return ModelExportReport(
         checkpoint=source.path,
-        output=out,
+        output=local_type(out),
         written=not options.dry_run,
         format=options.format,
         model=None if main is None else model_name(main),
@@ -436,7 +439,7 @@ def model_report(source: Checkpoint, out: Path, prepared: PreparedModel, options
 
 
 def _part_report(
-    folder: Path,
+    folder: AnyPath,
     files: Sequence[PlannedFile],
     plans: Mapping[str, PartPlan],
     copied: Mapping[str, Path],
@@ -446,7 +449,7 @@ def _part_report(
     plan = plans.get(name)
     return PartReport(
         name=name,
-        folder=folder,
+        folder=local_type(folder),
         source=copied.get(name) if plan is None else plan.reading.part.checkpoint.path,
         files=tuple(file.path for file in files),
         tensors=0 if plan is None else len(plan.tensors),
@@ -471,10 +474,15 @@ def _plan_report(plans: Sequence[PartPlan]) -> ModelPlanReport:
     return ModelPlanReport(tensors, tuple(left_out))
 
 
-def _how_to_load(out: Path, parts: Sequence[PartReport], main: Reading | None, format_: ModelFormat) -> str:
+def _how_to_load(out: AnyPath, parts: Sequence[PartReport], main: Reading | None, format_: ModelFormat) -> str:
     """Python code that loads what was written, and takes the rest from the published pipeline; or SAT's option."""
     if format_ == "sat":
-        return f"load: {literal(str(out))}"
+        return f"load: {literal(str(out))}" + ("" if isinstance(out, Path) else "  # when it is downloaded")
+    before = "" if isinstance(out, Path) else "# download it first: nothing loads it from there\n"
+    return before + _python_code(out, parts, main)
+
+
+def _python_code(out: AnyPath, parts: Sequence[PartReport], main: Reading | None) -> str:
     names = {part.name: part for part in parts}
     dtype = next((f", torch_dtype=torch.{part.dtype[0]}" for part in parts if len(part.dtype) == 1), "")
     model = None if main is None else main.model

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
 
 from cogtools.checkpoint.folder import find_save_folder
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.checkpoint.paths import as_path, local_path
+from cogtools.checkpoint.paths import as_path
 from cogtools.checkpoint.places import is_folder
 from cogtools.conversion.carry_out import Written, storages_of, write
 from cogtools.conversion.lora import find_lora
@@ -219,8 +219,7 @@ def merge_checkpoints(
         loras = _weighted(roles, options)
         if roles.base is None:
             return _merge_loras(loras, as_path(out), options, progress)
-        place = local_path(out, "a whole model is written to this machine")
-        return _merge_into_model(roles.base, loras, place, options, progress, stack)
+        return _merge_into_model(roles.base, loras, as_path(out), options, progress, stack)
 
 
 def _open(paths: Sequence[str | os.PathLike[str]], options: MergeOptions) -> list[Checkpoint]:
@@ -333,7 +332,7 @@ def _weighted(roles: Roles, options: MergeOptions) -> list[Weighted]:
 def _merge_into_model(
     base: Source,
     loras: Sequence[Weighted],
-    out: Path,
+    out: AnyPath,
     options: MergeOptions,
     progress: Callable[[int, int], None] | None,
     opened: ExitStack,
@@ -372,9 +371,9 @@ def _merge_into_model(
         result="model",
         base=source.path,
         loras=tuple(map(_merged_lora, loras)),
-        output=out,
-        folder=out,
-        files=tuple(folder / file.path for folder, files in prepared.folders.items() for file in files),
+        output=report.output,
+        folder=report.output,
+        files=tuple(local_type(folder / file.path) for folder, files in prepared.folders.items() for file in files),
         written=not options.dry_run,
         model=report.model or "",
         pipeline=None if plan.reading.model is None else plan.reading.model.pipeline,
@@ -444,14 +443,14 @@ def _merge_loras(
     output.refuse_source(_files(loras))
     refuse_unwritable(output.target, size_bytes)
     written = Written() if options.dry_run else write(output, planned, _files(loras), progress, sha256=False)
-    shown = local_type(target)
+    folder, tensors_file = local_type(target.folder), local_type(target.file)
     return MergeReport(
         result="lora",
         base=None,
         loras=tuple(map(_merged_lora, loras)),
-        output=shown.file,
-        folder=shown.folder,
-        files=tuple(shown.folder / file.path if target.is_folder else shown.file for file in planned),
+        output=tensors_file,
+        folder=folder,
+        files=tuple(folder / file.path if target.is_folder else tensors_file for file in planned),
         written=not options.dry_run,
         model=transformer.name,
         pipeline=transformer.pipeline,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, cast, get_args
 
 from cogtools.checkpoint.folder import WEIGHTS_FILES
+from cogtools.checkpoint.names import MAIN_PART
 from cogtools.checkpoint.run import iteration_of
 from cogtools.checkpoint.shards import PIPELINE_INDEX, SHARD_INDEX_SUFFIXES
 from cogtools.conversion.options import Format
@@ -35,20 +36,13 @@ class Target(NamedTuple):
     is_folder: bool
 
 
-class LocalTarget(NamedTuple):
-    """The folder and file of a target, as reports have them.
+def local_type(path: AnyPath) -> Path:
+    """The path of an output, as reports have it.
 
-    Their type is that of outputs on this machine, which nearly all are, so that who exports to this machine need not
-    tell them apart; that of an output in a store is a `RemotePath`.
+    Its type is that of outputs on this machine, which nearly all are, so that who exports to this machine need not
+    tell them apart; an output in a store has a `RemotePath`.
     """
-
-    folder: Path
-    file: Path
-
-
-def local_type(target: Target) -> LocalTarget:
-    """The folder and file of a target."""
-    return LocalTarget(cast("Path", target.folder), cast("Path", target.file))
+    return cast("Path", path)
 
 
 def target_of(out: AnyPath, layout: LoraLayout, checkpoint: AnyPath) -> Target:
@@ -97,7 +91,8 @@ def run_name(checkpoint: AnyPath) -> str:
     if iteration is not None:
         return f"{_folder_name(iteration.folder.parent)}-{iteration}"
     if checkpoint.name.startswith(_NAMED_AFTER_THEIR_FOLDER) or checkpoint.name.endswith(SHARD_INDEX_SUFFIXES):
-        return _folder_name(checkpoint.parent)
+        folder = checkpoint.parent
+        return _folder_name(folder.parent if folder.name == MAIN_PART else folder)
     return checkpoint.stem
 
 

@@ -11,14 +11,12 @@ from cogtools.conversion.scale import ALPHA_SOURCES
 from cogtools.errors import command
 from cogtools.formatting import number, percent, size
 from cogtools.layouts.recognition import BY_NAME
-from cogtools.render.text import notice, shortened, show, talk
-from cogtools.render.verify import show_verification, verdict_line
+from cogtools.render.text import notice, show
+from cogtools.render.verify import show_verification
 
 if TYPE_CHECKING:
     from cogtools.conversion.loss import LossReport
     from cogtools.conversion.options import Format
-    from cogtools.errors import CogtoolsError
-    from cogtools.export.batch import BatchItem, BatchReport
     from cogtools.export.export import ExportReport
     from cogtools.layouts.lora import ScalePlace
 
@@ -83,7 +81,7 @@ def _scale(report: ExportReport) -> str:
         alpha = "not stated"
     carried = {"fold": "multiplied in", "none": "not in the file"}.get(report.scale)
     carried = carried or _STATED[BY_NAME[report.format].scale]
-    return f"{alpha} ({ALPHA_SOURCES[report.alpha_source]}), scaling {_scaling(report)}, {carried}"
+    return f"{alpha} ({ALPHA_SOURCES[report.alpha_source]}), scaling {scaling_of(report)}, {carried}"
 
 
 _STATED: dict[ScalePlace, str] = {
@@ -94,7 +92,7 @@ _STATED: dict[ScalePlace, str] = {
 }
 
 
-def _scaling(report: ExportReport) -> str:
+def scaling_of(report: ExportReport) -> str:
     """The scaling, as the quotient that it is where all modules have one alpha and one rank."""
     if report.scaling is None:
         return "different by module"
@@ -168,52 +166,3 @@ def how_to_load(
 def _literal(text: str) -> str:
     """A text as a string in Python code: JSON's strings are valid there."""
     return json.dumps(text, ensure_ascii=False)
-
-
-def show_batch_item(item: BatchItem, *, quiet: bool = False) -> None:
-    """Print the result of one checkpoint of several: a line, and one with a hint if it failed."""
-    if item.error is not None:
-        talk(shortened(f"failed   {item.checkpoint}: {_why(item.error)}"))
-        if item.error.hint is not None:
-            talk(shortened(f"         try: {item.error.hint}"))
-    elif not quiet:
-        report = item.report
-        if report is None:
-            show(shortened(f"{item.status:<8} {item.output or item.checkpoint}: {item.reason}"))
-        else:
-            show(shortened(f"{'done    ' if report.written else 'would write'} {item.output}: {_in_short(report)}"))
-            if report.verification is not None:
-                show(shortened(f"         {verdict_line(report.verification)}"))
-
-
-def _why(error: CogtoolsError) -> str:
-    """What failed, what was found, and the first problem."""
-    details = [f"found: {error.found}"] if error.found else []
-    if error.problems:
-        more = f" and {len(error.problems) - 1} more" if len(error.problems) > 1 else ""
-        details.append(f"{error.problems[0]}{more}")
-    return error.what + (f" ({'; '.join(details)})" if details else "")
-
-
-def _in_short(report: ExportReport) -> str:
-    scaling = f"scaling {_scaling(report).partition(' = ')[0]}"
-    parts = [f"{report.tensors} tensors", report.dtype, size(report.size_bytes), scaling]
-    return ", ".join([*parts, f"sha256 {report.sha256}"] if report.sha256 else parts)
-
-
-def show_batch(report: BatchReport) -> None:
-    """Print how many were exported, and each notice once, with the checkpoints that it is about unless it is all."""
-    exports = [(item.checkpoint, item.report) for item in report.exports if item.report is not None]
-    done = "would be written" if any(not export.written for _, export in exports) else "done"
-    show(f"{report.done} {done}, {report.skipped} skipped, {report.failed} failed")
-    named: dict[str, list[str]] = {}
-    for checkpoint, export in exports:
-        for text in export.notices:
-            named.setdefault(text, []).append(checkpoint)
-    for text, checkpoints in named.items():
-        if len(checkpoints) == len(exports):
-            notice(text)
-        elif len(checkpoints) == 1:
-            notice(f"{checkpoints[0]}: {text}")
-        else:
-            notice(f"{len(checkpoints)} of {len(exports)} checkpoints: {text}")

@@ -15,10 +15,12 @@ pytest.importorskip("fsspec")
 
 import cogtools
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.conversion.options import ExportOptions
+from cogtools.conversion.options import ExportOptions, ModelOptions
 from cogtools.errors import CheckpointError, OptionError, OutputError
 from cogtools.export.batch import export_many, plan_batch
 from tests.support.command_line import CommandLine
+from tests.support.factories import TOY_2B
+from tests.support.models import save_model_run
 from tests.support.servers import S3, s3_server, weed
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -146,6 +148,87 @@ def test_a_file_that_changes_in_a_store_is_an_error(
     with pytest.raises(CheckpointError, match="changed while it was read"):
         cogtools.export_lora(run_in_memory, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# Whole models
+
+
+@pytest.fixture
+def model_run(tmp_path: Path) -> Path:
+    return save_model_run(tmp_path / "model-run", TOY_2B)
+
+
+def objects_in(memory: Any, folder: str) -> dict[str, bytes]:
+    return {path.removeprefix(folder + "/"): memory.cat_file(path) for path in memory.find(folder)}
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_model_in_a_store_is_that_on_a_disk(memory: Any, model_run: Path, tmp_path: Path) -> None:
+    memory.put(str(model_run), "/runs/model", recursive=True)
+    cogtools.export_model(model_run, tmp_path / "here", max_shard_size="500KB")
+    there = cogtools.export_model("memory://runs/model", "memory://out/model", max_shard_size="500KB")
+    assert objects_in(memory, "/out/model") == files_in(tmp_path / "here")
+    assert str(there.output) == "memory://out/model"
+    assert there.load.startswith("# download it first")
+    assert cogtools.verify_model("memory://out/model", against="memory://runs/model").verdict == "pass"
+
+
+def test_a_model_of_sat_and_a_merged_one_in_a_store_are_those_on_a_disk(
+    memory: Any, run_folder: Path, model_run: Path, tmp_path: Path
+) -> None:
+    cogtools.export_model(model_run, tmp_path / "here")
+    cogtools.export_model(tmp_path / "here/transformer", tmp_path / "sat", format="sat")
+    cogtools.export_model(tmp_path / "here/transformer", "memory://out/sat", format="sat")
+    assert objects_in(memory, "/out/sat") == files_in(tmp_path / "sat")
+    lora = cogtools.export_lora(run_folder, tmp_path / "lora").output
+    cogtools.merge(tmp_path / "here/transformer", lora, out=tmp_path / "merged")
+    cogtools.merge(tmp_path / "here/transformer", lora, out="memory://out/merged")
+    assert objects_in(memory, "/out/merged") == files_in(tmp_path / "merged")
+
+
+def test_in_a_store_no_old_shard_is_left_beside_new_weights(memory: Any, model_run: Path) -> None:
+    cogtools.export_model(model_run, "memory://out", max_shard_size="500KB")
+    before = objects_in(memory, "/out")
+    with pytest.raises(OutputError) as caught:
+        cogtools.export_model(model_run, "memory://out")
+    assert caught.value.what == "the output exists already"
+    with pytest.raises(OutputError) as caught:
+        cogtools.export_model(model_run, "memory://out", overwrite=True)
+    assert (
+        caught.value.what == "the folder holds other files than this output has, which would be taken for a part of it"
+    )
+    assert caught.value.file == "memory://out/transformer"
+    assert objects_in(memory, "/out") == before
+
+
+def test_what_was_cut_off_while_it_was_put_into_a_store_is_put_there_anew(
+    memory: Any, model_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cogtools.export_model(model_run, "memory://whole")
+    put: list[str] = []
+    before = type(memory).mv
+
+    def move(self: Any, source: str, target: str, **options: Any) -> None:
+        put.append(target)
+        before(self, source, target, **options)
+
+    monkeypatch.setattr(type(memory), "mv", move)
+    cogtools.export_model(model_run, "memory://ordered")
+    assert [path for path in put if path.endswith("cogtools.json")] == [
+        path for number, path in enumerate(put) if number == 0 or Path(path).parent != Path(put[number - 1]).parent
+    ]
+    options = ModelOptions()
+    for number in range(1, len(put)):
+        memory.rm("/out", recursive=True) if memory.exists("/out") else None
+        for path in put[:number]:
+            target = path.replace("/ordered/", "/out/model-run-1000/")
+            memory.pipe_file(target, memory.cat_file(path))
+        (item,) = export_many(plan_batch([str(model_run)], as_remote("memory://out"), options), options)
+        assert (item.status, item.error) == ("done", None), put[:number]
+        assert objects_in(memory, "/out/model-run-1000") == objects_in(memory, "/whole")
 
 
 def test_a_store_that_nothing_opens_is_an_error() -> None:

@@ -527,7 +527,7 @@ def test_a_worker_that_an_executor_loses_fails_its_job_with_a_clear_error(
         os.kill(os.getpid(), signal.SIGKILL)
         return export_checkpoint(checkpoint, *words, **options)
 
-    monkeypatch.setattr("cogtools.export.batch.export_checkpoint", export)
+    monkeypatch.setattr("cogtools.export.batch_lora.export_checkpoint", export)
     jobs = plan_batch([*map(str, runs)], tmp_path / "out", ExportOptions())
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as executor:
         items = list(export_many(jobs, ExportOptions(), executor))
@@ -622,7 +622,7 @@ def test_what_ends_one_job_leaves_the_others(
             end()
         return export_checkpoint(checkpoint, *words, **options)
 
-    monkeypatch.setattr("cogtools.export.batch.export_checkpoint", export)
+    monkeypatch.setattr("cogtools.export.batch_lora.export_checkpoint", export)
     options = ExportOptions()
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     jobs = plan_batch([*map(str, runs), str(run(tmp_path / "fox"))], tmp_path / "out", ExportOptions())

@@ -257,3 +257,21 @@ def test_signals_that_are_held_back_are_raised_at_the_end_of_the_block_or_before
         print(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
     """
     assert run_main(code) == (0, "not disturbed\nraised\nset()\n", "")
+
+
+def test_signals_that_another_thread_hears_are_held_back_too() -> None:
+    code = """
+        import threading
+        interruption.raise_on_signals()
+        thread = threading.Thread(target=time.sleep, args=(0.5,))
+        thread.start()
+        try:
+            with interruption.signals_held_back():
+                os.kill(os.getpid(), signal.SIGTERM)
+                thread.join()
+                print("not disturbed")
+        except KeyboardInterrupt:
+            print("raised")
+        print(signal.getsignal(signal.SIGTERM) is interruption._interrupt)
+    """
+    assert run_main(code) == (0, "not disturbed\nraised\nTrue\n", "")
