@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -70,19 +71,20 @@ def signals_held_back() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handlers_that_wait() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # no handler is called here
+        yield
+        return
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    changed: list[signal.Signals] = []
     heard: list[int] = []
     try:
-        with contextlib.suppress(ValueError):  # not the main thread: no handler is called here
-            for number, handler in before.items():
-                if handler not in (signal.SIG_IGN, None):
-                    changed.append(number)
-                    signal.signal(number, lambda number, _frame: heard.append(number))
+        for number, handler in before.items():
+            if handler not in (signal.SIG_IGN, None):
+                signal.signal(number, lambda number, _frame: heard.append(number))
         yield
     finally:
-        for number in changed:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
         if heard:
             signal.raise_signal(heard[0])
 

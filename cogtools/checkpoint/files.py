@@ -180,7 +180,7 @@ class LocalFile(SourceFile):
         except FileNotFoundError as error:
             target = link_target(path)
             found = f"a link to {target}, which is not there" if target is not None else None
-            raise CheckpointError("there is no such file", file=path, found=found) from error
+            raise CheckpointError("there is no such file", file=path, found=found, hint=_similar(path)) from error
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise CheckpointError(f"the file cannot be opened: {reason(error)}", file=path) from error
         try:
@@ -319,6 +319,18 @@ def quietly(ask: Callable[[], bool]) -> bool:
         return ask()
     except OSError:
         return False
+
+
+def _similar(path: Path) -> str | None:
+    """The advice to take what has nearly that name; None if nothing has."""
+    import difflib  # only here: an error may take its time
+
+    while path != path.parent and not quietly(path.parent.is_dir):
+        path = path.parent
+    with contextlib.suppress(OSError, ValueError):
+        found = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], 1)
+        return f"did you mean {path.with_name(found[0])}?" if found else None
+    return None
 
 
 def _close(fd: int) -> None:

@@ -85,7 +85,8 @@ def _find_file(folder: AnyPath, number: int | None, *, ema: bool, levels: int) -
     if len(runs) == 1 and levels:
         return _find_file(runs[0], number, ema=ema, levels=levels - 1)
     if runs:
-        raise _several(folder, "this folder holds several trainings", runs, hint=_ONE_OF_THEM)
+        hint = f"{_ONE_OF_THEM}; export-lora and export-model take all of them: {folder}/*/"
+        raise _several(folder, "this folder holds several trainings", runs, hint)
     main = folder / MAIN_PART
     found = find_weights(main) if is_folder(main) else None
     if found is None:

@@ -82,7 +82,7 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:  # Typer catches one that comes while a command runs, not before
         code = INTERRUPTED
     except (Exception, SystemExit) as error:
-        known = _known(error)
+        known = _known(arguments, error)
         if known is None:
             raise
         _fail(arguments, known)
@@ -92,10 +92,10 @@ def run(arguments: list[str]) -> int:
     return code if isinstance(code, int) else DONE
 
 
-def _known(error: Exception | SystemExit) -> CogtoolsError | None:
+def _known(arguments: list[str], error: Exception | SystemExit) -> CogtoolsError | None:
     """What to tell of an exception; None if it is a bug, or just the end."""
     if isinstance(error, typer.TyperException):
-        return _usage_error(error)
+        return _usage_error(arguments, error)
     if isinstance(error, SystemExit):
         # Typer answers a broken pipe, whichever it is, with exit code 1: that a file was checked and found wrong.
         pipe = error.__context__
@@ -103,10 +103,14 @@ def _known(error: Exception | SystemExit) -> CogtoolsError | None:
     return as_cogtools_error(error)
 
 
-def _usage_error(error: typer.TyperException) -> OptionError:
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "cogtools"
+def _usage_error(arguments: list[str], error: typer.TyperException) -> OptionError:
+    command = " ".join(filter(None, ["cogtools", _command_in(arguments)]))
     return OptionError(error.format_message().rstrip("."), hint=f"{command} --help")
+
+
+def _command_in(arguments: list[str]) -> str | None:
+    commands = [command.name for command in app.registered_commands]
+    return next((word for word in arguments if word in commands), None)
 
 
 def _fail(arguments: list[str], error: CogtoolsError) -> None:
@@ -115,8 +119,7 @@ def _fail(arguments: list[str], error: CogtoolsError) -> None:
         return
     from cogtools.render.json_object import error_json
 
-    commands = [command.name for command in app.registered_commands]
     try:
-        text.emit(error_json(next((word for word in arguments if word in commands), None), error))
+        text.emit(error_json(_command_in(arguments), error))
     except PrintError as unprinted:
         text.error(unprinted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cogtools.checkpoint.formats import safetensors
 from cogtools.checkpoint.pickle.dangers import danger_of
 from cogtools.conversion.adapter_config import live_dropout
 from cogtools.conversion.first_values import value_notices
@@ -81,4 +82,5 @@ def _of_the_scale(plan: LoraPlan, options: ExportOptions) -> list[str]:
 
 def _of_the_crc32s(plan: LoraPlan) -> list[str]:
     text = "The checkpoint records no CRC-32s: damage to its weights could not be looked for."
-    return [] if plan.has_crc32 else [text]
+    never_has_some = plan.lora.checkpoint.format.startswith(safetensors.FORMAT)
+    return [] if plan.has_crc32 or never_has_some else [text]

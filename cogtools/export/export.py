@@ -16,7 +16,7 @@ from cogtools.checkpoint.places import is_folder
 from cogtools.conversion.carry_out import PlannedFile, Written, write
 from cogtools.conversion.lora import read_lora
 from cogtools.conversion.notices import export_notices
-from cogtools.conversion.options import Cast, ExportOptions, Format, Scale
+from cogtools.conversion.options import BY_HAND, BY_SCALING, Cast, ExportOptions, Format, Scale
 from cogtools.conversion.output import AtomicFile, AtomicFolder, refuse_unwritable
 from cogtools.conversion.plan import (
     LoraPlan,
@@ -29,6 +29,7 @@ from cogtools.conversion.plan import (
     target_ranks,
 )
 from cogtools.conversion.record import RECORD_KEY, ExportRecord
+from cogtools.conversion.scale import BY_NOTHING
 from cogtools.errors import OptionError
 from cogtools.export.names import Target, local_type, target_of
 from cogtools.version import __version__
@@ -358,6 +359,13 @@ def lora_files(
     return (file, *(PlannedFile(name, content) for name, content in beside.items()))
 
 
+def _alpha_source(plan: LoraPlan) -> str:
+    """Where the scale comes from. One that an earlier export assumed is still that where its output states it."""
+    source = plan.scale.source
+    is_assumed = plan.lora.record.alpha_source == BY_NOTHING and source not in (BY_HAND, BY_SCALING)
+    return BY_NOTHING if is_assumed else source
+
+
 def _record(
     plan: LoraPlan, checkpoint: Checkpoint, options: ExportOptions, dtype: DType, base: Checkpoint | None
 ) -> str:
@@ -376,7 +384,7 @@ def _record(
         base=None if base is None else base.path.name,
         alpha=plan.scale.alpha,
         scaling=plan.scaling,
-        alpha_source=plan.scale.source,
+        alpha_source=_alpha_source(plan),
         format=options.format,
         scale=options.way,
         source_dtype=plan.dtype.name,

@@ -122,8 +122,11 @@ class WorkerPool(Executor):
                 result = worker.call(task.call)
             except _DiedError as death:
                 self._end(death.worker)
-                worker = self._replacement()
-                task.future.set_exception(_killed(death.worker.process.exitcode))
+                worker = None
+                try:
+                    worker = self._replacement()
+                finally:  # whatever that raises ends this thread: nobody is to wait for ever
+                    task.future.set_exception(_killed(death.worker.process.exitcode))
                 if worker is None and self._workers:
                     return  # the others go on
             except BaseException as error:  # noqa: BLE001 - raised by the function, and raised again by `result`

@@ -95,7 +95,8 @@ def _export_outlook(checkpoint: Checkpoint) -> tuple[LoraPlan | None, ExportOutl
     formats = tuple(name for name in FORMATS if can_hold(BY_NAME[name], lora))
     usual = (diffusers.LAYOUT, comfyui.LAYOUT)
     other = next((layout for layout in usual if layout.name in formats and layout is not lora.layout), None)
-    hint = None if other is None else command("export-lora", checkpoint.path, "OUT_DIR", *format_words(other))
+    scale = ["--alpha", "A"] if plan.scale.source == BY_NOTHING else []  # whoever does not know it can leave it out
+    hint = None if other is None else command("export-lora", checkpoint.path, "OUT_DIR", *format_words(other), *scale)
     return plan, ExportOutlook(
         possible=True, tensors=len(plan.names), size_bytes=size_bytes, formats=formats, notices=plan.notices, hint=hint
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cogtools.errors import command
 from cogtools.formatting import counted, size
 from cogtools.render.text import notice, show
 
@@ -28,12 +29,15 @@ def summary(report: ModelExportReport) -> list[str]:
         rows.append(("model", report.model + known_by))
     rows.append(("written" if report.written else "to write", f"{report.output}: {size(report.size_bytes)}"))
     rows += [("", text) for text in part_lines(report)]
-    rows += missing_rows(report)
+    rows += missing_rows(report, completed_by="--base PIPELINE")
     if report.crc32 == "checked":
         rows.append(("checked", "the CRC-32s of the weights that were read"))
     lines = [] if report.plan is None else [*plan_lines(report.plan), ""]
     lines += [f"{name:<{_COLUMN}}{value}" for name, value in rows]
-    return [*lines, "", *loading_lines(report)] if report.written else lines
+    if not report.written:
+        return lines
+    check = command("verify", report.output, "--against", report.checkpoint).command
+    return [*lines, "", *loading_lines(report), f"Check every value of it: {check}"]
 
 
 def part_lines(report: ModelExportReport) -> list[str]:
@@ -42,9 +46,12 @@ def part_lines(report: ModelExportReport) -> list[str]:
     return [f"{part.name:<{width}}  {_about(part)}" for part in report.parts]
 
 
-def missing_rows(report: ModelExportReport) -> list[tuple[str, str]]:
-    """The parts of a pipeline that were not written, in a row; [] if all were."""
-    return [("missing", f"{', '.join(report.missing)}: this is not a whole pipeline")] if report.missing else []
+def missing_rows(report: ModelExportReport, *, completed_by: str | None = None) -> list[tuple[str, str]]:
+    """The parts of a pipeline that were not written, in a row, and what adds them; [] if all were."""
+    if not report.missing:
+        return []
+    advice = f" ({completed_by} completes it)" if completed_by is not None else ""
+    return [("missing", f"{', '.join(report.missing)}: this is not a whole pipeline{advice}")]
 
 
 def loading_lines(report: ModelExportReport) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cogtools.conversion.scale import ALPHA_SOURCES
+from cogtools.errors import command
 from cogtools.formatting import number, percent, size
 from cogtools.render.export import how_to_load, lost
 from cogtools.render.export_model import loading_lines, missing_rows, part_lines, plan_lines
@@ -52,7 +53,9 @@ def summary(report: MergeReport) -> list[str]:
     if not report.written:
         return lines
     if exported is not None:
-        return [*lines, "", *loading_lines(exported)]
+        loras = [lora.file for lora in report.loras if lora.file != report.base]
+        check = command("verify", report.output, "--against", report.base, *loras).command
+        return [*lines, "", *loading_lines(exported), f"Check every value of it: {check}"]
     return [*lines, "", *how_to_load(
         report.format, report.output, report.folder, rank=report.rank, alpha=str(rank), pipeline=report.pipeline
     )]  # fmt: skip

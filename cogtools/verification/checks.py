@@ -347,7 +347,19 @@ def figures(values: Iterable[float]) -> str:
 
 
 def check_scale(lora: Lora, found: Mapping[Module, float], by_peft: Mapping[Module, float]) -> Check:
-    """The scale is stated, where and how the program that loads the file reads it."""
+    """The scale is stated, where and how the program that loads the file reads it, and was not assumed."""
+    check = _check_stated_scale(lora, found, by_peft)
+    if check.status != "pass" or lora.record.alpha_source != BY_NOTHING:
+        return check
+    problem = Problem("scale", "what it was made of states no scale", "1, assumed", "the training's alpha / rank")
+    hint = command(
+        "export-lora", lora.checkpoint.path, "OUT_DIR", *format_words(lora.intended), "--alpha", "A",
+        advice="if you know the training's alpha",
+    )  # fmt: skip
+    return Check(check.name, "warn", check.seen, (problem,), hint)
+
+
+def _check_stated_scale(lora: Lora, found: Mapping[Module, float], by_peft: Mapping[Module, float]) -> Check:
     name = "scale"
     if not lora.tensors:
         return Check(name, "skipped", _NO_TENSORS)
@@ -496,7 +508,8 @@ def check_record(lora: Lora, expected: Expected, found: Mapping[Module, float]) 
     wanted = recorded_scalings(lora)
     stated = stated_of(lora)
     is_nothing = stated is None or stated.is_nothing
-    if wanted and not (record.scale == "none" and is_nothing):
+    is_for_another = record.format not in (None, lora.intended.name)  # which reads its scale elsewhere
+    if wanted and not is_for_another and not (record.scale == "none" and is_nothing):
         value = record.alpha if record.alpha is not None else record.scaling
         if value is not None:
             kind = "alpha" if record.alpha is not None else "scaling"

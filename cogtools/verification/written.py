@@ -61,10 +61,10 @@ def find_lora_file(out: AnyPath) -> AnyPath:
     if len(found) == 1:
         return out / found[0]
     folders = [entry.path for entry in entries if entry.is_folder]
-    inside = [folder.name for folder in folders if is_file(folder / diffusers.FILE_NAME)]
+    inside = [folder.name for folder in folders if _holds_safetensors(folder)]
     if inside and not found:
         raise CheckpointError(
-            "this is a folder of LoRAs: they are verified one by one",
+            "there is no LoRA file in this folder, but in folders in it: they are verified one by one",
             file=out,
             found=", ".join(inside[:5]) + (" …" if len(inside) > 5 else ""),
             hint=command("verify", out / inside[0]),
@@ -76,6 +76,13 @@ def find_lora_file(out: AnyPath) -> AnyPath:
         expected=f"{diffusers.FILE_NAME} or {peft.FILE_NAME}",
         hint="name the file itself" if found else _what_else(out),
     )
+
+
+def _holds_safetensors(folder: AnyPath) -> bool:
+    try:
+        return any(entry.path.name.endswith(".safetensors") for entry in list_folder(folder))
+    except CheckpointError:  # it may not be looked into
+        return False
 
 
 def _what_else(folder: AnyPath) -> Hint:
