@@ -180,7 +180,9 @@ class LocalFile(SourceFile):
         except FileNotFoundError as error:
             target = link_target(path)
             found = f"a link to {target}, which is not there" if target is not None else None
-            raise CheckpointError("there is no such file", file=path, found=found, hint=_similar(path)) from error
+            raise CheckpointError(
+                "there is no such file", file=path, found=found, hint=None if target else _similar(path)
+            ) from error
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise CheckpointError(f"the file cannot be opened: {reason(error)}", file=path) from error
         try:

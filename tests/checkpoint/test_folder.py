@@ -219,7 +219,7 @@ def test_several_trainings_in_a_folder_are_listed(tmp_path: Path) -> None:
 
     assert error_of(tmp_path) == (
         "this folder holds several trainings\n  file:      GIVEN\n  found:     anime, disney\n"
-        "  try:       give one of them"
+        "  try:       give one of them; export-lora and export-model take all of them: GIVEN/*/"
     )
 
 
@@ -632,3 +632,24 @@ def test_a_lora_is_taken_whatever_lies_beside_it(name: str, tmp_path: Path) -> N
     (tmp_path / "adapter_config.json").write_text("{}")
 
     assert taken(tmp_path) == "a"
+
+
+def test_what_nearly_has_the_name_is_proposed(tmp_path: Path) -> None:
+    (tmp_path / "ckpts" / "lora-disney").mkdir(parents=True)
+    for given, proposed in (("ckpts/lora-disny", "ckpts/lora-disney"), ("ckpt/lora-disney/latest", "ckpts")):
+        with pytest.raises(CheckpointError) as error:
+            open_checkpoint(tmp_path / given)
+        assert str(error.value.hint) == f"did you mean {tmp_path / proposed}?"
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(tmp_path / "else")
+    assert error.value.hint is None
+
+
+def test_parts_of_a_pipeline_without_its_index_stand_for_the_transformer(tmp_path: Path) -> None:
+    for part in ("transformer", "vae"):
+        (tmp_path / part).mkdir()
+        save_file({part: torch.zeros(1)}, tmp_path / part / "diffusion_pytorch_model.safetensors")
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert list(checkpoint.tensors) == ["transformer"]
+    with pytest.raises(CheckpointError, match="--iteration 5 does not go with this path"):
+        open_checkpoint(tmp_path, iteration=5)

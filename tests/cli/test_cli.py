@@ -417,3 +417,9 @@ def test_the_package_offers_what_it_says() -> None:
     assert set(cogtools.__all__) <= set(dir(cogtools))
     with pytest.raises(AttributeError, match="module 'cogtools' has no attribute 'nothing'"):
         _ = cogtools.nothing
+
+
+def test_wrong_usage_leads_to_the_help_of_its_command(cogtools_cli: CommandLine) -> None:
+    for words, help_ in ((["verify", "out", "--against"], "verify --help"), (["--foo"], "--help")):
+        result = cogtools_cli(*words)
+        assert (result.code, result.err.splitlines()[-1].split()[1:]) == (2, ["cogtools", *help_.split()])

@@ -375,7 +375,7 @@ def test_a_forgotten_output_is_noticed(cogtools_cli: CommandLine, runs: list[Pat
         "error: the last argument is the output folder, but this folder holds a training\n"
         f"  file:      {runs[2] / last}\n"
         f"  found:     {runs[2] / '1000' / 'mp_rank_00_model_states.pt'}\n"
-        "  expected:  cogtools export-lora CHECKPOINT... OUT_DIR\n"
+        "  expected:  CHECKPOINT... OUT_DIR\n"
         "  try:       name the folder to write to as the last argument\n"
     )
 

@@ -250,3 +250,41 @@ def test_the_hint_for_a_damaged_file_makes_it_again_in_its_own_format(
     (command,) = {command for command in commands if command is not None and "export-lora" in command}
     assert cogtools_cli(*command.split()[1:]).code == 0
     assert verify_lora(tmp_path / "out", format=name).verdict == "pass"
+
+
+# A scale that was assumed
+
+
+@pytest.fixture
+def lost(run: Path, tmp_path: Path) -> Path:
+    """A LoRA in diffusers' names that states no scale."""
+    path = tmp_path / "lost.safetensors"
+    saved(path, load_file(export_lora(run, tmp_path / "plain").output))
+    return path
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_scale_that_was_assumed_is_a_warning_however_often_it_was_converted(
+    name: Format, lost: Path, tmp_path: Path
+) -> None:
+    export_lora(lost, tmp_path / "once", allow_partial=True)
+    export_lora(tmp_path / "once", tmp_path / "twice", format=name)
+    for path in (tmp_path / "once", tmp_path / "twice"):
+        report = verify_lora(path)
+        assert (report.verdict, wrong(report)) == ("warn", {"scale": "warn"})
+        (check,) = [check for check in report.checks if check.name == "scale"]
+        assert [str(problem) for problem in check.problems] == [
+            "scale: what it was made of states no scale (found 1, assumed, expected the training's alpha / rank)"
+        ]
+
+
+def test_an_assumption_that_is_put_right_by_hand_is_none(lost: Path, tmp_path: Path) -> None:
+    export_lora(lost, tmp_path / "once", allow_partial=True)
+    export_lora(tmp_path / "once", tmp_path / "right", alpha=2)
+    assert wrong(verify_lora(tmp_path / "right")) == {}
+
+
+def test_a_file_that_is_checked_as_another_program_loads_it_was_not_changed_for_that(run: Path, tmp_path: Path) -> None:
+    export_lora(run, tmp_path / "out")
+    report = verify_lora(tmp_path / "out", format="comfyui")
+    assert next(check.status for check in report.checks if check.name == "record") == "pass"

@@ -631,7 +631,7 @@ def test_of_a_folder_of_loras_each_is_verified_by_itself(good: Source, tmp_path:
         verify_lora(tmp_path)
 
     assert str(error.value) == (
-        "this is a folder of LoRAs: they are verified one by one\n"
+        "there is no LoRA file in this folder, but in folders in it: they are verified one by one\n"
         f"  file:      {tmp_path}\n"
         "  found:     lora-disney-1000, lora-disney-2000\n"
         f"  try:       cogtools verify {tmp_path}/lora-disney-1000"
