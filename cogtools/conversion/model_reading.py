@@ -191,14 +191,13 @@ def _identify(
     if not fitting:
         found = f"{sizes.in_channels} channels, {sizes.patch_out} rows in the last Linear"
         raise _not_whole(part, [], found, "those of a CogVideoX model")
-    evidence = {"its sizes": fitting} | {
-        name: [model for model in fitting if model.rotary == rotary]
-        for name, rotary in (
-            ("its layers and hidden size", _rotary_by_size(fitting, sizes)),
-            ("its positional keys", _rotary_by_keys(mapped) if len(fitting) > 1 else None),
-        )
-        if rotary is not None
-    }
+    evidence = {"its sizes": fitting}
+    published = [model for model in fitting if (model.layers, model.hidden) == (sizes.layers, sizes.hidden)]
+    if published:
+        evidence["its layers and hidden size"] = published
+    by_keys = _rotary_by_keys(mapped) if len(fitting) > 1 else None
+    if by_keys is not None:
+        evidence["its positional keys"] = [model for model in fitting if model.rotary == by_keys]
     if asked is not None:
         evidence["--model"] = [asked]
     for name, rotary in (
@@ -209,13 +208,10 @@ def _identify(
             evidence[name] = [model for model in fitting if model.rotary == rotary]
     left = [model for model in fitting if all(model in models for models in evidence.values())]
     if not left:
-        said = "; ".join(
-            f"{name}: {' or '.join(m.slug for m in models)}" for name, models in evidence.items() if models
-        )
         raise ExportError(
             "what tells the model of this transformer disagrees",
             file=part.checkpoint.path,
-            found=said,
+            found=_said(evidence),
             expected="one model",
             hint="give the files of one training, and --model only where nothing else tells",
         )
@@ -223,17 +219,18 @@ def _identify(
         raise ExportError(
             "it cannot be told which model this is",
             file=part.checkpoint.path,
-            found=f"{sizes.layers} layers, hidden size {sizes.hidden}, no positional keys, no training_config.yaml",
+            found=f"{sizes.layers} layers, hidden size {sizes.hidden}; {_said(evidence)}",
             expected=" or ".join(model.slug for model in left),
             hint="state it with --model",
         )
     return left[0], next(name for name, models in evidence.items() if len(models) == 1)
 
 
-def _rotary_by_size(fitting: list[Model], sizes: _Sizes) -> bool | None:
-    """Whether positions are rotary in the published model of these sizes; None if there is none."""
-    found = [model for model in fitting if (model.layers, model.hidden) == (sizes.layers, sizes.hidden)]
-    return found[0].rotary if len(found) == 1 else None
+def _said(evidence: Mapping[str, list[Model]]) -> str:
+    """Which models each thing that tells of them allows."""
+    return "; ".join(
+        f"{name}: {' or '.join(model.slug for model in models)}" for name, models in evidence.items() if models
+    )
 
 
 def _rotary_by_keys(mapped: Mapped) -> bool | None:

@@ -32,7 +32,8 @@ def dask_executor(address: str) -> Iterator[Executor]:
         from distributed import Client
     except ImportError as error:
         raise OptionError(
-            "--dask needs distributed, which is not installed", hint="pip install 'cogtools[cluster]'"
+            "--dask needs distributed, which is not installed",
+            hint="pip install distributed, or cogtools with its extra cluster",
         ) from error
     try:
         client = Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)

@@ -1,7 +1,7 @@
 """The strength of a LoRA's updates as a picture: a heat map per checkpoint, and the norm per layer.
 
 Of two checkpoints the picture also shows how the norms changed from the first to the second.
-matplotlib is an extra, `cogtools[plot]`: it is imported here only, and asked for politely.
+matplotlib is the extra `plot`: it is imported here only, and asked for politely.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def refuse_unplottable(path: Path, checkpoints: int) -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise OptionError(
-            "--plot needs matplotlib, which is not installed", hint='pip install "cogtools[plot]"'
+            "--plot needs matplotlib, which is not installed",
+            hint="pip install matplotlib, or cogtools with its extra plot",
         ) from error
 
 

@@ -317,7 +317,7 @@ def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(__import__("sys").modules, "cogtools.checkpoint.remote.http", None)
     with pytest.raises(OptionError) as caught:
         open_checkpoint("https://example.org/a.pt")
-    assert str(caught.value.hint) == "pip install 'cogtools[remote]'"
+    assert str(caught.value.hint) == "pip install aiohttp s3fs, or cogtools with its extra remote"
 
 
 def test_shards_are_found_by_their_index(tmp_path: Path) -> None:

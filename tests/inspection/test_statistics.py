@@ -414,7 +414,7 @@ def test_without_matplotlib_it_says_how_to_get_it(tmp_path: Path, monkeypatch: p
         inspect_checkpoints([tmp_path / "a.pt"], plot=tmp_path / "a.png")
     assert (raised.value.what, str(raised.value.hint)) == (
         "--plot needs matplotlib, which is not installed",
-        'pip install "cogtools[plot]"',
+        "pip install matplotlib, or cogtools with its extra plot",
     )
 
 

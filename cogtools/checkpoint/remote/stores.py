@@ -49,5 +49,9 @@ _IN_EXTRA = (*HTTP_SCHEMES, "s3", "s3a")
 
 
 def _not_installed(scheme: str, error: ImportError) -> OptionError:
-    hint = "pip install 'cogtools[remote]'" if scheme in _IN_EXTRA else "install what is named above"
+    hint = (
+        "pip install aiohttp s3fs, or cogtools with its extra remote"
+        if scheme in _IN_EXTRA
+        else "install what is named above"
+    )
     return OptionError(f"what reads {scheme}:// is not installed", found=reason(error), hint=hint)
