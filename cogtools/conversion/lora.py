@@ -26,7 +26,7 @@ from cogtools.layouts import diffusers, peft, sat
 from cogtools.layouts.diffusers import module_path
 from cogtools.layouts.family import OTHER_SAT_MODELS, LoraKey, Module, Transformer, hidden_of, rank_of, recognise
 from cogtools.layouts.folded import ATTENTION_KINDS, Kind, fold_modules, folded_names
-from cogtools.layouts.lora import is_lora_key, other_adapter
+from cogtools.layouts.lora import lora_keys, other_adapter
 from cogtools.layouts.recognition import LAYOUTS, layout_of_names, read_names, recognise_transformer
 from cogtools.layouts.transformer import runs_of
 
@@ -265,10 +265,11 @@ def read_lora(checkpoint: Checkpoint) -> Lora:
     """The same, where it may have nothing in it."""
     odd = [key for key, value in checkpoint.not_tensors.items() if not isinstance(value, (dict, list, tuple))]
     tensors = checkpoint.tensors
-    keys = [key for key in [*tensors, *odd] if is_lora_key(key)]
+    keys = lora_keys([*tensors, *odd])
     if not keys:  # some save it beside the state dict, under a name of its own
         tensors = checkpoint.beside
-        keys = [key for key in tensors if is_lora_key(checkpoint.places[key].key)]
+        own = set(lora_keys([checkpoint.places[key].key for key in tensors]))
+        keys = [key for key in tensors if checkpoint.places[key].key in own]
     names = read_names(keys)
     layout = None if names is None else layout_of_names(names.spelling)
     stated = _stated(checkpoint)

@@ -16,7 +16,7 @@ from cogtools.conversion.refusals import other_rank_of
 from cogtools.errors import ExportError, Hint, command
 from cogtools.formatting import counted
 from cogtools.layouts import sat, text_encoder, vae
-from cogtools.layouts.lora import is_lora_key
+from cogtools.layouts.lora import is_lora_key, lora_keys
 from cogtools.layouts.pipeline import PARTS, TRANSFORMER
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class ModelPart:
     @cached_property
     def lora_keys(self) -> list[str]:
         """Those among them that belong to a LoRA."""
-        return [key for key in self.tensors if is_lora_key(key)]
+        return lora_keys(self.tensors)
 
 
 class _Kind(NamedTuple):

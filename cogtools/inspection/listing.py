@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.inspection.report import TensorReport
-from cogtools.inspection.sections import SECTIONS, section_beside, section_of
+from cogtools.inspection.sections import OTHER, SECTIONS, section_beside, section_of
 from cogtools.inspection.selection import Selection, natural
+from cogtools.layouts.lora import lora_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,12 +28,14 @@ def list_tensors(checkpoint: Checkpoint) -> list[Listed]:
     """Every tensor, in the order of the file: those of the state dict, then those beside it."""
     numbers: dict[int, int] = {}
     listed = []
+    of_loras = set(lora_keys(checkpoint.tensors))
     for tensors in (checkpoint.tensors, checkpoint.beside):
         for key, entry in tensors.items():
             place = checkpoint.places.get(key) if tensors is checkpoint.beside else None
+            section = section_of(key) if place is None else section_beside(*place)
             report = TensorReport(
                 key=key,
-                section=section_of(key) if place is None else section_beside(*place),
+                section="lora" if section == OTHER and key in of_loras else section,
                 dtype=entry.dtype.name,
                 shape=entry.shape,
                 stride=entry.stride,

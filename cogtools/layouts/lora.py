@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from cogtools.layouts.family import BESIDE_LAYERS, IN_LAYERS, LAYER_NUMBER, LoraKey, Module
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
 ScalePlace = Literal["header", "adapter_config", "alpha_tensors", "training_config", "nowhere"]
 """Where a layout states its scale: in an entry of the file's header, in adapter_config.json or training_config.yaml
@@ -374,10 +374,23 @@ OTHER_ADAPTERS = (
 
 
 def is_lora_key(key: str) -> bool:
-    """Whether a key belongs to a LoRA of any kind, or to its alphas."""
+    """Whether a key alone shows that it belongs to a LoRA of any kind, or to its alphas."""
     if "lora" not in key and "matrix_" not in key and "dora_scale" not in key:  # as good as always
         return key.endswith(".alpha") and key.startswith(_ALPHA_STARTS)
     return not LORA_SEGMENTS.isdisjoint(key.split(".")) or (key.endswith(".alpha") and key.startswith(_ALPHA_STARTS))
+
+
+def lora_keys(keys: Collection[str]) -> list[str]:
+    """Those of a state dict's keys that belong to a LoRA: an alpha does whose module has other tensors of one."""
+    found = {key for key in keys if is_lora_key(key)}
+    modules = {_before_lora_segment(key) for key in found}
+    return [key for key in keys if key in found or (key.endswith(".alpha") and key.removesuffix(".alpha") in modules)]
+
+
+def _before_lora_segment(key: str) -> str:
+    segments = key.split(".")
+    end = next((place for place, segment in enumerate(segments) if segment in LORA_SEGMENTS), 0)
+    return ".".join(segments[:end])
 
 
 def other_adapter(key: str) -> OtherAdapter | None:

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from cogtools import export_lora, open_checkpoint, read_lora
+from cogtools import export_lora, inspect_checkpoint, open_checkpoint, read_lora
 from cogtools.conversion.options import Format
 from cogtools.errors import ExportError, OptionError, OutputError, Problem
 from tests.support.base_weights import diffusers_base
@@ -18,7 +18,17 @@ from tests.support.command_line import CommandLine
 from tests.support.consumers import CONSUMERS, Updates, diffusers_of_peft, opened, sat
 from tests.support.diffusers_alone import toy_transformer
 from tests.support.factories import COGVIDEOX_5B_I2V, TOY_2B, sat_checkpoint, sat_state_dict, save_run
-from tests.support.producers import ATTENTION, PEFT_WORDS, PRODUCERS, after, factors, saved, spelled
+from tests.support.producers import (
+    ATTENTION,
+    KOHYA_WORDS,
+    PEFT_WORDS,
+    PRODUCERS,
+    after,
+    alphas,
+    factors,
+    saved,
+    spelled,
+)
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 WITHOUT_ARITHMETIC = tuple(name for name in FORMATS if name != "diffsynth")
@@ -103,6 +113,17 @@ def test_differences_of_weights_beside_a_lora_are_left_out_with_a_note(tmp_path:
 def test_a_prefix_that_all_keys_share_is_accepted_with_a_note(tmp_path: Path) -> None:
     made = PRODUCERS["unknown_prefix"](tmp_path / "in")
     assert any("pipe.denoising_model." in text for text in export_lora(made.path, tmp_path / "out").notices)
+
+
+def test_alphas_after_an_unknown_prefix_count(tmp_path: Path) -> None:
+    made = factors(beside=["patch_embed.proj"])
+    name = after("my.own.")
+    tensors = spelled(made, name, *KOHYA_WORDS) | alphas(made, name, 2, torch.float32)
+    path = saved(tmp_path / "a.safetensors", tensors)
+    report = export_lora(path, tmp_path / "out")
+    assert (report.modules, report.alpha, report.scaling, report.alpha_source) == (9, 2, 0.5, "alpha tensors")
+    assert inspect_checkpoint(path).lora is not None
+    assert {tensor.section for tensor in inspect_checkpoint(path).tensors} == {"lora"}
 
 
 def test_a_rank_of_2048_is_as_good_as_any(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from cogtools.layouts.family import (
     Transformer,
     recognise,
 )
-from cogtools.layouts.lora import LoraLayout, Spelling
+from cogtools.layouts.lora import LoraLayout, Spelling, lora_keys
 from cogtools.layouts.recognition import BY_NAME, LAYOUTS, layout_of, read_names
 
 LAYERS = (0, 7, 41, 999)
@@ -41,6 +41,12 @@ def test_what_a_table_writes_it_reads(spelling: Spelling) -> None:
     keys = keys_of(spelling)
     assert keys
     assert {key: spelling.parse(key) for key in keys} == keys
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_key_of_a_table_is_found_among_those_of_base_weights(spelling: Spelling) -> None:
+    keys = keys_of(spelling)
+    assert lora_keys([*keys, "patch_embed.proj.weight", "vae.alpha"]) == list(keys)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
