@@ -22,7 +22,7 @@ demo: $(READY)  ## Make a sample checkpoint, then export, verify and inspect it.
 test: $(READY)  ## Run the tests but for the slow ones.
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
-test-all: $(READY)  ## Run the slow tests: those that need a server, a cluster or minutes.
+test-all: $(READY)  ## Run the slow tests: those that need a server or a cluster, or seconds for a case.
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow || test $$? -eq 5  # pytest's code for "no tests"
 
 LOWEST := .venv-lowest/.ready

@@ -91,6 +91,7 @@ def test_a_file_that_is_cut_at_any_byte_does_not_open(saver: str, files: dict[st
     assert opened == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saver", CHECKED)
 def test_a_flipped_bit_is_an_error_or_makes_no_difference(saver: str, files: dict[str, bytes], export: Export) -> None:
     good = export(files[saver])
@@ -100,6 +101,7 @@ def test_a_flipped_bit_is_an_error_or_makes_no_difference(saver: str, files: dic
     assert 0 < sum(outcome is None for outcome in outcomes.values()) < FLIPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saver", UNCHECKED)
 def test_a_flipped_bit_where_nothing_is_recorded_is_an_error_or_said_to_be_unchecked(
     saver: str, files: dict[str, bytes], export: Export

@@ -49,6 +49,7 @@ def mutated(draw: st.DrawFn, target: str) -> bytes:
     return bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_but_a_cogtools_error_comes_out(target: str, tmp_path: Path) -> None:
     @settings(

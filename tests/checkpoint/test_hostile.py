@@ -262,6 +262,7 @@ def defuse(folder: str, share: int) -> None:
     sys.stdout.write(json.dumps(taken))
 
 
+@pytest.mark.slow
 @linux_only
 def test_a_bomb_is_read_in_bounded_time_and_memory(tmp_path: Path) -> None:
     code = "import sys; from tests.checkpoint.test_hostile import defuse; defuse(sys.argv[1], int(sys.argv[2]))"

@@ -121,6 +121,7 @@ def test_the_checkpoint_around_the_payloads_is_sound(tmp_path: Path) -> None:
         }
 
 
+@pytest.mark.slow
 def test_every_file_of_the_corpus_is_small_on_disk(tmp_path: Path) -> None:
     for index, row in enumerate(hostile.files()):
         if row.id == "stranger-named-pipe" and os.name != "posix":
@@ -133,6 +134,7 @@ def test_every_file_of_the_corpus_is_small_on_disk(tmp_path: Path) -> None:
         assert (row.id, size < 12 * 2**20) == (row.id, True)
 
 
+@pytest.mark.slow
 def test_the_safetensors_library_agrees_on_what_is_a_safetensors_file(tmp_path: Path) -> None:
     path = tmp_path / hostile.EXPORTED
     wrong = []
@@ -214,6 +216,7 @@ def _python(code: str, *arguments: object, folder: Path | None = None) -> subpro
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 @posix_only
 def test_what_is_said_to_fire_does(tmp_path: Path) -> None:
     code = "import sys; from tests.checkpoint.test_hostile_corpus import fire; fire(sys.argv[1], int(sys.argv[2]))"
@@ -286,6 +289,7 @@ ENDS = {
 SIGNALS = {-signal.SIGXCPU: "out of time", -signal.SIGKILL: "out of time", -signal.SIGSEGV: "stack overflow"}
 
 
+@pytest.mark.slow
 @posix_only
 @pytest.mark.parametrize("identifier", ENDS)
 def test_a_plain_reader_does_not_survive_a_bomb(identifier: str, tmp_path: Path) -> None:

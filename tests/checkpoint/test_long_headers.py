@@ -140,6 +140,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 MEGABYTE = 1_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory in kilobytes is Linux's")
 @pytest.mark.parametrize(
     "metadata",

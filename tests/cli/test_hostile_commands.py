@@ -226,6 +226,7 @@ def set_off(name: str, folder: Path) -> None:
     sys.stdout.write(json.dumps([size_bytes, costs]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory, and its peak in kilobytes, are of Linux")
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_command_on_a_bomb_ends_soon_and_takes_little_memory(name: str, tmp_path: Path) -> None:

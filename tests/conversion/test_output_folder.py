@@ -359,6 +359,7 @@ def write_in_child(target: Path, number: int) -> bool:
     return os.waitstatus_to_exitcode(status) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("there", [{}, OLD], ids=["nothing", "old"])
 def test_a_kill_at_any_step_leaves_the_old_the_new_or_what_the_next_run_puts_back(
     target: Path, there: dict[str, bytes]

@@ -53,7 +53,9 @@ def test_the_readme_and_the_pages_show_commands() -> None:
     assert {"README.md", "docs/export.md", "docs/inspect.md", "docs/verify.md"} <= set(WITH_EXAMPLES)
 
 
-@pytest.mark.parametrize("page", WITH_EXAMPLES)
+@pytest.mark.parametrize(
+    "page", [page if page == "README.md" else pytest.param(page, marks=pytest.mark.slow) for page in WITH_EXAMPLES]
+)
 def test_a_page_shows_what_its_commands_print(page: str, tmp_path: Path) -> None:
     """Run one after the other, as a reader does, in a folder that holds the demo's checkpoint."""
     make_sample(tmp_path / "ckpts" / "lora-disney")

@@ -58,15 +58,18 @@ def test_an_interruption_is_told_in_json_too(run_folder: Path, tmp_path: Path) -
     assert (code, json.loads(out)["error"]["kind"], err) == (130, "interrupted", [])
 
 
+@pytest.mark.slow
 def test_exports_that_are_killed_at_random_leave_the_target_as_it_was_or_whole(tmp_path: Path) -> None:
     kill_exports(tmp_path, rounds=20, seed=1)  # asserts it after each; which of the two it is depends on the machine
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks in /proc which signals a process hears")
 def test_storms_of_signals_end_exports_once_and_leave_nothing(tmp_path: Path) -> None:
     storm_exports(tmp_path, rounds=12, seed=1)
 
 
+@pytest.mark.slow
 def test_a_system_call_that_fails_is_an_error_or_changes_nothing(tmp_path: Path) -> None:
     fault_exports(tmp_path, rounds=40, seed=1)
 

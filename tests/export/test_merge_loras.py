@@ -116,6 +116,7 @@ def test_the_stacked_factors_are_those_of_the_sources_one_after_the_other(tmp_pa
             assert torch.equal(both[key], torch.cat([first[key], 4 * second[key]], dim=1))
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_stacking_keeps_every_update_in_every_dtype(tmp_path: Path, data: st.DataObject) -> None:
@@ -217,6 +218,7 @@ def test_a_merged_lora_can_be_merged_again(two: tuple[ToyLora, ToyLora, Path, Pa
 # A lower rank
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ranks=st.tuples(st.integers(1, 20), st.integers(1, 20)), weight=st.floats(0.1, 5), data=st.data())
 def test_a_lower_rank_is_as_near_as_that_rank_can_come(
