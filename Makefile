@@ -5,7 +5,7 @@ READY := .venv/.ready
 SECONDS ?= 300
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-lowest docs check format bench stress judge fuzz clean
+.PHONY: help demo test test-all coverage test-lowest docs check format bench stress judge fuzz clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -24,6 +24,9 @@ test: $(READY)  ## Run the tests but for the slow ones.
 
 test-all: $(READY)  ## Run the slow tests: those that need a server or a cluster, or seconds for a case.
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow || test $$? -eq 5  # pytest's code for "no tests"
+
+coverage: $(READY)  ## Run the tests but for the slow ones, and see how much of the code they run: not under the floor.
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" --cov --cov-fail-under=90 --cov-report=term:skip-covered
 
 LOWEST := .venv-lowest/.ready
 $(LOWEST): pyproject.toml constraints-lowest.txt
@@ -68,4 +71,4 @@ fuzz: $(READY)  ## Fuzz all that reads files, for SECONDS=300 in all.
 	$(BIN)/python -m tests.support.fuzz_readers .fuzz --seconds $(SECONDS)
 
 clean:  ## Remove everything that make and the tools made.
-	rm -rf .venv .venv-lowest .demo .bench .fuzz .site .examples build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .demo .bench .fuzz .site .examples build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage

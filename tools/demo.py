@@ -45,6 +45,7 @@ def main(cogtools: str, folder: Path) -> None:
     ):
         print(f"\n$ {shlex.join(['cogtools', *words])}", flush=True)
         subprocess.run([cogtools, *words], check=True)
+    print(f"\nNext, with .venv/bin/activate: cogtools export-lora {out} loras --format comfyui, or your own checkpoint")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ def distributed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_distributed_checkpoint_is_called_so_and_its_conversion_is_read(distributed: Path, tmp_path: Path) -> None:
     files = sorted(path.name for path in distributed.iterdir())
     assert files == [".metadata", "__0_0.distcp"]
@@ -432,6 +433,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_tensors_that_are_spread_over_processes_are_called_so(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", SAVE_DTENSOR, str(tmp_path / "x.pt")]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": ""})

@@ -37,6 +37,7 @@ def shown(value: object) -> str:
     return repr(value)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 @given(value=PLAIN)
 def test_plain_data_is_read_as_pickle_reads_it_in_every_protocol(value: object) -> None:

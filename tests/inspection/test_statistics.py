@@ -473,6 +473,7 @@ def test_keys_that_follow_each_other_are_cut_at_one_place_that_is_spelled_out() 
     assert group_by_prefix(["x" * 50], 20) == [Group("", ["x" * 50])]
 
 
+@pytest.mark.slow
 def test_keys_that_branch_at_every_segment_are_no_matter() -> None:
     deep = ".".join(["a"] * 3000).split(".")
     keys = [".".join([*deep[:depth], "b"]) for depth in range(3000)]

@@ -91,10 +91,11 @@ def check(report: VerifyReport, name: str) -> Check:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Adapter 'default'.*invalid shape")  # PEFT takes lora_B's bias for a broken lora_B
 @pytest.mark.filterwarnings("ignore:You have passed exclude_modules")  # PEFT misses those that the file does not have
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("save", [saved_by_diffusers, pytest.param(saved_by_peft, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("save", [saved_by_diffusers, saved_by_peft])
 def test_what_a_library_wrote_and_loads_again_is_valid(save: Any, kind: str, tmp_path: Path) -> None:
     path, expected = save(tmp_path, **KINDS[kind])
 

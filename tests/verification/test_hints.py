@@ -43,7 +43,8 @@ def hints_of(path: Path) -> Iterator[tuple[str, Hint]]:
             yield error.what, error.hint
 
 
-@pytest.mark.parametrize("of_cogtools", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["cogtools", "others"])
+@pytest.mark.slow
+@pytest.mark.parametrize("of_cogtools", [True, False], ids=["cogtools", "others"])
 @pytest.mark.parametrize("damage", HINTED, ids=lambda damage: damage.id)
 def test_a_hint_that_is_a_command_helps_or_names_the_next_cause(
     damage: Damage, of_cogtools: bool, tmp_path: Path, cogtools_cli: CommandLine

@@ -95,6 +95,7 @@ def test_a_process_without_an_answer_is_exit_code_2(
     )
 
 
+@pytest.mark.slow
 def test_libraries_that_do_not_go_together_are_one_clear_error(
     good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +110,7 @@ def test_libraries_that_do_not_go_together_are_one_clear_error(
     assert error.value.found == "ImportError: cannot import name HybridCache from transformers"
 
 
+@pytest.mark.slow
 def test_a_library_that_is_not_there_is_named(
     good: Path, tmp_path: Path, cogtools_cli: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
