@@ -104,6 +104,14 @@ class SourceFile(ABC):
         _ = offset_bytes, size_bytes
         return lambda: None
 
+    def remember(self, offset_bytes: int, size_bytes: int) -> None:
+        """Have a few bytes that are at hand now ready for `peek`, as long as the file is open."""
+        _ = offset_bytes, size_bytes
+
+    def peek(self, offset_bytes: int, size_bytes: int) -> bytes | None:
+        """The same as `read`, of bytes that nobody has to wait for; None where they would have to be fetched."""
+        return self.read(offset_bytes, size_bytes)
+
     def cut_short(self, offset_bytes: int, size_bytes: int) -> CheckpointError:
         """The error for a read beyond the end of the file."""
         return CheckpointError(

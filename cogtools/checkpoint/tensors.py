@@ -53,6 +53,11 @@ class Storage:
             self._range = self.locate()
         return self._range
 
+    @property
+    def is_located(self) -> bool:
+        """Whether `range` tells it without fetching anything."""
+        return self._range is not None or self.around().file.fd >= 0
+
     def around(self) -> FileRange:
         """A range of the file that has all of it; found without a read where that is possible."""
         return self.span or self.range()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
+from cogtools.conversion.first_values import FIRST_BYTES
 from cogtools.interruption import signals_held_back
 
 if TYPE_CHECKING:
@@ -135,6 +136,10 @@ class Fetching:
         for window in windows:
             if window.error is not None:
                 raise window.error
+        for piece in tensor.pieces:
+            if not isinstance(piece, bytes):
+                place = piece.storage.range()
+                place.file.remember(place.offset_bytes + piece.offset_bytes, min(FIRST_BYTES, piece.span_bytes))
         yield
         with self._changed:
             for window in windows:

@@ -86,13 +86,17 @@ def value_notices(plan: LoraPlan) -> list[str]:
 
 
 def _first(plan: LoraPlan, name: LoraKey) -> First | None:
-    """The beginning of a tensor; None for one whose bytes would have to be rearranged, or that is not of floats."""
+    """The beginning of a tensor.
+
+    None for one whose bytes would have to be rearranged or fetched, or that is not of floats.
+    """
     entry = plan.entry(name)
-    form, source = FLOAT_FORMATS.get(entry.dtype.name), entry.range()
-    if form is None or source is None or not entry.numel:
+    form = FLOAT_FORMATS.get(entry.dtype.name)
+    if form is None or not entry.numel or not entry.storage.is_located:
         return None
-    data = source.file.read(source.offset_bytes, min(source.size_bytes, FIRST_BYTES))
-    return First(name.part, data, entry.dtype.itemsize, form)
+    source = entry.range()
+    data = None if source is None else source.file.peek(source.offset_bytes, min(source.size_bytes, FIRST_BYTES))
+    return None if data is None else First(name.part, data, entry.dtype.itemsize, form)
 
 
 def _count(firsts: Iterable[First], shows: Callable[[First], bool]) -> int:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("aiohttp")
 
 import cogtools
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.checkpoint.remote import http, store
+from cogtools.checkpoint.remote import file, http, store
 from cogtools.conversion import fetching
 from cogtools.errors import CheckpointError, CogtoolsError, OptionError
 from tests.support.command_line import CommandLine
@@ -76,6 +77,28 @@ def test_the_lora_travels_once_and_is_checked_on_the_way(served: HttpServer, run
     size = (run_folder / "1000" / WEIGHTS).stat().st_size
     assert served.sent_bytes < size + 4 * store.BLOCK_BYTES
     assert len(served.asked) < 30
+
+
+def test_a_look_at_values_fetches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = sat_state_dict(TOY_2B, 64)
+    for key, tensor in state.items():
+        if "matrix_B" in key:
+            tensor.zero_()
+    torch.save(sat_checkpoint(state), tmp_path / "a.pt")
+    monkeypatch.setattr(file, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(file, "_MAX_BLOCKS", 4)
+    here = cogtools.export_lora(tmp_path / "a.pt", tmp_path / "here")
+    assert "All 12 lora_B begin with zeros: if the rest is zero too, this LoRA does nothing, as before training." in (
+        here.notices
+    )
+    with http_server(tmp_path) as server:
+        there = cogtools.export_lora(f"{server.url}/a.pt", tmp_path / "there")
+        sent_bytes, asked = server.sent_bytes, len(server.asked)
+        planned = cogtools.export_lora(f"{server.url}/a.pt", tmp_path / "planned", dry_run=True)
+        assert len(server.asked) - asked <= asked
+    assert there.notices == here.notices
+    assert len(planned.notices) == len(here.notices) - 1
+    assert sent_bytes < 1.5 * (tmp_path / "a.pt").stat().st_size
 
 
 @pytest.mark.parametrize(("window", "ahead", "gap"), [(300, 1000, 0), (5000, 0, 0), (1 << 20, 1 << 20, 1 << 20)])

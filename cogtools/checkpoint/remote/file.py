@@ -52,6 +52,7 @@ class RemoteFile(SourceFile):
         self._found = found
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._windows: list[_Window] = []
+        self._remembered: dict[int, bytes] = {}
         self._cache_lock = threading.Lock()
         for number in range((len(found.start) + BLOCK_BYTES - 1) // BLOCK_BYTES):
             self._blocks[number] = found.start[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
@@ -112,6 +113,13 @@ class RemoteFile(SourceFile):
                 self._windows = [other for other in self._windows if other is not window]
 
         return release
+
+    def remember(self, offset_bytes: int, size_bytes: int) -> None:
+        self._remembered[offset_bytes] = self.read(offset_bytes, size_bytes)
+
+    def peek(self, offset_bytes: int, size_bytes: int) -> bytes | None:
+        content = self._remembered.get(offset_bytes, b"")
+        return content[:size_bytes] if len(content) >= size_bytes else None
 
     def _now_bytes(self) -> int:
         return self.size_bytes
