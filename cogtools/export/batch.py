@@ -334,16 +334,36 @@ def _side_by_side(jobs: Sequence[Job], options: BatchOptions, executor: Executor
 
     running: dict[Future[BatchItem], Job] = {}
     options = _on_any_machine(options)
-    try:
+
+    def outcomes(jobs: Sequence[Job]) -> Iterator[tuple[Job, BatchItem]]:
         for job in jobs:
             running[_submitted(executor, _absolute(job), options)] = job
         while running:
             with contextlib.suppress(TimeoutError):
                 for future in as_completed(running, timeout=_HEARD_SECONDS):
-                    yield _outcome(running.pop(future), future)
+                    job = running.pop(future)
+                    yield job, _outcome(job, future)
+
+    lost: list[tuple[Job, BatchItem]] = []
+    try:
+        for job, item in outcomes(jobs):
+            if isinstance(item.error, _LostError):
+                lost.append((job, item))
+            else:
+                yield item
+        if len(lost) == 1:
+            yield lost[0][1]
+        else:  # a worker that one of them ends takes others with it: who fails alone fails by itself
+            for job, first in lost:
+                for _, item in outcomes([job]):
+                    yield first if isinstance(item.error, _LostError) else item
     finally:
         for future in running:
             future.cancel()
+
+
+class _LostError(KilledError):
+    """A worker was gone, through this job or through another that it had."""
 
 
 def _absolute(job: Job) -> Job:
@@ -382,7 +402,7 @@ def _outcome(job: Job, future: Future[BatchItem]) -> BatchItem:
     except Exception as error:  # noqa: BLE001 - every executor has its own for a worker that is gone
         return _failed(
             job,
-            KilledError(
+            _LostError(
                 "the worker that exported it did not return a result",
                 file=job.file,
                 found=f"{type(error).__name__}: {error}",

@@ -1,5 +1,7 @@
 """A batch on a Dask cluster: a scheduler and two workers in processes of their own."""
 
+import multiprocessing
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
@@ -59,9 +61,38 @@ def test_a_worker_that_is_killed_costs_a_retry(cluster: Cluster, runs: list[str]
     assert {(item.status, item.reason) for item in again} == {("skipped", "exists already and verifies")}
 
 
-def test_jobs_fail_by_themselves_when_no_worker_lives_through_them(
-    cluster: Cluster, runs: list[str], tmp_path: Path
-) -> None:
+class Deadly(str):
+    """A text that ends the worker that it arrives in."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return end_worker, ()
+
+
+def end_worker() -> Deadly:
+    """Neither the scheduler nor this process is one that `multiprocessing` has started, as a nanny starts workers."""
+    if multiprocessing.parent_process() is not None:
+        os._exit(1)
+    return Deadly("deadly")
+
+
+def test_a_job_that_no_worker_lives_through_fails_by_itself(runs: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    jobs = plan_batch(runs[:8], tmp_path / "out", ExportOptions())
+    jobs[3] = jobs[3]._replace(given=Deadly("deadly"))
+    with dask_cluster(tmp_path / "cluster", nanny=True) as cluster, dask_executor(cluster.address) as executor:
+        items = {item.checkpoint: item for item in export_many(jobs, ExportOptions(), executor)}
+    failed = items.pop("deadly")
+    assert failed.status == "failed"
+    assert isinstance(failed.error, KilledError)
+    assert failed.error.what == "the worker that exported it did not return a result"
+    assert "KilledWorker" in str(failed.error.found)
+    assert len(items) == 7
+    assert {item.status for item in items.values()} <= {"done", "skipped"}
+
+
+def test_a_job_that_fails_fails_alone(cluster: Cluster, runs: list[str], tmp_path: Path) -> None:
     broken = Path(runs[1], "1000", "mp_rank_00_model_states.pt")
     broken.write_bytes(b"PK\x03\x04" + bytes(100))
     jobs = plan_batch(runs[:3], tmp_path / "out", ExportOptions())

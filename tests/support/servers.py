@@ -143,8 +143,10 @@ class Cluster:
 
 
 @contextmanager
-def dask_cluster(folder: Path, *, workers: int = 2, environment: dict[str, str] | None = None) -> Iterator[Cluster]:
-    """A scheduler and workers of one thread each."""
+def dask_cluster(
+    folder: Path, *, workers: int = 2, nanny: bool = False, environment: dict[str, str] | None = None
+) -> Iterator[Cluster]:
+    """A scheduler and workers of one thread each; with a nanny, a worker that ends is started again."""
     folder.mkdir(parents=True, exist_ok=True)
     (port,) = free_ports(1)
     address = f"tcp://127.0.0.1:{port}"
@@ -158,7 +160,8 @@ def dask_cluster(folder: Path, *, workers: int = 2, environment: dict[str, str] 
         processes = []
         for number in range(workers):
             log = folder / f"worker-{number}.log"
-            words = [*dask, "worker", address, "--host", "127.0.0.1", "--nthreads", "1", "--no-nanny", "--no-dashboard"]
+            words = [*dask, "worker", address, "--host", "127.0.0.1", "--nthreads", "1", "--no-dashboard"]
+            words += [] if nanny else ["--no-nanny"]
             words += ["--local-directory", str(folder / f"worker-{number}"), "--death-timeout", str(SECONDS)]
             processes.append(stack.enter_context(running(words, log, given)))
         for number, process in enumerate(processes):
