@@ -380,6 +380,22 @@ def test_runs_are_exported_from_bucket_to_bucket(bucket: Any, run_folder: Path, 
 
 
 @pytest.mark.slow
+def test_models_are_exported_from_bucket_to_bucket(bucket: Any, model_run: Path, cogtools_cli: CommandLine) -> None:
+    for name in ("one", "two"):
+        bucket.put(f"{model_run}/", f"runs/in/{name}/", recursive=True)
+    first = cogtools_cli("export-model", "s3://runs/in/*/", "s3://runs/out/")
+    assert (first.code, "2 done, 0 skipped, 0 failed" in first.out) == (0, True)
+    again = cogtools_cli("export-model", "s3://runs/in/*/", "s3://runs/out/")
+    assert (again.code, "0 done, 2 skipped, 0 failed" in again.out) == (0, True)
+    bucket.rm("runs/out/two-1000/vae/config.json")
+    bucket.rm("runs/out/two-1000/scheduler", recursive=True)
+    completed = cogtools_cli("export-model", "s3://runs/in/*/", "s3://runs/out/")
+    assert (completed.code, "1 done, 1 skipped, 0 failed" in completed.out) == (0, True), completed.err
+    verified = cogtools_cli("verify", "s3://runs/out/two-1000", "--against", "s3://runs/in/two")
+    assert verified.code == 0
+
+
+@pytest.mark.slow
 def test_an_object_that_appears_meanwhile_is_not_replaced(
     bucket: Any, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,8 @@ from cogtools.errors import KilledError, OptionError
 from cogtools.export.batch import BatchItem, export_many, plan_batch
 from cogtools.export.cluster import dask_executor
 from tests.support.command_line import CommandLine
+from tests.support.factories import TOY_2B
+from tests.support.models import save_model_run
 from tests.support.servers import Cluster, dask_cluster
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -125,6 +127,19 @@ def test_the_command_line_takes_the_schedulers_address(
     result = cogtools_cli("export-lora", *names, "out", "--dask", cluster.address)
     assert (result.code, "4 done, 0 skipped, 0 failed" in result.out) == (0, True)
     assert len(list((tmp_path / "out").rglob(FILE))) == 4
+
+
+def test_whole_models_are_exported_on_a_cluster_too(
+    cluster: Cluster, tmp_path: Path, cogtools_cli: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("cat", "dog")):
+        save_model_run(tmp_path / "runs" / name, TOY_2B, seed=seed)
+    words = ["export-model", "runs/cat", "runs/dog", "models", "--dask", cluster.address]
+    first = cogtools_cli(*words)
+    assert (first.code, first.out.splitlines()[-1]) == (0, "2 done, 0 skipped, 0 failed")
+    assert cogtools.verify_model("models/dog-1000", against="runs/dog").verdict == "pass"
+    assert cogtools_cli(*words).out.splitlines()[-1] == "0 done, 2 skipped, 0 failed"
 
 
 def test_an_address_without_a_scheduler_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
