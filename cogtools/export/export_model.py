@@ -268,7 +268,7 @@ def _prepare_diffusers(
     if change is None and main is not None and main.has_lora:
         notices.append(_lora_notice(source, main))
     if own_vae and main is not None:
-        notices += _vae_notice(readings["vae"])
+        notices += _vae_notice(readings["vae"], can_be_given=change is None)
     return PreparedModel(tuple(plans), folders, copied, index, tuple(files), tuple(notices))
 
 
@@ -343,14 +343,14 @@ def _record(plan: PartPlan) -> ModelRecord:
     )
 
 
-def _vae_notice(reading: Reading) -> list[str]:
+def _vae_notice(reading: Reading, *, can_be_given: bool) -> list[str]:
     """The trainer casts the VAE with all else; the released one is in single precision."""
     dtypes = {entry.dtype.name for entry in reading.part.tensors.values()}
     if dtypes == {"float32"}:
         return []
+    advice = ": give it with --vae 3d-vae.pt" if can_be_given else ""
     return [
-        f"The VAE is the trainer's copy, in {' and '.join(sorted(dtypes))}. The released file is in float32: "
-        "give it with --vae 3d-vae.pt."
+        f"The VAE is the trainer's copy, in {' and '.join(sorted(dtypes))}. The released file is in float32{advice}."
     ]
 
 
