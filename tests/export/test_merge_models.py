@@ -1,5 +1,6 @@
 """LoRAs are added to base weights as SAT adds its own: in single precision, rounded once, all else byte for byte."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,16 @@ def test_every_other_part_is_what_export_model_writes(trained: Path, tmp_path: P
     assert report.exported is not None
     assert [part.name for part in report.exported.parts] == ["transformer", "vae", "text_encoder", "scheduler"]
     assert report.exported.lora_tensors == 0
+
+
+def test_what_it_says_names_its_own_options_only(tmp_path: Path, cogtools_cli: CommandLine) -> None:
+    run = save_model_run(tmp_path / "run", TOY_2B, rank=4, dtype=torch.float16)
+    result = cogtools_cli("merge", run, tmp_path / "out")
+    assert "The VAE is the trainer's copy, in float16." in result.err
+    own = set(re.findall(r"--[a-z-]+", cogtools_cli("merge", "--help").out))
+    said = {option for line in (result.out + result.err).splitlines() if "cogtools verify" not in line
+            for option in re.findall(r"--[a-z-]+", line)}  # fmt: skip
+    assert said <= own
 
 
 def test_a_pipeline_is_merged_as_a_whole_and_runs(trained: Path, tmp_path: Path) -> None:
