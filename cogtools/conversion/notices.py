@@ -75,6 +75,8 @@ def _of_the_scale(plan: LoraPlan, options: ExportOptions) -> list[str]:
     if options.way == "none":
         weights = ", ".join(map(number, sorted(set(plan.folded.values()))[:SHOWN_PROBLEMS]))
         return [f"The file does not carry its scale: the loader must apply it itself, as weight {weights}."]
+    if options.rank is not None:
+        return ["What is cut to a lower rank has its scale multiplied in."]
     if options.scale is None:
         return [f"{layout.reader} reads the scale from no file: it is multiplied into the weights."]
     return []

@@ -92,7 +92,7 @@ class ExportOptions:
             OptionError: if there is no such way, or the format has no place for a scale.
         """
         layout = self.layout
-        if self.rank is not None and self.scale in (None, "metadata", "fold"):
+        if self.rank is not None and self.scale in (None, "fold"):
             return "fold"
         if self.scale is None:
             return "fold" if layout.scale == "nowhere" else "metadata"
@@ -101,7 +101,8 @@ class ExportOptions:
             raise OptionError("there is no such way to carry the scale", found=self.scale, expected=expected)
         if self.rank is not None:
             raise OptionError(
-                "--scale none does not go with --rank, which multiplies the scale in", hint="leave --scale out"
+                f"--scale {self.scale} does not go with --rank, which multiplies the scale in",
+                hint="leave --scale out",
             )
         if self.scale == "metadata" and layout.scale == "nowhere":
             raise OptionError(

@@ -103,9 +103,9 @@ class ExportRecord:
 
     def scaling_of(self, rank: int) -> float | None:
         """What the training multiplied the update of a module of this rank by; None if it is not recorded."""
-        if self.alpha is not None and self.alpha_source != BY_SCALING and rank:
-            return self.alpha / rank
-        return self.scaling
+        if self.scaling is not None:  # not always alpha / rank: rank-stabilised LoRAs have alpha / sqrt(rank)
+            return self.scaling
+        return self.alpha / rank if self.alpha is not None and rank else None
 
     def text(self) -> str:
         """The record as it stands in the header: what is not known is left out."""

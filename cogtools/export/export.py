@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -366,6 +367,15 @@ def _alpha_source(plan: LoraPlan) -> str:
     return BY_NOTHING if is_assumed else source
 
 
+def _is_plain(plan: LoraPlan) -> bool:
+    """Whether the scaling of every module is the common alpha / its rank."""
+    alpha, ranks = plan.scale.alpha, plan.lora.ranks
+    return alpha is not None and all(
+        scaling is not None and math.isclose(scaling * ranks[module], alpha, rel_tol=1e-9)
+        for module, scaling in plan.scale.scalings.items()
+    )
+
+
 def _record(
     plan: LoraPlan, checkpoint: Checkpoint, options: ExportOptions, dtype: DType, base: Checkpoint | None
 ) -> str:
@@ -382,7 +392,7 @@ def _record(
         rank=one_rank(target_ranks(plan, options)),
         cut_to=options.rank,
         base=None if base is None else base.path.name,
-        alpha=plan.scale.alpha,
+        alpha=None if plan.scaling is None and not _is_plain(plan) else plan.scale.alpha,
         scaling=plan.scaling,
         alpha_source=_alpha_source(plan),
         format=options.format,

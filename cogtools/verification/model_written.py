@@ -186,6 +186,10 @@ def _open_part(part: Part, folder: AnyPath, opened: ExitStack) -> WrittenPart:
     except CheckpointError as error:
         problems.append(Problem("unreadable", folder.name, error.found or error.what, error.expected))
         return WrittenPart(part.name, folder, None, _config(folder / CONFIG), tuple(problems))
+    if checkpoint.path == folder:
+        problems.append(
+            Problem("missing", index.name, "shards without it", "it: nothing finds the shards by their names")
+        )
     if checkpoint.path == index:
         problems += _index_problems(index)
         odd += _odd_shards(part, folder, index, checkpoint)

@@ -105,7 +105,7 @@ class HttpStore(Store):
 
     def ask_list(self, folder: RemotePath) -> Iterable[FolderEntry]:
         """What is there of what could be; the first file of weights is enough."""
-        names = TRAINER_FILES if folder.name[:1].isdecimal() else _USUAL_NAMES
+        names = TRAINER_FILES if folder.name.removesuffix(EMA_SUFFIX).isdecimal() else _USUAL_NAMES
         latest = folder / LATEST
         folders = list(self._names.get(folder, ()))
         if names is _USUAL_NAMES and self.is_file(latest):
