@@ -1,8 +1,8 @@
 """An executor that runs exports on a Dask cluster: its scheduler and workers are there already.
 
-A job whose worker is lost is given to another one by Dask, and after so many lost workers (its setting
-`distributed.scheduler.allowed-failures`, 3 by default) fails, with those that the same workers had been given beside it.
-Nothing of that is done here; `batch` tries each of these alone.
+Dask gives a job whose worker is lost to another one. After so many lost workers (its setting
+`distributed.scheduler.allowed-failures`, 3 by default) the job fails, and so do those that the same workers had been
+given beside it. Nothing of that is done here; `batch` tries each of these alone.
 """
 
 from __future__ import annotations
