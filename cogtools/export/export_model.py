@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, get_args
@@ -45,7 +44,7 @@ from cogtools.export.model_report import (
     TensorReport,
 )
 from cogtools.export.names import local_type
-from cogtools.formatting import counted
+from cogtools.formatting import counted, python_literal
 from cogtools.layouts import sat, transformer
 from cogtools.layouts.family import SLUGS
 from cogtools.layouts.pipeline import (
@@ -53,7 +52,6 @@ from cogtools.layouts.pipeline import (
     PARTS,
     TRANSFORMER,
     model_index,
-    pipeline_class,
     scheduler_config,
 )
 from cogtools.version import __version__
@@ -477,7 +475,7 @@ def _plan_report(plans: Sequence[PartPlan]) -> ModelPlanReport:
 def _how_to_load(out: AnyPath, parts: Sequence[PartReport], main: Reading | None, format_: ModelFormat) -> str:
     """Python code that loads what was written, and takes the rest from the published pipeline; or SAT's option."""
     if format_ == "sat":
-        return f"load: {literal(str(out))}" + ("" if isinstance(out, Path) else "  # when it is downloaded")
+        return f"load: {python_literal(str(out))}" + ("" if isinstance(out, Path) else "  # when it is downloaded")
     before = "" if isinstance(out, Path) else "# download it first: nothing loads it from there\n"
     return before + _python_code(out, parts, main)
 
@@ -487,25 +485,21 @@ def _python_code(out: AnyPath, parts: Sequence[PartReport], main: Reading | None
     dtype = next((f", torch_dtype=torch.{part.dtype[0]}" for part in parts if len(part.dtype) == 1), "")
     model = None if main is None else main.model
     if set(names) == set(PARTS) and model is not None:
-        call = f"{pipeline_class(model)}.from_pretrained({literal(str(out))}{dtype})"
-        return "\n".join(["import torch", f"from diffusers import {pipeline_class(model)}", f"pipe = {call}"])
+        call = f"{model.pipeline}.from_pretrained({python_literal(str(out))}{dtype})"
+        return "\n".join(["import torch", f"from diffusers import {model.pipeline}", f"pipe = {call}"])
     loaded = [PARTS[name] for name in (TRANSFORMER, "vae", "text_encoder", "tokenizer") if name in names]
     by_library: dict[str, list[str]] = {}
     for part in loaded:
         by_library.setdefault(part.library, []).append(part.class_name)
     lines = ["import torch"]
     if TRANSFORMER in names and model is not None:
-        by_library.setdefault("diffusers", []).insert(0, pipeline_class(model))
+        by_library.setdefault("diffusers", []).insert(0, model.pipeline)
     lines += [f"from {library} import {', '.join(classes)}" for library, classes in sorted(by_library.items())]
     for part in loaded:
         options = dtype if part.stem is not None else ""
-        lines.append(f"{part.name} = {part.class_name}.from_pretrained({literal(str(out / part.name))}{options})")
+        place = python_literal(str(out / part.name))
+        lines.append(f"{part.name} = {part.class_name}.from_pretrained({place}{options})")
     if TRANSFORMER in names and model is not None:
         given = ", ".join(f"{part.name}={part.name}" for part in loaded)
-        lines.append(f"pipe = {pipeline_class(model)}.from_pretrained({literal(model.repository)}, {given}{dtype})")
+        lines.append(f"pipe = {model.pipeline}.from_pretrained({python_literal(model.repository)}, {given}{dtype})")
     return "\n".join(lines)
-
-
-def literal(text: str) -> str:
-    """A text as a string in Python code: JSON's strings are valid there."""
-    return json.dumps(text, ensure_ascii=False)

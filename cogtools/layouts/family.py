@@ -110,6 +110,11 @@ class LoraKey(NamedTuple):
         return Module(self.layer, self.name)
 
     @property
+    def partner(self) -> LoraKey:
+        """The other factor, of lora_A or lora_B."""
+        return self._replace(part="B" if self.part == "A" else "A")
+
+    @property
     def order(self) -> tuple[bool, int, int, int]:
         """A sort key, as that of its module."""
         return *self.module.order, PARTS.index(self.part)
