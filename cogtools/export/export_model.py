@@ -10,7 +10,7 @@ from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.paths import as_path, local_path
 from cogtools.checkpoint.places import is_folder
 from cogtools.conversion.base_pipeline import GIVEN, BasePipeline
-from cogtools.conversion.carry_out import storages_of
+from cogtools.conversion.carry_out import Written, crc32_status, storages_of
 from cogtools.conversion.model import find_parts, no_model
 from cogtools.conversion.model_output import ModelOutput, refuse_other_pipeline
 from cogtools.conversion.model_plan import (
@@ -138,9 +138,8 @@ def export_model_checkpoint(
         prepared = prepare_model(source, place, options, opened)
         output = prepared.output(options)
         output.refuse(prepared.sources)
-        if not options.dry_run:
-            output.write(prepared.sources, progress)
-        return model_report(source, place, prepared, options)
+        written = Written() if options.dry_run else output.write(prepared.sources, progress)
+        return model_report(source, place, prepared, options, written)
 
 
 def prepare_model(
@@ -406,12 +405,13 @@ def _lora_notice(source: Checkpoint, reading: Reading) -> str:
     )
 
 
-def model_report(source: Checkpoint, out: AnyPath, prepared: PreparedModel, options: ModelOptions) -> ModelExportReport:
+def model_report(
+    source: Checkpoint, out: AnyPath, prepared: PreparedModel, options: ModelOptions, written: Written
+) -> ModelExportReport:
     """What an export found, and wrote unless it is a dry run."""
     plans = {plan.name: plan for plan in prepared.plans}
     main = next((plan.reading for plan in prepared.plans if plan.reading.model is not None), None)
     storages = storages_of(tensor for plan in prepared.plans for tensor in plan.tensors)
-    has_crc32 = any(storage.crc32 is not None for storage in storages)
     parts = tuple(
         _part_report(folder, files, plans, prepared.copied, options) for folder, files in prepared.folders.items()
     )
@@ -430,7 +430,7 @@ def model_report(source: Checkpoint, out: AnyPath, prepared: PreparedModel, opti
         load=_how_to_load(out, parts, main, options.format),
         lora_tensors=sum(list(plan.dropped.values()).count(transformer.LORA_DROPPED) for plan in prepared.plans),
         size_bytes=prepared.size_bytes,
-        crc32="not recorded" if not has_crc32 else "not checked" if options.dry_run else "checked",
+        crc32=crc32_status(storages, written, dry_run=options.dry_run),
         notices=prepared.notices,
         plan=_plan_report(prepared.plans) if options.dry_run else None,
     )
