@@ -8,8 +8,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.folder import TRAINER_FILES
-from cogtools.checkpoint.names import rank_of
+from cogtools.checkpoint.names import TRAINER_FILES, rank_of
 from cogtools.checkpoint.places import is_file
 from cogtools.checkpoint.tensors import true_shape
 from cogtools.conversion.lora import find_other_adapter
