@@ -360,12 +360,12 @@ def _record(
     plan: LoraPlan, checkpoint: Checkpoint, options: ExportOptions, dtype: DType, base: Checkpoint | None
 ) -> str:
     """How the output was made."""
-    iteration, run, before = checkpoint.values.get("iteration"), checkpoint.run, plan.lora.record
+    before = plan.lora.record
     return ExportRecord(
         version=__version__,
         source=checkpoint.path.name,
-        iteration=iteration if isinstance(iteration, int) else before.iteration,
-        ema=before.ema if run is None else run.chosen.ema,
+        iteration=before.iteration if checkpoint.iteration is None else checkpoint.iteration,
+        ema=before.ema if checkpoint.ema is None else checkpoint.ema,
         models=tuple(model.slug for model in plan.transformer.models),
         transformer_layers=plan.transformer.layers,
         hidden_size=plan.transformer.hidden,

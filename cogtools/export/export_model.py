@@ -327,14 +327,13 @@ def _read_parts(parts: Mapping[str, ModelPart], asked: Model | None) -> dict[str
 
 def _record(plan: PartPlan) -> ModelRecord:
     part, model = plan.reading.part, plan.reading.model
-    iteration, run = part.checkpoint.values.get("iteration"), part.checkpoint.run
     return ModelRecord(
         version=__version__,
         source=part.checkpoint.path.name,
         part=part.name,
         model=None if model is None else model.slug,
-        iteration=iteration if isinstance(iteration, int) else None,
-        ema=None if run is None else run.chosen.ema,
+        iteration=part.checkpoint.iteration,
+        ema=part.checkpoint.ema,
         dtype=None if plan.cast_to is None else plan.cast_to.name,
         merged=plan.merged or None,
     )

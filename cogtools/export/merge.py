@@ -490,11 +490,10 @@ def _record(stack: Stack, loras: Sequence[Weighted], transformer: Transformer) -
 
 def _merged_record(lora: Weighted) -> MergedRecord:
     checkpoint, scale = lora.plan.lora.checkpoint, lora.plan.scale
-    iteration, run = checkpoint.values.get("iteration"), checkpoint.run
     return MergedRecord(
         source=checkpoint.path.name,
-        iteration=iteration if isinstance(iteration, int) else None,
-        ema=None if run is None else run.chosen.ema,
+        iteration=checkpoint.iteration,
+        ema=checkpoint.ema,
         weight=lora.weight,
         scaling=lora.plan.scaling,
         alpha=scale.alpha,

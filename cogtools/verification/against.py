@@ -185,8 +185,8 @@ def _check_tensors(lora: Lora, source: Source, advance: Callable[[int], None]) -
 def _other_weights(lora: Lora, source: Source) -> Hint | None:
     """Where most tensors differ, the weights of the training that the file may have been made of; None if unknown."""
     run, made_of = source.checkpoint.run, lora.record.iteration
-    iteration = source.checkpoint.values.get("iteration")
-    if made_of is not None and isinstance(iteration, int) and made_of != iteration:
+    iteration = source.checkpoint.iteration
+    if made_of is not None and iteration is not None and made_of != iteration:
         said = f"the file's record says iteration {made_of}, and this is iteration {iteration}"
         if run is None or all(item.number != made_of for item in run.iterations):
             return Hint(said)
