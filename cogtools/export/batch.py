@@ -127,6 +127,13 @@ class BatchReport:
     skipped: int
     failed: int
 
+    @property
+    def status(self) -> Literal["ok", "wrong", "error"]:
+        """The worst that came of one of them."""
+        if self.failed:
+            return "error"
+        return "wrong" if any(item.is_wrong for item in self.exports) else "ok"
+
 
 def batch_report(items: Sequence[BatchItem]) -> BatchReport:
     """Count the results."""
