@@ -266,10 +266,10 @@ def export_checkpoint(
 
 
 def _verified(source: Checkpoint, target: Target, options: ExportOptions) -> VerifyReport:
-    """What `verify --against` finds of what was written; a LoRA that was cut is not the checkpoint's any more."""
+    """What `verify --against` finds of what was written."""
     from cogtools.verification.verify import verify_lora
 
-    return verify_lora(target.file, against=source.path if options.rank is None else None, format=options.format)
+    return verify_lora(target.file, against=source.path, format=options.format)
 
 
 def _refuse_base(options: ExportOptions) -> None:
