@@ -366,11 +366,6 @@ def recognise(
     return None if count is None else Transformer(count, hidden, tuple(fitting))
 
 
-def lora_keys(layers: range | tuple[int, ...], names: tuple[str, ...] = ATTENTION) -> list[LoraKey]:
-    """Both factors of these modules in these layers."""
-    return [LoraKey(layer, name, factor) for layer in layers for name in names for factor in "AB"]
-
-
 def rank_of(key: LoraKey, shape: tuple[int, ...]) -> int | None:
     """The rank that a factor of this shape has: rows of lora_A, columns of lora_B. None for other tensors."""
     if len(shape) < 2 or key.part not in ("A", "B"):
