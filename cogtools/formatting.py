@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from reprlib import Repr
 from typing import TYPE_CHECKING, Literal
 
@@ -80,3 +81,8 @@ def truncate(
     room = max(length - len(mark), 0)
     tail = {"start": 0, "end": room, "both": min(2 * length // 3, room)}[keep]
     return text[: room - tail] + mark + text[len(text) - tail :]
+
+
+def python_literal(text: str) -> str:
+    """A text as a string in Python code: JSON's strings are valid there."""
+    return json.dumps(text, ensure_ascii=False)

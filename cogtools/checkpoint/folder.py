@@ -23,8 +23,6 @@ from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.files import link_target
 from cogtools.checkpoint.names import EMA_SUFFIX, MAIN_PART, is_companion, spread_over
-from cogtools.checkpoint.names import TRAINER_FILES as TRAINER_FILES
-from cogtools.checkpoint.names import WEIGHTS_FILES as WEIGHTS_FILES
 from cogtools.checkpoint.paths import RemotePath
 from cogtools.checkpoint.places import is_file, is_folder, list_folder, store_of
 from cogtools.checkpoint.run import (
@@ -34,9 +32,8 @@ from cogtools.checkpoint.run import (
     iteration_of,
     names_of_iteration,
     read_latest,
+    read_save_folder,
 )
-from cogtools.checkpoint.run import find_run as find_run
-from cogtools.checkpoint.run import read_save_folder as read_save_folder
 from cogtools.checkpoint.shards import kind_of_index, read_index
 from cogtools.checkpoint.weights import find_weights, listed, spread_error, what_is_there
 from cogtools.errors import SHOWN_PROBLEMS, CheckpointError, OptionError

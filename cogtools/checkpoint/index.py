@@ -94,6 +94,17 @@ class Checkpoint:
         """The size of its files together."""
         return sum(file.size_bytes for file in self.files)
 
+    @property
+    def iteration(self) -> int | None:
+        """The iteration of the training that it says it is of; None if it says none."""
+        found = self.values.get("iteration")
+        return found if isinstance(found, int) else None
+
+    @property
+    def ema(self) -> bool | None:
+        """Whether it is the EMA weights of a save folder; None if it does not lie in one."""
+        return None if self.run is None else self.run.chosen.ema
+
     def has_beside(self, name: str) -> bool:
         """Whether a file of that name lies beside the checkpoint."""
         file = self._beside(name)

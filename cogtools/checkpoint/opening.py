@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.folder import find_file, find_run, pipeline_components, refuse_choice
+from cogtools.checkpoint.folder import find_file, pipeline_components, refuse_choice
 from cogtools.checkpoint.formats.safetensors import open_safetensors
 from cogtools.checkpoint.formats.signatures import FormatName, format_of, read_start, what_it_is
 from cogtools.checkpoint.formats.torch_legacy import open_torch_legacy
@@ -13,6 +13,7 @@ from cogtools.checkpoint.index import Checkpoint
 from cogtools.checkpoint.names import DISTRIBUTED_METADATA, is_companion, part_of, spread_over
 from cogtools.checkpoint.paths import as_path
 from cogtools.checkpoint.places import is_folder, is_there, list_folder, open_file
+from cogtools.checkpoint.run import find_run
 from cogtools.checkpoint.shards import kind_of_index, read_shard_index, shards_by_name
 from cogtools.checkpoint.tensors import OtherTensor
 from cogtools.checkpoint.weights import spread_error

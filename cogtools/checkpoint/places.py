@@ -74,7 +74,7 @@ def size_of(path: AnyPath) -> int | None:
         return None if found is None else found.size_bytes
     try:
         return path.stat().st_size
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL in the name
         return None
 
 

@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cogtools.checkpoint.formats.signatures import looks_like_safetensors
 from cogtools.checkpoint.limits import MAX_INDEX_BYTES
-from cogtools.checkpoint.names import PIPELINE_INDEX as PIPELINE_INDEX
-from cogtools.checkpoint.names import SHARD_INDEX_SUFFIXES as SHARD_INDEX_SUFFIXES
-from cogtools.checkpoint.names import shard_name
+from cogtools.checkpoint.names import PIPELINE_INDEX, SHARD_INDEX_SUFFIXES, shard_name
 from cogtools.checkpoint.paths import RemotePath
 from cogtools.checkpoint.places import is_file, list_folder, open_file, read_small_file
 from cogtools.errors import CheckpointError

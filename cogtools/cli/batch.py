@@ -19,15 +19,20 @@ if TYPE_CHECKING:
     from cogtools.export.batch import BatchItem
 
 
-def refuse_arguments(command: str, words: Sequence[str], expected: str, *, is_wrong: bool = False) -> None:
-    """Raise an `OptionError` if these are not checkpoints and an output, or one of them is empty."""
-    if "" in words:  # which would be the current folder
+def refuse_empty(command: str, words: Sequence[str], expected: str) -> None:
+    """Raise an `OptionError` if one of a command's arguments is empty: it would be the current folder."""
+    if "" in words:
         raise OptionError(
             f"an argument of {command} is empty",
             found=" ".join(map(repr, words)),
             expected=expected,
             hint="look whether a shell variable in the command has no value",
         )
+
+
+def refuse_arguments(command: str, words: Sequence[str], expected: str, *, is_wrong: bool = False) -> None:
+    """Raise an `OptionError` if these are not checkpoints and an output, or one of them is empty."""
+    refuse_empty(command, words, expected)
     if len(words) < 2 or is_wrong:
         raise OptionError(
             f"{command} takes a checkpoint and a place for the output",
@@ -72,11 +77,11 @@ def run_batch(
     items: list[BatchItem] = []
     unprinted: PrintError | None = None
 
-    def show(show: Callable[..., None], *words: object, **options: bool) -> None:
+    def try_to(show: Callable[..., None], *words: object, **how: bool) -> None:
         """Print, and go on if that fails: the exports are what matters."""
         nonlocal unprinted
         try:
-            show(*words, **options)
+            show(*words, **how)
         except PrintError as error:
             unprinted = unprinted or error
 
@@ -90,15 +95,13 @@ def run_batch(
         for item in stack.enter_context(closing(export_many(jobs, options, executor))):
             items.append(item)
             if not json:
-                show(show_batch_item, item, quiet=quiet)
+                try_to(show_batch_item, item, quiet=quiet)
     report = batch_report(items)
     if json:
-        show(text.emit, report_json(command, "error" if report.failed else "ok", report))
+        try_to(text.emit, report_json(command, report.status, report))
     elif not quiet:
-        show(show_batch, report)
+        try_to(show_batch, report)
     if unprinted is not None:
         raise unprinted
-    if report.failed:
-        raise typer.Exit(COULD_NOT)
-    if any(item.is_wrong for item in items):
-        raise typer.Exit(WRONG)
+    if report.status != "ok":
+        raise typer.Exit(COULD_NOT if report.status == "error" else WRONG)

@@ -6,11 +6,14 @@ from typing import Annotated, get_args
 
 import typer
 
+from cogtools.cli.batch import refuse_empty
 from cogtools.cli.options import Ema, Iteration, Json, Quiet, Rank
 from cogtools.conversion.options import Dtype, Format, MergeOptions
 from cogtools.errors import OptionError
 from cogtools.layouts.family import SLUGS
 from cogtools.render import text
+
+_EXPECTED = "cogtools merge MODEL LORA... OUT"
 
 
 def merge_command(
@@ -69,12 +72,13 @@ def merge_command(
     from cogtools.render.merge import show_merge
     from cogtools.render.progress import Progress
 
+    refuse_empty("merge", paths or [], _EXPECTED)
     *sources, out = paths or [""]
     if not sources:
         raise OptionError(
             "merge takes at least one checkpoint and a place for the output",
             found=out or "neither",
-            expected="cogtools merge MODEL LORA... OUT",
+            expected=_EXPECTED,
             hint="cogtools merge --help",
         )
     options = MergeOptions(

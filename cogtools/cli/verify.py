@@ -9,7 +9,7 @@ import typer
 from cogtools.cli.options import WRONG, Ema, Iteration, Json, Quiet
 from cogtools.conversion.options import Format
 from cogtools.errors import OptionError
-from cogtools.layouts.family import MODELS
+from cogtools.layouts.family import SLUGS
 from cogtools.render import text
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def verify_command(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="|".join(model.slug for model in MODELS), help="The model, if the file does not tell."),
+        typer.Option(metavar="|".join(SLUGS), help="The model, if the file does not tell."),
     ] = None,
     layers: Annotated[
         int | None, typer.Option(metavar="N", help="The number of layers of a model that is none of those.")

@@ -10,7 +10,7 @@ import contextlib
 import threading
 import zlib
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from cogtools.checkpoint.files import FileRange
 from cogtools.checkpoint.gather import CHUNK_BYTES, tensor_chunks
@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     """What is computed is used before more of it is, and need not be copied before."""
 
 
+Crc32Status = Literal["checked", "not checked", "not recorded"]
+"""Whether what was copied was held against recorded CRC-32s. It was not in a dry run, nor where only parts of storages
+were fetched."""
+
+
 class Written(NamedTuple):
     """What is known of an output only when it is written.
 
@@ -52,6 +57,19 @@ class Written(NamedTuple):
     sha256: str | None = None
     lost: LossReport | None = None
     unchecked: int = 0
+
+
+def crc32_status(storages: Iterable[Storage], written: Written, *, dry_run: bool) -> Crc32Status:
+    """Whether storages were held against the CRC-32s that their files record.
+
+    Args:
+        storages: what the output is made of.
+        written: what is known of the output.
+        dry_run: nothing was read.
+    """
+    if all(storage.crc32 is None for storage in storages):
+        return "not recorded"
+    return "not checked" if dry_run or written.unchecked else "checked"
 
 
 class PlannedFile(NamedTuple):

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from cogtools.checkpoint.tensors import true_shape, whole_tensor
-from cogtools.conversion.refusals import other_rank_of
+from cogtools.checkpoint.tensors import whole_tensor
+from cogtools.conversion.refusals import other_rank_of, refuse_cut
 from cogtools.errors import ExportError, Hint, command
 from cogtools.formatting import counted
 from cogtools.layouts import sat, text_encoder, vae
@@ -100,7 +99,7 @@ def find_parts(checkpoint: Checkpoint) -> dict[str, ModelPart]:
     if found:
         _refuse_other_ranks(checkpoint)
         for part in found.values():
-            _refuse_cut(part)
+            refuse_cut(part.tensors, part.checkpoint.path)
     return found
 
 
@@ -145,20 +144,6 @@ def _refuse_other_ranks(checkpoint: Checkpoint) -> None:
             expected="a training with model_parallel_size 1",
             hint="let SAT put the ranks together and save the model as one, or train with model_parallel_size 1",
         )
-
-
-def _refuse_cut(part: ModelPart) -> None:
-    """Refuse a ZeRO-3 file of one rank of several: the rest of every tensor is in files that were not kept."""
-    for key, entry in part.tensors.items():
-        shape = true_shape(entry)
-        if shape is not None and entry.numel != prod(shape):
-            raise ExportError(
-                "this is one part of a ZeRO-3 training: the rest of every tensor is missing",
-                file=part.checkpoint.path,
-                found=f"{entry.numel:,} elements of {key}",
-                expected=f"{prod(shape):,} elements, for its shape {tuple(shape)}",
-                hint="train with ZeRO stage 2, or with one data-parallel rank: SAT keeps one rank's file only",
-            )
 
 
 def no_model(checkpoint: Checkpoint) -> ExportError:

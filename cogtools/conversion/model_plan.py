@@ -104,7 +104,7 @@ def plan_for_sat(reading: Reading) -> PartPlan:
     targets: dict[str, tuple[Run, ...]] = {}
     dropped: dict[str, str] = {}
     if part.layout == "sat":
-        targets = {_sat_name(key): (Run(key),) for key in part.tensors if not sat.is_lora_key(key)}
+        targets = {sat.table_key(key): (Run(key),) for key in part.tensors if not sat.is_lora_key(key)}
         dropped = {key: reason for key, reason in reading.mapped.dropped.items() if sat.is_lora_key(key)}
     else:
         targets = transformer.to_sat(part.tensors).targets
@@ -119,10 +119,6 @@ def plan_for_sat(reading: Reading) -> PartPlan:
         made_up[unused] = "zeros: SAT wants it there, and never uses it"
         tensors.append(_unused_positions(reading, unused))
     return PartPlan(reading, tuple(tensors), rows, dropped, made_up)
-
-
-def _sat_name(key: str) -> str:
-    return sat.without_original(sat.bare_key(key))
 
 
 def _unused_positions(reading: Reading, key: str) -> Planned:

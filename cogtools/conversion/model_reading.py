@@ -370,7 +370,7 @@ def model_name(reading: Reading) -> str:
 
 def _bare(part: ModelPart, key: str) -> str:
     """A key by the name that the key map has for it."""
-    return sat.without_original(sat.bare_key(key)) if part.layout == "sat" else key
+    return sat.table_key(key) if part.layout == "sat" else key
 
 
 def _as_there(part: ModelPart, name: str) -> str:

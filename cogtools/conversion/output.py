@@ -280,7 +280,7 @@ class AtomicFile(_Atomic, GrowingFile):
             )
         if not self.overwrite and os.path.lexists(self.target):
             remove_leftovers(self.target)
-            raise _exists(self.target)
+            raise output_exists(self.target)
 
     def refuse_source(self, sources: Iterable[SourceFile]) -> None:
         """Raise an `OutputError` if the target is one of the files that are read."""
@@ -381,7 +381,7 @@ class AtomicFolder(_Atomic):
             return
         if not self.overwrite:
             remove_leftovers(folder)
-            raise _exists(self.target)
+            raise output_exists(self.target)
         if not self.is_ours(folder) and _identity(folder) == before:
             raise OutputError(
                 "the output would replace a folder that cogtools did not write", file=self.target, hint=_ELSEWHERE
@@ -562,9 +562,12 @@ def _refuse_sources(targets: Iterable[Path], sources: Iterable[SourceFile], targ
         except OSError:
             continue
         if (status.st_dev, status.st_ino) in read:
-            raise OutputError(
-                "the output would replace the checkpoint that it is made of", file=target, hint=_ELSEWHERE
-            )
+            raise replaces_source(target)
+
+
+def replaces_source(target: AnyPath) -> OutputError:
+    """The error for an output in whose place is a file that it is made of."""
+    return OutputError("the output would replace the checkpoint that it is made of", file=target, hint=_ELSEWHERE)
 
 
 def _identity(folder: Path) -> tuple[int, int, int] | None:
@@ -666,11 +669,11 @@ def _rename_to_new(temporary: Path, target: Path) -> None:
     try:
         os.link(temporary, target)
     except FileExistsError as error:
-        raise _exists(target) from error
+        raise output_exists(target) from error
     except (OSError, NotImplementedError) as error:
         # No hard links here (FAT, some network file systems, Windows without the right to make them).
         if os.path.lexists(target):
-            raise _exists(target) from error
+            raise output_exists(target) from error
         temporary.rename(target)
     else:
         with contextlib.suppress(OSError):  # The output is there; a second name of it is a leftover.
@@ -695,7 +698,8 @@ def _sync_folder(folder: Path) -> None:
             raise OutputError(what, file=folder, hint=_WRITE_ERROR_HINTS.get(error.errno or 0)) from error
 
 
-def _exists(target: Path) -> OutputError:
+def output_exists(target: AnyPath) -> OutputError:
+    """The error for an output that is there already and may not be replaced."""
     return OutputError(
         "the output exists already",
         file=target,

@@ -158,7 +158,7 @@ class _Trial:
             return f"{counted(len(foreign), 'key')} that it does not know, such as {foreign[0]}"
         if way.alphas == "refused" and lora.alphas:
             return f"{counted(len(lora.alphas), 'tensor')} of alphas, which it does not accept"
-        lone = [name for name in self._read if name.part in way.lone and self._partner(name) not in self._read]
+        lone = [name for name in self._read if name.part in way.lone and name.partner not in self._read]
         if lone:
             return f"{counted(len(lone), 'factor')} without the other"
         unknown = len(lora.tensors) - len(self._read) + len(lora.unplaced)
@@ -168,10 +168,6 @@ class _Trial:
             layers, hidden = layout.only_size
             return f"it has {layers} layers of hidden size {hidden} only"
         return None
-
-    @staticmethod
-    def _partner(name: LoraKey) -> LoraKey:
-        return name._replace(part="B" if name.part == "A" else "A")
 
     def scalings(self) -> dict[Module, float | None]:
         """What the modules' updates are multiplied by."""

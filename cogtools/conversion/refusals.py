@@ -5,11 +5,10 @@ Each is recognised by what is in the file and answered with what it is and what 
 
 from __future__ import annotations
 
-import re
 from math import prod
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.folder import TRAINER_FILES
+from cogtools.checkpoint.names import TRAINER_FILES, rank_of
 from cogtools.checkpoint.places import is_file
 from cogtools.checkpoint.tensors import true_shape
 from cogtools.conversion.lora import find_other_adapter
@@ -19,12 +18,12 @@ from cogtools.layouts import diffusers, sat
 from cogtools.layouts.lora import is_lora_key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from cogtools.checkpoint.index import Checkpoint
     from cogtools.checkpoint.paths import AnyPath
+    from cogtools.checkpoint.tensors import TensorEntry
 
-_RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt", re.ASCII)
 _FIRST_RANK, *_ = TRAINER_FILES
 _SECOND_RANK = "mp_rank_01_model_states.pt"
 
@@ -32,7 +31,7 @@ _SECOND_RANK = "mp_rank_01_model_states.pt"
 def refuse_unexportable(checkpoint: Checkpoint) -> None:
     """Raise an `ExportError` for a checkpoint that holds a LoRA which cannot be exported right."""
     _refuse_tensor_parallel(checkpoint)
-    _refuse_parts(checkpoint)
+    refuse_cut({key: entry for key, entry in checkpoint.tensors.items() if is_lora_key(key)}, checkpoint.path)
 
 
 def _refuse_tensor_parallel(checkpoint: Checkpoint) -> None:
@@ -52,11 +51,11 @@ def other_rank_of(checkpoint: Checkpoint) -> str | None:
 
 def _other_rank(path: AnyPath) -> str | None:
     """What a file's name, or the file beside it, says of another tensor-parallel rank."""
-    match = _RANK_FILE.fullmatch(path.name)
-    if match is None:
+    rank = rank_of(path.name)
+    if rank is None:
         return None
-    if int(match[1]) > 0:
-        return f"{path.name}, the file of rank {int(match[1])}"
+    if rank > 0:
+        return f"{path.name}, the file of rank {rank}"
     return f"{_SECOND_RANK} beside it" if is_file(path.with_name(_SECOND_RANK)) else None
 
 
@@ -72,14 +71,14 @@ def tensor_parallel(checkpoint: Checkpoint, found: str) -> ExportError:
     )
 
 
-def _refuse_parts(checkpoint: Checkpoint) -> None:
+def refuse_cut(tensors: Mapping[str, TensorEntry], file: AnyPath) -> None:
     """Refuse a ZeRO-3 file of one rank of several: the rest of every tensor is in files that were not kept."""
-    for key, entry in checkpoint.tensors.items():
+    for key, entry in tensors.items():
         shape = true_shape(entry)
-        if shape is not None and is_lora_key(key) and entry.numel != prod(shape):
+        if shape is not None and entry.numel != prod(shape):
             raise ExportError(
                 "this is one part of a ZeRO-3 training: the rest of every tensor is missing",
-                file=checkpoint.path,
+                file=file,
                 found=f"{entry.numel:,} elements of {key}",
                 expected=f"{prod(shape):,} elements, for its shape {tuple(shape)}",
                 hint="train with ZeRO stage 2, or with one data-parallel rank: SAT keeps one rank's file only",

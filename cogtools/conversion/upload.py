@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cogtools.checkpoint.names import PIPELINE_INDEX, SHARD_INDEX_SUFFIXES
 from cogtools.checkpoint.places import is_file, is_folder, list_folder, store_of
 from cogtools.conversion import manifest
-from cogtools.conversion.output import GrowingFile
+from cogtools.conversion.output import GrowingFile, output_exists, replaces_source
 from cogtools.errors import OutputError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Upload:
         is_folder_there = bool(self.names) and is_folder(self.target)
         self._is_cut_off = is_folder_there and manifest.is_cut_off(self.target, self.names)
         if not self._may_replace and (is_file(self.target) or is_folder_there):
-            raise _exists(self.target)
+            raise output_exists(self.target)
         own = {name.partition("/")[0] for name in self.names}
         entries = list_folder(self.target) if is_folder_there else []
         names = [entry.path.name for entry in entries if entry.path.name not in own]
@@ -105,8 +105,7 @@ class Upload:
         """Raise an `OutputError` if one of the files that are read would be replaced."""
         for source in sources:
             if source.path == self.target or (self.names and source.path.parent == self.target):
-                what = "the output would replace the checkpoint that it is made of"
-                raise OutputError(what, file=self.target, hint="choose another place")
+                raise replaces_source(self.target)
 
     def create(self, name: str) -> GrowingFile:
         """A new file of the output; one alone has the name of the target."""
@@ -132,7 +131,7 @@ class Upload:
                 put.append(member.there)
         except FileExistsError as error:
             self._remove(put)
-            raise _exists(self.target) from error
+            raise output_exists(self.target) from error
         except BaseException:
             self._remove(put)
             raise
@@ -151,9 +150,3 @@ def _order(name: str) -> int:
     if name == PIPELINE_INDEX:
         return 3
     return 2 if name.endswith(SHARD_INDEX_SUFFIXES) else 1 if name.endswith(".json") else 0
-
-
-def _exists(target: RemotePath) -> OutputError:
-    return OutputError(
-        "the output exists already", file=target, hint="give another folder, or --overwrite to replace it"
-    )

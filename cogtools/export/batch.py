@@ -16,7 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-from cogtools.checkpoint.folder import TRAINER_FILES, find_file, find_save_folder, has_pattern, iterations_in, matching
+from cogtools.checkpoint.folder import find_file, find_save_folder, has_pattern, iterations_in, matching
+from cogtools.checkpoint.names import TRAINER_FILES
 from cogtools.checkpoint.paths import RemotePath, as_path
 from cogtools.checkpoint.places import is_file, is_folder, store_of
 from cogtools.conversion.options import ExportOptions
@@ -125,6 +126,13 @@ class BatchReport:
     done: int
     skipped: int
     failed: int
+
+    @property
+    def status(self) -> Literal["ok", "wrong", "error"]:
+        """The worst that came of one of them."""
+        if self.failed:
+            return "error"
+        return "wrong" if any(item.is_wrong for item in self.exports) else "ok"
 
 
 def batch_report(items: Sequence[BatchItem]) -> BatchReport:

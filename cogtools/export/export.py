@@ -7,14 +7,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.checkpoint.formats.safetensors import safetensors_header
 from cogtools.checkpoint.formats.torch_zip_writer import TorchArchive
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.paths import as_path
 from cogtools.checkpoint.places import is_folder
-from cogtools.conversion.carry_out import PlannedFile, Written, write
+from cogtools.conversion.carry_out import PlannedFile, Written, crc32_status, write
 from cogtools.conversion.lora import read_lora
 from cogtools.conversion.notices import export_notices
 from cogtools.conversion.options import BY_HAND, BY_SCALING, Cast, ExportOptions, Format, Scale
@@ -42,14 +42,11 @@ if TYPE_CHECKING:
     from cogtools.checkpoint.dtypes import DType
     from cogtools.checkpoint.index import Checkpoint
     from cogtools.checkpoint.paths import AnyPath, RemotePath
-    from cogtools.conversion.carry_out import Output
+    from cogtools.conversion.carry_out import Crc32Status, Output
     from cogtools.conversion.loss import LossReport
     from cogtools.conversion.scale import Carried
     from cogtools.layouts.lora import LoraLayout
     from cogtools.verification.report import VerifyReport
-
-
-Crc32Status = Literal["checked", "not checked", "not recorded"]
 
 
 class PreparedExport(NamedTuple):
@@ -104,8 +101,7 @@ class ExportReport:
         has_base: whether the output has base weights beside the LoRA.
         tensors: how many tensors the output has.
         size_bytes: the size of the output.
-        crc32: "checked"; "not checked" in a dry run, or where only parts of storages were fetched; "not recorded" if
-            the checkpoint has no CRC-32s to check.
+        crc32: whether the CRC-32s that the checkpoint records were checked.
         largest_relative_error: of any tensor, where folding, casting or cutting changed the values; else None.
         lost: how much of the LoRA was lost where it was cut to a lower rank; else None.
         sha256: of the file of tensors, if asked for.
@@ -261,7 +257,7 @@ def export_checkpoint(
         has_base=base is not None,
         tensors=len(prepared.tensors),
         size_bytes=prepared.size_bytes,
-        crc32=_crc32(plan, written, options),
+        crc32=crc32_status(plan.storages, written, dry_run=options.dry_run),
         largest_relative_error=written.largest_relative_error,
         lost=written.lost,
         sha256=written.sha256,
@@ -271,10 +267,10 @@ def export_checkpoint(
 
 
 def _verified(source: Checkpoint, target: Target, options: ExportOptions) -> VerifyReport:
-    """What `verify --against` finds of what was written; a LoRA that was cut is not the checkpoint's any more."""
+    """What `verify --against` finds of what was written."""
     from cogtools.verification.verify import verify_lora
 
-    return verify_lora(target.file, against=source.path if options.rank is None else None, format=options.format)
+    return verify_lora(target.file, against=source.path, format=options.format)
 
 
 def _refuse_base(options: ExportOptions) -> None:
@@ -297,12 +293,6 @@ def output_at(target: Target, layout: LoraLayout, *, overwrite: bool) -> Output:
     if not target.is_folder:
         return AtomicFile(place, overwrite=overwrite)
     return AtomicFolder(place, overwrite=overwrite, is_ours=partial(is_ours, layout=layout))
-
-
-def _crc32(plan: LoraPlan, written: Written, options: ExportOptions) -> Crc32Status:
-    if not plan.has_crc32:
-        return "not recorded"
-    return "not checked" if options.dry_run or written.unchecked else "checked"
 
 
 def is_ours(folder: Path, layout: LoraLayout) -> bool:
@@ -380,12 +370,12 @@ def _record(
     plan: LoraPlan, checkpoint: Checkpoint, options: ExportOptions, dtype: DType, base: Checkpoint | None
 ) -> str:
     """How the output was made."""
-    iteration, run, before = checkpoint.values.get("iteration"), checkpoint.run, plan.lora.record
+    before = plan.lora.record
     return ExportRecord(
         version=__version__,
         source=checkpoint.path.name,
-        iteration=iteration if isinstance(iteration, int) else before.iteration,
-        ema=before.ema if run is None else run.chosen.ema,
+        iteration=before.iteration if checkpoint.iteration is None else checkpoint.iteration,
+        ema=before.ema if checkpoint.ema is None else checkpoint.ema,
         models=tuple(model.slug for model in plan.transformer.models),
         transformer_layers=plan.transformer.layers,
         hidden_size=plan.transformer.hidden,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, get_args
@@ -11,7 +10,7 @@ from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.paths import as_path, local_path
 from cogtools.checkpoint.places import is_folder
 from cogtools.conversion.base_pipeline import GIVEN, BasePipeline
-from cogtools.conversion.carry_out import storages_of
+from cogtools.conversion.carry_out import Written, crc32_status, storages_of
 from cogtools.conversion.model import find_parts, no_model
 from cogtools.conversion.model_output import ModelOutput, refuse_other_pipeline
 from cogtools.conversion.model_plan import (
@@ -45,7 +44,7 @@ from cogtools.export.model_report import (
     TensorReport,
 )
 from cogtools.export.names import local_type
-from cogtools.formatting import counted
+from cogtools.formatting import counted, python_literal
 from cogtools.layouts import sat, transformer
 from cogtools.layouts.family import SLUGS
 from cogtools.layouts.pipeline import (
@@ -53,7 +52,6 @@ from cogtools.layouts.pipeline import (
     PARTS,
     TRANSFORMER,
     model_index,
-    pipeline_class,
     scheduler_config,
 )
 from cogtools.version import __version__
@@ -140,9 +138,8 @@ def export_model_checkpoint(
         prepared = prepare_model(source, place, options, opened)
         output = prepared.output(options)
         output.refuse(prepared.sources)
-        if not options.dry_run:
-            output.write(prepared.sources, progress)
-        return model_report(source, place, prepared, options)
+        written = Written() if options.dry_run else output.write(prepared.sources, progress)
+        return model_report(source, place, prepared, options, written)
 
 
 def prepare_model(
@@ -330,14 +327,13 @@ def _read_parts(parts: Mapping[str, ModelPart], asked: Model | None) -> dict[str
 
 def _record(plan: PartPlan) -> ModelRecord:
     part, model = plan.reading.part, plan.reading.model
-    iteration, run = part.checkpoint.values.get("iteration"), part.checkpoint.run
     return ModelRecord(
         version=__version__,
         source=part.checkpoint.path.name,
         part=part.name,
         model=None if model is None else model.slug,
-        iteration=iteration if isinstance(iteration, int) else None,
-        ema=None if run is None else run.chosen.ema,
+        iteration=part.checkpoint.iteration,
+        ema=part.checkpoint.ema,
         dtype=None if plan.cast_to is None else plan.cast_to.name,
         merged=plan.merged or None,
     )
@@ -408,12 +404,13 @@ def _lora_notice(source: Checkpoint, reading: Reading) -> str:
     )
 
 
-def model_report(source: Checkpoint, out: AnyPath, prepared: PreparedModel, options: ModelOptions) -> ModelExportReport:
+def model_report(
+    source: Checkpoint, out: AnyPath, prepared: PreparedModel, options: ModelOptions, written: Written
+) -> ModelExportReport:
     """What an export found, and wrote unless it is a dry run."""
     plans = {plan.name: plan for plan in prepared.plans}
     main = next((plan.reading for plan in prepared.plans if plan.reading.model is not None), None)
     storages = storages_of(tensor for plan in prepared.plans for tensor in plan.tensors)
-    has_crc32 = any(storage.crc32 is not None for storage in storages)
     parts = tuple(
         _part_report(folder, files, plans, prepared.copied, options) for folder, files in prepared.folders.items()
     )
@@ -432,7 +429,7 @@ def model_report(source: Checkpoint, out: AnyPath, prepared: PreparedModel, opti
         load=_how_to_load(out, parts, main, options.format),
         lora_tensors=sum(list(plan.dropped.values()).count(transformer.LORA_DROPPED) for plan in prepared.plans),
         size_bytes=prepared.size_bytes,
-        crc32="not recorded" if not has_crc32 else "not checked" if options.dry_run else "checked",
+        crc32=crc32_status(storages, written, dry_run=options.dry_run),
         notices=prepared.notices,
         plan=_plan_report(prepared.plans) if options.dry_run else None,
     )
@@ -477,7 +474,7 @@ def _plan_report(plans: Sequence[PartPlan]) -> ModelPlanReport:
 def _how_to_load(out: AnyPath, parts: Sequence[PartReport], main: Reading | None, format_: ModelFormat) -> str:
     """Python code that loads what was written, and takes the rest from the published pipeline; or SAT's option."""
     if format_ == "sat":
-        return f"load: {literal(str(out))}" + ("" if isinstance(out, Path) else "  # when it is downloaded")
+        return f"load: {python_literal(str(out))}" + ("" if isinstance(out, Path) else "  # when it is downloaded")
     before = "" if isinstance(out, Path) else "# download it first: nothing loads it from there\n"
     return before + _python_code(out, parts, main)
 
@@ -487,25 +484,21 @@ def _python_code(out: AnyPath, parts: Sequence[PartReport], main: Reading | None
     dtype = next((f", torch_dtype=torch.{part.dtype[0]}" for part in parts if len(part.dtype) == 1), "")
     model = None if main is None else main.model
     if set(names) == set(PARTS) and model is not None:
-        call = f"{pipeline_class(model)}.from_pretrained({literal(str(out))}{dtype})"
-        return "\n".join(["import torch", f"from diffusers import {pipeline_class(model)}", f"pipe = {call}"])
+        call = f"{model.pipeline}.from_pretrained({python_literal(str(out))}{dtype})"
+        return "\n".join(["import torch", f"from diffusers import {model.pipeline}", f"pipe = {call}"])
     loaded = [PARTS[name] for name in (TRANSFORMER, "vae", "text_encoder", "tokenizer") if name in names]
     by_library: dict[str, list[str]] = {}
     for part in loaded:
         by_library.setdefault(part.library, []).append(part.class_name)
     lines = ["import torch"]
     if TRANSFORMER in names and model is not None:
-        by_library.setdefault("diffusers", []).insert(0, pipeline_class(model))
+        by_library.setdefault("diffusers", []).insert(0, model.pipeline)
     lines += [f"from {library} import {', '.join(classes)}" for library, classes in sorted(by_library.items())]
     for part in loaded:
         options = dtype if part.stem is not None else ""
-        lines.append(f"{part.name} = {part.class_name}.from_pretrained({literal(str(out / part.name))}{options})")
+        place = python_literal(str(out / part.name))
+        lines.append(f"{part.name} = {part.class_name}.from_pretrained({place}{options})")
     if TRANSFORMER in names and model is not None:
         given = ", ".join(f"{part.name}={part.name}" for part in loaded)
-        lines.append(f"pipe = {pipeline_class(model)}.from_pretrained({literal(model.repository)}, {given}{dtype})")
+        lines.append(f"pipe = {model.pipeline}.from_pretrained({python_literal(model.repository)}, {given}{dtype})")
     return "\n".join(lines)
-
-
-def literal(text: str) -> str:
-    """A text as a string in Python code: JSON's strings are valid there."""
-    return json.dumps(text, ensure_ascii=False)

@@ -12,7 +12,7 @@ from cogtools.checkpoint.folder import find_save_folder
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.paths import as_path
 from cogtools.checkpoint.places import is_folder
-from cogtools.conversion.carry_out import Written, storages_of, write
+from cogtools.conversion.carry_out import Written, crc32_status, storages_of, write
 from cogtools.conversion.lora import find_lora
 from cogtools.conversion.loss import NOTABLE
 from cogtools.conversion.merge_plan import Stack, Weighted, common_transformer, merged_into, sum_of
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from cogtools.checkpoint.files import SourceFile
     from cogtools.checkpoint.index import Checkpoint
     from cogtools.checkpoint.paths import AnyPath
+    from cogtools.conversion.carry_out import Crc32Status
     from cogtools.conversion.loss import LossReport
     from cogtools.conversion.model_plan import PartPlan
     from cogtools.conversion.options import Dtype, Format
-    from cogtools.conversion.plan import Planned
     from cogtools.export.model_report import ModelExportReport
     from cogtools.layouts.family import Transformer
 
@@ -94,7 +94,7 @@ class MergeReport:
         dtype: of the output's tensors.
         tensors: how many tensors the output has.
         size_bytes: the size of the output.
-        crc32: "checked", "not checked" in a dry run, or "not recorded" if the files have no CRC-32s to check.
+        crc32: whether the CRC-32s that the files record were checked.
         largest_relative_error: of any tensor that was cast, or made of factors; else None.
         lost: how much of the LoRAs was lost where it was rounded or cut; None where nothing could be.
         exported: of a model, its parts and how to load it, and for a dry run what each tensor is made of.
@@ -116,7 +116,7 @@ class MergeReport:
     dtype: str
     tensors: int
     size_bytes: int
-    crc32: Literal["checked", "not checked", "not recorded"]
+    crc32: Crc32Status
     largest_relative_error: float | None
     lost: LossReport | None
     exported: ModelExportReport | None
@@ -366,7 +366,7 @@ def _merge_into_model(
     output.refuse(sources)
     written = Written() if options.dry_run else output.write(sources, progress)
     plan = next(plan for plan in prepared.plans if plan.name == TRANSFORMER)
-    report = model_report(source, out, prepared, model_options)
+    report = model_report(source, out, prepared, model_options, written)
     return MergeReport(
         result="model",
         base=source.path,
@@ -383,7 +383,7 @@ def _merge_into_model(
         dtype=" and ".join(plan.dtypes),
         tensors=len(plan.tensors),
         size_bytes=report.size_bytes,
-        crc32=_crc32([tensor for plan in prepared.plans for tensor in plan.tensors], options),
+        crc32=report.crc32,
         largest_relative_error=written.largest_relative_error,
         lost=written.lost,
         exported=report,
@@ -460,7 +460,7 @@ def _merge_loras(
         dtype=stack.dtype.name,
         tensors=len(stack.tensors),
         size_bytes=size_bytes,
-        crc32=_crc32(stack.tensors, options),
+        crc32=crc32_status(storages_of(stack.tensors), written, dry_run=options.dry_run),
         largest_relative_error=written.largest_relative_error,
         lost=written.lost,
         exported=None,
@@ -490,11 +490,10 @@ def _record(stack: Stack, loras: Sequence[Weighted], transformer: Transformer) -
 
 def _merged_record(lora: Weighted) -> MergedRecord:
     checkpoint, scale = lora.plan.lora.checkpoint, lora.plan.scale
-    iteration, run = checkpoint.values.get("iteration"), checkpoint.run
     return MergedRecord(
         source=checkpoint.path.name,
-        iteration=iteration if isinstance(iteration, int) else None,
-        ema=None if run is None else run.chosen.ema,
+        iteration=checkpoint.iteration,
+        ema=checkpoint.ema,
         weight=lora.weight,
         scaling=lora.plan.scaling,
         alpha=scale.alpha,
@@ -514,12 +513,6 @@ def _merged_lora(lora: Weighted) -> MergedLora:
         scaling=plan.scaling,
         weight=lora.weight,
     )
-
-
-def _crc32(tensors: Sequence[Planned], options: MergeOptions) -> Literal["checked", "not checked", "not recorded"]:
-    if all(storage.crc32 is None for storage in storages_of(tensors)):
-        return "not recorded"
-    return "not checked" if options.dry_run else "checked"
 
 
 def _notices(loras: Sequence[Weighted]) -> tuple[str, ...]:

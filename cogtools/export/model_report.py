@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from cogtools.checkpoint.paths import AnyPath
+    from cogtools.conversion.carry_out import Crc32Status
     from cogtools.conversion.options import ModelFormat
 
 
@@ -96,7 +97,7 @@ class ModelExportReport:
         load: the Python code that loads it, or SAT's option.
         lora_tensors: the tensors of a LoRA that were left out.
         size_bytes: of all files.
-        crc32: "checked", "not checked" in a dry run, or "not recorded" if the checkpoint has no CRC-32s to check.
+        crc32: whether the CRC-32s that the checkpoint records were checked.
         notices: what the user should know.
         plan: what becomes of every tensor, for a dry run.
     """
@@ -113,6 +114,6 @@ class ModelExportReport:
     load: str
     lora_tensors: int
     size_bytes: int
-    crc32: Literal["checked", "not checked", "not recorded"]
+    crc32: Crc32Status
     notices: tuple[str, ...]
     plan: ModelPlanReport | None

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, cast, get_args
 
-from cogtools.checkpoint.folder import WEIGHTS_FILES
-from cogtools.checkpoint.names import MAIN_PART
+from cogtools.checkpoint.names import MAIN_PART, PIPELINE_INDEX, SHARD_INDEX_SUFFIXES, WEIGHTS_FILES
 from cogtools.checkpoint.run import iteration_of
-from cogtools.checkpoint.shards import PIPELINE_INDEX, SHARD_INDEX_SUFFIXES
 from cogtools.conversion.options import Format
 from cogtools.errors import OptionError
 

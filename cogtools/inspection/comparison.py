@@ -24,8 +24,6 @@ from cogtools.inspection.updates import NOT_FINITE, NotComputedError, checked_fa
 from cogtools.layouts.family import LoraKey
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from cogtools.checkpoint.decoding import Array
     from cogtools.conversion.lora import Lora
     from cogtools.layouts.family import Module
@@ -96,7 +94,7 @@ class _Update:
         return max(by_b.square() + by_a.square() + 2 * by_b.inner(by_a), 0.0)
 
 
-def compare_loras(first: Lora, second: Lora, advance: Callable[[int], None] | None = None) -> LoraComparison:
+def compare_loras(first: Lora, second: Lora) -> LoraComparison:
     """Compare two LoRAs, module by module, whatever layouts they are in.
 
     A module that only one of them adapts counts as a change from or to nothing.
@@ -104,7 +102,6 @@ def compare_loras(first: Lora, second: Lora, advance: Callable[[int], None] | No
     Args:
         first: the LoRA before.
         second: the LoRA after.
-        advance: called with the bytes of each module, as they were read.
     """
     scales = [scale_of(lora) for lora in (first, second)]
     scalings = [{} if scale is None else scale.scalings for scale in scales]
@@ -119,8 +116,6 @@ def compare_loras(first: Lora, second: Lora, advance: Callable[[int], None] | No
             reason = str(error)
         total += squares
         changes.append(_change(module, squares, reason))
-        if advance is not None:
-            advance(sum(_bytes_of(lora, module) for lora in (first, second)))
     return LoraComparison(
         modules=tuple(changes),
         first_norm=math.sqrt(total.first),
@@ -155,8 +150,3 @@ def _change(module: Module, squares: _Squares, reason: str | None) -> ModuleChan
         return ModuleChange(*module, not_computed=reason)
     norms = math.sqrt(squares.first), math.sqrt(squares.second)
     return ModuleChange(*module, *norms, squares.relative, squares.cosine)
-
-
-def _bytes_of(lora: Lora, module: Module) -> int:
-    found = (lora.tensors.get(LoraKey(*module, factor)) for factor in "AB")
-    return sum(tensor.entry.size_bytes for tensor in found if tensor is not None)

@@ -110,6 +110,11 @@ class LoraKey(NamedTuple):
         return Module(self.layer, self.name)
 
     @property
+    def partner(self) -> LoraKey:
+        """The other factor, of lora_A or lora_B."""
+        return self._replace(part="B" if self.part == "A" else "A")
+
+    @property
     def order(self) -> tuple[bool, int, int, int]:
         """A sort key, as that of its module."""
         return *self.module.order, PARTS.index(self.part)
@@ -359,11 +364,6 @@ def recognise(
         fitting = [model for model in fitting if model.ofs_embed]
     count = layers if layers is not None else next((model.layers for model in fitting), None)
     return None if count is None else Transformer(count, hidden, tuple(fitting))
-
-
-def lora_keys(layers: range | tuple[int, ...], names: tuple[str, ...] = ATTENTION) -> list[LoraKey]:
-    """Both factors of these modules in these layers."""
-    return [LoraKey(layer, name, factor) for layer in layers for name in names for factor in "AB"]
 
 
 def rank_of(key: LoraKey, shape: tuple[int, ...]) -> int | None:

@@ -89,15 +89,10 @@ _SCHEDULER: dict[str, object] = {
 }
 
 
-def pipeline_class(model: Model) -> str:
-    """The class that diffusers has for a model's pipeline."""
-    return "CogVideoXImageToVideoPipeline" if model.is_image_to_video else "CogVideoXPipeline"
-
-
 def model_index(model: Model) -> dict[str, object]:
     """What model_index.json says."""
     parts = {name: [part.library, part.class_name] for name, part in sorted(PARTS.items())}
-    return {"_class_name": pipeline_class(model), "_diffusers_version": model.diffusers_version, **parts}
+    return {"_class_name": model.pipeline, "_diffusers_version": model.diffusers_version, **parts}
 
 
 def scheduler_config(model: Model, shift_scale: float | None = None) -> dict[str, object]:

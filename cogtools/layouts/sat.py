@@ -108,6 +108,11 @@ def without_original(key: str) -> str:
     return key.replace(".original.", ".") if ".original." in key else key
 
 
+def table_key(key: str) -> str:
+    """A key of a base weight as the key map has it: without what stands before it, and without that segment."""
+    return without_original(bare_key(key))
+
+
 def is_lora_key(key: str) -> bool:
     """Whether a key belongs to a LoRA as SAT makes them, of whatever module."""
     return not {"matrix_A", "matrix_B"}.isdisjoint(key.split("."))

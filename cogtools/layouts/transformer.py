@@ -156,7 +156,7 @@ def modules_of(key: str, layout: str) -> tuple[ModuleRows, ...]:
     """
     if not key.endswith(".weight"):
         return ()
-    runs = (Run(key),) if layout == "diffusers" else runs_of(sat.without_original(sat.bare_key(key)), layout) or ()
+    runs = (Run(key),) if layout == "diffusers" else runs_of(sat.table_key(key), layout) or ()
     found = [(diffusers.parse_module(run.key.removesuffix(".weight")), run) for run in runs]
     return tuple(ModuleRows(module, run.number, run.of) for module, run in found if module is not None)
 

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def show_batch_item(item: BatchItem, *, quiet: bool = False) -> None:
-    """Print the result of one checkpoint of several: a line, and one with a hint if it failed."""
+    """Print the result of one checkpoint of several; if quiet, only if it failed or what was written is wrong."""
     if item.error is not None:
         talk(shortened(f"failed   {item.checkpoint}: {_why(item.error)}"))
         if item.error.hint is not None:
             talk(shortened(f"         try: {item.error.hint}"))
-    elif not quiet:
+    elif not quiet or item.is_wrong:
         report = item.report
         if report is None:
             show(shortened(f"{item.status:<8} {item.output or item.checkpoint}: {item.reason}"))

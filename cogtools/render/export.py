@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogtools.conversion.scale import ALPHA_SOURCES
 from cogtools.errors import command
-from cogtools.formatting import number, percent, size
+from cogtools.formatting import number, percent, python_literal, size
 from cogtools.layouts.recognition import BY_NAME
 from cogtools.render.text import notice, show
 from cogtools.render.verify import show_verification
@@ -145,9 +144,9 @@ def how_to_load(
     """
     usage = BY_NAME[format_].usage
     facts = {
-        "path": _literal(str(file)),
-        "folder": _literal(str(folder)),
-        "name": _literal(file.name),
+        "path": python_literal(str(file)),
+        "folder": python_literal(str(folder)),
+        "name": python_literal(file.name),
         "weight": weight,
         "rank": rank,
         "alpha": alpha,
@@ -161,8 +160,3 @@ def how_to_load(
     if pipeline is not None and any("pipe." in line for line in lines):
         lines.insert(0, f"pipe = {pipeline}.from_pretrained(...)")
     return [advice.format_map(facts), *(f"    {line}" for line in lines)]
-
-
-def _literal(text: str) -> str:
-    """A text as a string in Python code: JSON's strings are valid there."""
-    return json.dumps(text, ensure_ascii=False)

@@ -124,16 +124,16 @@ def source_notices(source: Source) -> list[str]:
 
 def _plan(checkpoint: Checkpoint, record: ExportRecord) -> LoraPlan:
     """What the checkpoint's LoRA is: diffusers' layout has a place for all that a LoRA can have."""
+    alpha, scaling = record.alpha_by_hand, record.scaling_by_hand
     if record.cut_to is not None:  # the scale is in the values, which are compared at the one that was taken
-        alpha, scaling = record.alpha_by_hand, record.scaling_by_hand
         return plan_lora(checkpoint, diffusers.LAYOUT, alpha=alpha, scaling=scaling, allow_partial=True)
     try:
         return plan_lora(checkpoint, diffusers.LAYOUT, allow_partial=True)
     except CheckpointError:
-        # An alpha given by hand does without a training configuration, also one that cannot be read.
-        if record.alpha_by_hand is None:
+        # A scale given by hand does without a training configuration, also one that cannot be read.
+        if alpha is None and scaling is None:
             raise
-        return plan_lora(checkpoint, diffusers.LAYOUT, alpha=record.alpha_by_hand, allow_partial=True)
+        return plan_lora(checkpoint, diffusers.LAYOUT, alpha=alpha, scaling=scaling, allow_partial=True)
 
 
 def against_checks(
@@ -185,8 +185,8 @@ def _check_tensors(lora: Lora, source: Source, advance: Callable[[int], None]) -
 def _other_weights(lora: Lora, source: Source) -> Hint | None:
     """Where most tensors differ, the weights of the training that the file may have been made of; None if unknown."""
     run, made_of = source.checkpoint.run, lora.record.iteration
-    iteration = source.checkpoint.values.get("iteration")
-    if made_of is not None and isinstance(iteration, int) and made_of != iteration:
+    iteration = source.checkpoint.iteration
+    if made_of is not None and iteration is not None and made_of != iteration:
         said = f"the file's record says iteration {made_of}, and this is iteration {iteration}"
         if run is None or all(item.number != made_of for item in run.iterations):
             return Hint(said)

@@ -219,14 +219,10 @@ def check_pairs(lora: Lora) -> Check:
     factors = [name for name in lora.tensors if name.part in ("A", "B")]
     if not factors:
         return Check("pairs", "skipped", _NO_TENSORS)
-    unpaired = [name for name in factors if _partner(name) not in lora.tensors]
+    unpaired = [name for name in factors if name.partner not in lora.tensors]
     problems = lora.problems("unpaired", unpaired, expected="its partner beside it")
     pairs = (len(factors) - len(unpaired)) // 2
     return judged("pairs", problems, counted(pairs, "pair"), f"{counted(len(unpaired), 'tensor')} without a partner")
-
-
-def _partner(name: LoraKey) -> LoraKey:
-    return name._replace(part="B" if name.part == "A" else "A")
 
 
 def check_shapes(lora: Lora, expected: Expected) -> Check:

@@ -19,10 +19,10 @@ from cogtools.conversion.model_record import read_model_record
 from cogtools.conversion.plan import Planned
 from cogtools.errors import Problem
 from cogtools.formatting import counted
-from cogtools.layouts import transformer
+from cogtools.layouts import sat, transformer
 from cogtools.layouts.family import MODELS
 from cogtools.layouts.pipeline import TRANSFORMER
-from cogtools.verification.model_merged import by_table, merged_checks, paired
+from cogtools.verification.model_merged import merged_checks, paired
 from cogtools.verification.model_values import difference
 from cogtools.verification.positions import Grid, grid_of, position_blocks
 from cogtools.verification.report import Check, judged
@@ -189,7 +189,8 @@ def _positions(written: WrittenPart, part: ModelPart) -> Check | None:
     None where the checkpoint has none that are computed. They prove the sizes of videos and texts, which nothing else
     in a checkpoint of 2B tells.
     """
-    entry = next((entry for key, entry in part.tensors.items() if by_table(key) == transformer.SAT_POSITIONS), None)
+    positions = (entry for key, entry in part.tensors.items() if sat.table_key(key) == transformer.SAT_POSITIONS)
+    entry = next(positions, None)
     config = written.config or {}
     if entry is None or {**transformer.DEFAULTS, **config}["use_rotary_positional_embeddings"] is not False:
         return None

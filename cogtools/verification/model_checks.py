@@ -12,7 +12,7 @@ from cogtools.errors import CheckpointError, ExportError, Hint, Problem
 from cogtools.formatting import counted
 from cogtools.layouts import text_encoder, transformer, vae
 from cogtools.layouts.family import MODELS, Model
-from cogtools.layouts.pipeline import PARTS, TOKENIZER_FILES, TRANSFORMER, pipeline_class, scheduler_config
+from cogtools.layouts.pipeline import PARTS, TOKENIZER_FILES, TRANSFORMER, scheduler_config
 from cogtools.verification.model_values import not_finite
 from cogtools.verification.report import Check, judged
 
@@ -251,8 +251,8 @@ def _index(written: WrittenModel, model: Model | None) -> Check:
         Problem("missing", name, expected=part.class_name) for name, part in PARTS.items() if name not in named
     ]
     found = str((written.index or {}).get("_class_name"))
-    if model is not None and found != pipeline_class(model):
-        problems.append(Problem("value", "_class_name", found, f"{pipeline_class(model)}, for {model.name}"))
+    if model is not None and found != model.pipeline:
+        problems.append(Problem("value", "_class_name", found, f"{model.pipeline}, for {model.name}"))
     for name, value in named.items():
         if name in PARTS and name != "scheduler" and value != [PARTS[name].library, PARTS[name].class_name]:
             expected = f"{PARTS[name].library} {PARTS[name].class_name}"

@@ -121,14 +121,9 @@ def _unchanged(
 
 def paired(written: ModelPart | None, tensors: Iterable[Planned]) -> Iterator[tuple[Planned, str, TensorEntry | None]]:
     """Each planned tensor, and the key and the tensor that a part has for it: None if it has none."""
-    found = {by_table(key): (key, entry) for key, entry in (written.tensors.items() if written else ())}
+    found = {sat.table_key(key): (key, entry) for key, entry in (written.tensors.items() if written else ())}
     for planned in tensors:
-        yield planned, *found.get(by_table(planned.key), (planned.key, None))
-
-
-def by_table(key: str) -> str:
-    """A key as the table of the transformer has it."""
-    return sat.without_original(sat.bare_key(key))
+        yield planned, *found.get(sat.table_key(planned.key), (planned.key, None))
 
 
 def _difference(key: str, entry: TensorEntry, planned: Planned, advance: Callable[[int], None]) -> Problem | None:

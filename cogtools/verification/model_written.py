@@ -95,13 +95,11 @@ def holds_model(path: AnyPath) -> bool:
         return False
 
 
-def open_model(path: AnyPath, *, iteration: int | None = None, ema: bool = False) -> WrittenModel:
+def open_model(path: AnyPath) -> WrittenModel:
     """Open a written model.
 
     Args:
-        path: what it was written to.
-        iteration: which iteration of a save folder of SAT; None takes the latest.
-        ema: take its EMA weights.
+        path: what it was written to; of a save folder of SAT, the latest iteration is taken.
 
     Raises:
         CogtoolsError: if there is no model. What is wrong with one is kept in it.
@@ -113,7 +111,7 @@ def open_model(path: AnyPath, *, iteration: int | None = None, ema: bool = False
     elif folders or (is_folder(path) and is_file(path / INDEX)):
         model = WrittenModel(path, "pipeline" if is_file(path / INDEX) else "parts", folders=folders)
     else:
-        return _open_file(path, iteration, ema=ema)
+        return _open_file(path)
     try:
         if model.kind == "pipeline":
             model.index = read_index(path / INDEX)
@@ -151,9 +149,9 @@ def _config(path: AnyPath) -> dict[str, object] | None:
         return None
 
 
-def _open_file(path: AnyPath, iteration: int | None, *, ema: bool) -> WrittenModel:
+def _open_file(path: AnyPath) -> WrittenModel:
     """A file of weights, or a folder of SAT's."""
-    checkpoint = open_checkpoint(path, iteration=iteration, ema=ema)
+    checkpoint = open_checkpoint(path)
     model = WrittenModel(path, "file")
     model.opened.enter_context(checkpoint)
     try:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_MAX_LINE = 300
+"""How much of what a library says is kept."""
+
 LIBRARIES = ("diffusers", "peft", "transformers", "huggingface_hub", "accelerate")
 
 
@@ -48,7 +51,7 @@ def _library(filename: str) -> str:
     return next((name for name in (*LIBRARIES, "torch") if name in Path(filename).parts), Path(filename).name)
 
 
-def one_line(text: str, length: int = 300) -> str:
+def one_line(text: str) -> str:
     """As much of a text as a line holds."""
     line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"
+    return line if len(line) <= _MAX_LINE else line[: _MAX_LINE - 1] + "…"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from cogtools.errors import Hint, Problem
@@ -109,3 +109,8 @@ def verdict_of(checks: Iterable[Check]) -> Verdict:
     """The worst status of all; a check that was skipped says nothing."""
     statuses = {check.status for check in checks}
     return "fail" if "fail" in statuses else "warn" if "warn" in statuses else "pass"
+
+
+def strictly(checks: Iterable[Check]) -> list[Check]:
+    """The checks, with warnings taken for failures."""
+    return [replace(check, status="fail") if check.status == "warn" else check for check in checks]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from os import PathLike
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.paths import RemotePath, as_path
+from cogtools.checkpoint.paths import as_path
 from cogtools.conversion.lora import scale_of
 from cogtools.conversion.options import checked_format
 from cogtools.conversion.readers import readers_of
 from cogtools.conversion.trained import trained_notices
-from cogtools.errors import OptionError
 from cogtools.layouts.recognition import BY_NAME
 from cogtools.verification.checks import (
     check_complete,
@@ -29,8 +27,10 @@ from cogtools.verification.checks import (
     scalings,
 )
 from cogtools.verification.expected import expect
+from cogtools.verification.given import given_paths
 from cogtools.verification.hints import with_hint
-from cogtools.verification.report import Check, VerifyReport, verdict_of
+from cogtools.verification.meter import Meter
+from cogtools.verification.report import Check, VerifyReport, strictly, verdict_of
 from cogtools.verification.written import open_written
 
 if TYPE_CHECKING:
@@ -38,14 +38,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from cogtools.checkpoint.paths import AnyPath
+    from cogtools.checkpoint.paths import AnyPath, RemotePath
     from cogtools.conversion.lora import Lora
     from cogtools.layouts.family import Module
     from cogtools.verification.against import Source
     from cogtools.verification.expected import Expected
+    from cogtools.verification.given import Given
     from cogtools.verification.load import Loaded
-
-    Given = str | os.PathLike[str] | RemotePath
 
 
 def verify_lora(
@@ -80,12 +79,7 @@ def verify_lora(
     Raises:
         CogtoolsError: if a file is missing or cannot be read. What is wrong with one that can is in the report.
     """
-    if against is None and (iteration is not None or ema):
-        raise OptionError(
-            "--iteration and --ema say which weights of a checkpoint are meant, and there is none",
-            hint="give the checkpoint with --against",
-        )
-    paths = given_paths(against)
+    paths = given_paths(against, iteration, ema=ema)
     with ExitStack() as opened:
         asked = None if format is None else BY_NAME[checked_format(format)]
         lora = opened.enter_context(open_written(as_path(out), asked))
@@ -94,11 +88,11 @@ def verify_lora(
         source = opened.enter_context(_open_source(lora, paths, iteration, ema=ema)) if paths else None
         loaded = _load(lora, expected, model, layers, say) if load else None
         case = _Case(lora, expected.as_loaded(loaded.modules) if loaded is not None else expected, source, loaded)
-        meter = _Meter(progress, _bytes_to_look_at(lora) * (1 if source is None else 2))
+        meter = Meter(progress, _bytes_to_look_at(lora) * (1 if source is None else 2))
         words = _as_words(paths, iteration, source, ema=ema)
         checks = [with_hint(check, lora, words) for check in _checks(case, meter.advance)]
         if strict:
-            checks = [replace(check, status="fail") if check.status == "warn" else check for check in checks]
+            checks = strictly(checks)
         return _report(case, checks, strict=strict)
 
 
@@ -127,15 +121,6 @@ class _Case:
     def scalings(self) -> Mapping[Module, float]:
         """The scaling of every module: as the file states it, else as PEFT has it."""
         return scalings(self.lora) or self.by_peft
-
-
-def given_paths(against: Given | Sequence[Given] | None) -> list[AnyPath]:
-    """What a file is to be held against, as paths; [] if nothing."""
-    if against is None:
-        return []
-    if isinstance(against, (str, PathLike, RemotePath)):
-        return [as_path(against)]
-    return list(map(as_path, against))
 
 
 def _open_source(
@@ -225,18 +210,3 @@ def _as_words(
     if source is not None and source.recorded is not None:
         iteration, ema = source.recorded.number, source.recorded.ema
     return [*paths, *(["--iteration", iteration] if iteration is not None else []), *(["--ema"] if ema else [])]
-
-
-class _Meter:
-    """Adds up what was looked at, and tells it."""
-
-    def __init__(self, progress: Callable[[int, int], None] | None, all_bytes: int) -> None:
-        self._progress = progress
-        self._all_bytes = all_bytes
-        self._done = 0
-
-    def advance(self, size_bytes: int) -> None:
-        """Tell that so many bytes more were looked at."""
-        self._done += size_bytes
-        if self._progress is not None:
-            self._progress(self._done, self._all_bytes)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.paths import as_path, local_path
 from cogtools.conversion.model_reading import model_of_slug
 from cogtools.conversion.notices import choice_notices
-from cogtools.errors import OptionError
 from cogtools.layouts.pipeline import TRANSFORMER
+from cogtools.verification.given import given_paths
+from cogtools.verification.meter import Meter
 from cogtools.verification.model_checks import model_of, part_checks, pipeline_checks
 from cogtools.verification.model_report import ModelVerifyReport
 from cogtools.verification.model_written import open_model
-from cogtools.verification.report import verdict_of
-from cogtools.verification.verify import given_paths
+from cogtools.verification.report import strictly, verdict_of
 
 if TYPE_CHECKING:
     import os
@@ -23,10 +22,10 @@ if TYPE_CHECKING:
 
     from cogtools.checkpoint.paths import RemotePath
     from cogtools.layouts.family import Model
+    from cogtools.verification.given import Given
     from cogtools.verification.model_against import ModelSource
     from cogtools.verification.model_written import WrittenModel
     from cogtools.verification.report import Check
-    from cogtools.verification.verify import Given
 
 
 def verify_model(
@@ -59,22 +58,17 @@ def verify_model(
         CogtoolsError: if there is no model, or the checkpoint cannot be read. What is wrong with the model is in the
             report.
     """
-    if against is None and (iteration is not None or ema):
-        raise OptionError(
-            "--iteration and --ema say which weights of a checkpoint are meant, and there is none",
-            hint="give the checkpoint with --against",
-        )
     asked = model_of_slug(model)
     with ExitStack() as opened:
         written = opened.enter_context(open_model(as_path(out)))
         source = None
-        paths = given_paths(against)
+        paths = given_paths(against, iteration, ema=ema)
         if paths:
             from cogtools.verification.model_against import open_model_source
 
             source = opened.enter_context(open_model_source(paths, iteration=iteration, ema=ema))
         known = asked or model_of(written)
-        checks = _checks(written, source, known, _Meter(progress, written.size_bytes * (1 if source is None else 2)))
+        checks = _checks(written, source, known, Meter(progress, written.size_bytes * (1 if source is None else 2)))
         libraries: dict[str, str] = {}
         if load:
             local_path(written.path, "--load takes files of this machine: that is what the libraries load")
@@ -85,11 +79,11 @@ def verify_model(
             check, libraries = load_model(written)
             checks.append(check)
         if strict:
-            checks = [replace(check, status="fail") if check.status == "warn" else check for check in checks]
+            checks = strictly(checks)
         return _report(written, source, checks, known, libraries, strict=strict)
 
 
-def _checks(written: WrittenModel, source: ModelSource | None, model: Model | None, meter: _Meter) -> list[Check]:
+def _checks(written: WrittenModel, source: ModelSource | None, model: Model | None, meter: Meter) -> list[Check]:
     checks = [check for part in written.parts.values() for check in part_checks(part, model, meter.advance)]
     checks += pipeline_checks(written, model)
     if source is not None:
@@ -126,18 +120,3 @@ def _report(
         notices=() if source is None else tuple(choice_notices(source.checkpoint)),
         verdict=verdict_of(checks),
     )
-
-
-class _Meter:
-    """Adds up what was looked at, and tells it."""
-
-    def __init__(self, progress: Callable[[int, int], None] | None, all_bytes: int) -> None:
-        self._progress = progress
-        self._all_bytes = all_bytes
-        self._done = 0
-
-    def advance(self, size_bytes: int) -> None:
-        """Tell that so many bytes more were looked at."""
-        self._done += size_bytes
-        if self._progress is not None:
-            self._progress(self._done, self._all_bytes)

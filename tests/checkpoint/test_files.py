@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from cogtools.checkpoint.files import FolderEntry, SourceFile
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.checkpoint.places import list_folder, read_small_file
+from cogtools.checkpoint.places import list_folder, read_small_file, size_of
 from cogtools.errors import CheckpointError
 
 STALE = "the file cannot be read: Stale file handle"
@@ -205,3 +205,7 @@ def test_a_folder_whose_listing_breaks_off_is_an_error(tmp_path: Path, monkeypat
         "the folder cannot be read: Input/output error",
         str(tmp_path),
     )
+
+
+def test_a_name_that_no_file_can_have_has_no_size(tmp_path: Path) -> None:
+    assert [size_of(tmp_path / name) for name in ("a\0b", "\ud800", "missing")] == [None, None, None]

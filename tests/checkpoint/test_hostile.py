@@ -28,12 +28,12 @@ from cogtools import cli
 from cogtools.checkpoint.limits import MAX_INSTRUCTIONS
 from cogtools.errors import CogtoolsError, ExportError
 from cogtools.layouts import sat
-from cogtools.layouts.family import lora_keys
 from tests.support import hostile
 from tests.support.audit import no_side_effects
 from tests.support.command_line import surroundings
 from tests.support.fuzz_readers import open_path, read
 from tests.support.hostile import HostileFile, HostilePickle
+from tests.support.loras import lora_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

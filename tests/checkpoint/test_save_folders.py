@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cogtools.checkpoint.folder import choose, find_file, find_run, iterations_in, read_save_folder
+from cogtools.checkpoint.folder import choose, find_file, iterations_in
 from cogtools.checkpoint.opening import open_checkpoint
+from cogtools.checkpoint.run import find_run, read_save_folder
 from cogtools.errors import CheckpointError
 
 NAME = "mp_rank_00_model_states.pt"

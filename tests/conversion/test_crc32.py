@@ -8,6 +8,7 @@ import pytest
 
 from cogtools.checkpoint.files import FileRange, SourceFile
 from cogtools.checkpoint.tensors import Storage
+from cogtools.conversion.carry_out import Written, crc32_status
 from cogtools.conversion.crc32 import Crc32Check, joined_crc32
 from cogtools.errors import CheckpointError
 
@@ -132,6 +133,14 @@ def test_a_storage_of_which_only_parts_came_is_not_checked_and_said_to_be_so(nam
         check.update(whole, 0, CONTENT)
         check.finish()
         assert check.unchecked == (part,)
+
+
+def test_an_output_is_called_checked_only_if_all_was_compared_that_is_recorded() -> None:
+    recorded, unrecorded = storage("0", 0, 9, file=Remote()), storage("1", 0, 9, file=Remote(), crc32=None)
+    assert crc32_status([recorded, unrecorded], Written(), dry_run=False) == "checked"
+    assert crc32_status([recorded], Written(unchecked=1), dry_run=False) == "not checked"
+    assert crc32_status([recorded], Written(), dry_run=True) == "not checked"
+    assert crc32_status([unrecorded], Written(), dry_run=False) == "not recorded"
 
 
 def test_what_needs_no_check_may_be_handed_in_too(source: Path) -> None:

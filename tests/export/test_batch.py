@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from cogtools.checkpoint.index import Checkpoint
 from cogtools.conversion.options import ExportOptions
 from cogtools.errors import OptionError
-from cogtools.export.batch import BatchItem, export_many, plan_batch
+from cogtools.export.batch import BatchItem, batch_report, export_many, plan_batch
 from cogtools.export.export import ExportReport, export_checkpoint
 from cogtools.export.workers import WorkerPool
 from cogtools.layouts.diffusers import FILE_NAME
@@ -635,3 +636,19 @@ def test_what_ends_one_job_leaves_the_others(
     assert (error.what, error.found) == (what, found)
     assert written(tmp_path / "out") == [f"{name}-1000/{FILE_NAME}" for name in ("cat", "eel", "fox")]
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(
+    ("items", "status"),
+    [
+        ([("done", "pass"), ("skipped", None)], "ok"),
+        ([("done", "pass"), ("done", "fail")], "wrong"),
+        ([("done", "fail"), ("failed", None)], "error"),
+    ],
+    ids=["all-well", "one-wrong", "one-failed"],
+)
+def test_the_status_of_a_batch_is_the_worst_of_all(items: list[tuple[Any, str | None]], status: str) -> None:
+    def report(verdict: str | None) -> Any:
+        return SimpleNamespace(verification=SimpleNamespace(verdict=verdict))
+
+    assert batch_report([BatchItem("a", None, done, report(verdict)) for done, verdict in items]).status == status

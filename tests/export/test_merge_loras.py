@@ -444,6 +444,11 @@ def test_a_dry_run_writes_nothing_and_does_not_import_torch(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_empty_argument_is_not_taken_for_the_current_folder(cogtools_cli: CommandLine, tmp_path: Path) -> None:
+    result = cogtools_cli("merge", "", tmp_path / "out")
+    assert (result.code, result.err.partition("\n")[0]) == (2, "error: an argument of merge is empty")
+
+
 def test_without_arguments_the_usage_is_named(cogtools_cli: CommandLine, tmp_path: Path) -> None:
     assert cogtools_cli("merge").code == 2
     assert "takes at least one checkpoint" in cogtools_cli("merge", tmp_path).err

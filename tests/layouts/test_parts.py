@@ -140,7 +140,7 @@ def test_the_index_of_a_pipeline_is_that_of_the_released_ones() -> None:
         },
         indent=2,
     )
-    classes = {model.slug: pipeline.pipeline_class(model) for model in MODELS}
+    classes = {model.slug: model.pipeline for model in MODELS}
     assert classes == dict.fromkeys(["2b", "5b", "1.5-5b"], "CogVideoXPipeline") | dict.fromkeys(
         ["5b-i2v", "1.5-5b-i2v"], "CogVideoXImageToVideoPipeline"
     )

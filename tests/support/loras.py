@@ -1,6 +1,6 @@
 """LoRAs as each program has them: three layers of hidden size 128, rank 4, fp32."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import product
 from pathlib import Path
 
@@ -46,3 +46,8 @@ def save_lora(folder: Path, layout: LoraLayout, tensors: Mapping[LoraKey, torch.
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return path
+
+
+def lora_keys(layers: Iterable[int]) -> list[LoraKey]:
+    """Both factors of the attention's modules in these layers."""
+    return [LoraKey(layer, name, factor) for layer in layers for name in ATTENTION for factor in "AB"]

@@ -167,3 +167,16 @@ def test_an_export_that_verifies_itself_prints_one_report(tmp_path: Path, cogtoo
     assert quiet == (0, "", "")
     assert printed.json["report"]["verification"]["verdict"] == "pass"
     assert (many.code, many.out.splitlines()[1]) == (0, "         verified: all 15 checks passed")
+
+
+def test_a_batch_that_is_quiet_still_says_what_it_wrote_wrong(tmp_path: Path, cogtools_cli: CommandLine) -> None:
+    state_dict = sat_state_dict(TOY_2B, 16, torch.float32)
+    key = next(key for key in state_dict if "matrix_A" in key)
+    state_dict[key].flatten()[-1] = float("nan")
+    save_run(tmp_path / "run", sat_checkpoint(state_dict), rank=16, alpha=1)
+
+    words = ["export-lora", tmp_path / "run", f"{tmp_path}/many/", "--verify", "--overwrite"]
+    quiet, printed = cogtools_cli(*words, "--quiet"), cogtools_cli(*words, "--json")
+
+    assert (quiet.code, quiet.out.splitlines()[1]) == (1, "         NOT verified: 1 of 15 checks failed (finite)")
+    assert (printed.code, printed.json["status"]) == (1, "wrong")

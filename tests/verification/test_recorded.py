@@ -75,3 +75,21 @@ def test_a_file_is_made_again_of_the_weights_that_it_was_made_of(run: Path, tmp_
     (against,) = [check for check in verify_lora(file, against=run).checks if check.name == "against"]
 
     assert str(against.hint) == f"cogtools export-lora {run} --iteration 1000 --ema {file} --overwrite"
+
+
+@pytest.mark.parametrize("given", [{"alpha": 2.0}, {"scaling": 0.5}], ids=["alpha", "scaling"])
+def test_a_scale_given_by_hand_does_without_a_configuration_that_cannot_be_read(
+    given: dict[str, float], run: Path, tmp_path: Path
+) -> None:
+    (run / "training_config.yaml").write_text("a: [")
+    export_lora(run, tmp_path / "out", alpha=given.get("alpha"), scaling=given.get("scaling"))
+
+    assert differences(verify_lora(tmp_path / "out", against=run)) == set()
+
+
+def test_what_was_cut_to_a_lower_rank_is_held_against_the_checkpoint_at_once_too(run: Path, tmp_path: Path) -> None:
+    report = export_lora(run, tmp_path / "out", rank=2, verify=True).verification
+
+    assert report is not None
+    assert (differences(report), report.against) == (set(), run / "2000/mp_rank_00_model_states.pt")
+    assert "against" in {check.name for check in report.checks}

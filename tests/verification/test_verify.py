@@ -13,7 +13,7 @@ from cogtools import VerifyReport, export_lora, verify_lora
 from cogtools.conversion.options import Cast, Scale
 from cogtools.errors import CheckpointError, OptionError, Problem
 from cogtools.layouts.diffusers import FILE_NAME
-from cogtools.layouts.family import MODELS, LoraKey, Transformer, lora_keys
+from cogtools.layouts.family import MODELS, LoraKey, Transformer
 from cogtools.layouts.folded import fold_names
 from cogtools.render.json_object import report_json
 from cogtools.verification.load_child import _which
@@ -46,6 +46,7 @@ from tests.support.damage import (
     unrecord,
     write,
 )
+from tests.support.loras import lora_keys
 
 
 def named(damage: Damage) -> str:

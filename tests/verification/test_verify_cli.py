@@ -11,7 +11,6 @@ import pytest
 
 from cogtools import verify_lora
 from cogtools.layouts.diffusers import FILE_NAME
-from cogtools.layouts.family import lora_keys
 from cogtools.layouts.folded import short_name
 from cogtools.render.progress import Progress
 from cogtools.render.verify import show_verification
@@ -29,6 +28,7 @@ from tests.support.damage import (
     state,
     write,
 )
+from tests.support.loras import lora_keys
 
 Edit = Callable[[LoraFile], object]
 
