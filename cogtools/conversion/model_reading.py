@@ -215,7 +215,7 @@ def _identify(
             expected="one model",
             hint="give the files of one training, and --model only where nothing else tells",
         )
-    if len(left) > 1:
+    if len({(m.rotary, m.learned_positions, m.ofs_embed) for m in left}) > 1:
         raise ExportError(
             "it cannot be told which model this is",
             file=part.checkpoint.path,
@@ -223,7 +223,8 @@ def _identify(
             expected=" or ".join(model.slug for model in left),
             hint="state it with --model",
         )
-    return left[0], next(name for name, models in evidence.items() if len(models) == 1)
+    # Of models that differ in their sizes only, the first stands for those of other sizes.
+    return left[0], next(name for name, models in evidence.items() if set(models) <= {*left})
 
 
 def _said(evidence: Mapping[str, list[Model]]) -> str:

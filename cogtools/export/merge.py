@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from cogtools.conversion.model_plan import PartPlan
     from cogtools.conversion.options import Dtype, Format
     from cogtools.export.model_report import ModelExportReport
-    from cogtools.layouts.family import Transformer
+    from cogtools.layouts.family import Model, Transformer
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,7 +344,7 @@ def _merge_into_model(
             f"--format {options.format} is for LoRAs", found="base weights", expected=", ".join(get_args(ModelFormat))
         )
     source, updates = base.checkpoint, sum_of(loras)
-    is_own = any(lora.plan.lora.checkpoint is source for lora in loras)
+    is_own = any(lora.plan.lora.checkpoint.path == source.path for lora in loras)
     dtype = None if options.dtype is None else named_dtype(options.dtype)
     model_options = ModelOptions(
         format=cast("ModelFormat", options.format or "diffusers"),
@@ -392,6 +392,7 @@ def _merge_into_model(
             *_notices([lora for lora in loras if not is_own]),
             *([] if not is_own else loras[0].plan.notices),
             *_left_out(base, is_own=is_own),
+            *_other_models(loras, plan.reading.model),
             *_lost_notice(written, plan.dtypes),
         ),
     )
@@ -403,6 +404,15 @@ def _left_out(base: Source, *, is_own: bool) -> list[str]:
         return []
     own = command("merge", base.checkpoint.path, "OUT").command
     return [f"{base.checkpoint.path} holds a LoRA of its own, which is left out. To merge that one: {own}"]
+
+
+def _other_models(loras: Sequence[Weighted], model: Model | None) -> list[str]:
+    """Warn of LoRAs that are known to be of another model, though it has the same sizes."""
+    return [
+        f"{lora.plan.lora.checkpoint.path} was trained on {lora.plan.transformer.name}, and the base is {model.name}."
+        for lora in loras
+        if model is not None and lora.plan.transformer.models and model not in lora.plan.transformer.models
+    ]
 
 
 def _lost_notice(written: Written, dtypes: Sequence[str]) -> list[str]:

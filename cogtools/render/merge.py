@@ -53,7 +53,8 @@ def summary(report: MergeReport) -> list[str]:
     if not report.written:
         return lines
     if exported is not None:
-        loras = [lora.file for lora in report.loras if lora.file != report.base]
+        loras = [lora.file for lora in report.loras]
+        loras = [] if loras == [report.base] else loras  # its own LoRA, which is known by the base's name
         check = command("verify", report.output, "--against", report.base, *loras).command
         return [*lines, "", *loading_lines(exported), f"Check every value of it: {check}"]
     return [*lines, "", *how_to_load(
