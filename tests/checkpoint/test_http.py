@@ -374,3 +374,10 @@ def test_what_is_unpacked_is_bounded(tmp_path: Path) -> None:
         archive.writestr("archive/data.pkl", bytes(100 << 20))
     with http_server(tmp_path) as server, contextlib.suppress(ZeroDivisionError), pytest.raises(CheckpointError):
         open_checkpoint(f"{server.url}/bomb.pt")
+
+
+def test_a_save_folder_may_begin_with_a_digit(run_folder: Path, tmp_path: Path) -> None:
+    run_folder.rename(run_folder.with_name("2b-fp16"))
+    with http_server(run_folder.parent) as server:
+        report = cogtools.export_lora(f"{server.url}/2b-fp16", tmp_path / "out")
+    assert report.tensors == cogtools.export_lora(run_folder.with_name("2b-fp16"), tmp_path / "here").tensors

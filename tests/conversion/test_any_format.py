@@ -68,7 +68,7 @@ def test_the_scale_that_is_lost_is_asked_for_by_name(tmp_path: Path) -> None:
     assert report.notices[1] == (
         "Nothing states the scale: taken as 1, as diffusers does. Trainers that lose it, with the scaling of their "
         "defaults: CogVideo's finetune 0.5, VideoX-Fun with --use_peft_lora 0.5, SAT's own exporter 1/rank. "
-        "State it with --scaling, or --alpha."
+        "State it with --alpha, or in export-lora with --scaling."
     )
     assert (report.alpha, report.alpha_source, report.scaling) == (None, "nothing", 1.0)
 
@@ -614,3 +614,44 @@ def test_the_last_lines_say_how_its_program_loads_it_with_the_models_pipeline_cl
     assert "model     CogVideoX-5B-I2V" in printed
     yaml = "Load it into SAT after the base weights, with r: 4 and lora_alpha: 2 in lora_config of the yaml:"
     assert (printed[start - 1] == yaml) == (name == "sat")
+
+
+# What is beside the LoRA in its file
+
+
+def test_tensors_that_no_lora_has_are_left_out_by_name(tmp_path: Path) -> None:
+    made = factors()
+    tensors = spelled(made, after("transformer."), *PEFT_WORDS)
+    more = {"transformer.patch_embed.proj.weight": torch.ones(3), "something.else": torch.ones(3)}
+    path = saved(tmp_path / "a.safetensors", tensors | more)
+    report = export_lora(path, tmp_path / "out")
+    (text,) = [text for text in report.notices if "no LoRA has it" in text]
+    assert all(key in text for key in more)
+    assert set(load_file(report.output)) == set(tensors)
+
+
+def test_an_alpha_of_a_module_that_is_not_adapted_states_nothing(tmp_path: Path) -> None:
+    made = factors()
+    tensors = spelled(made, after("diffusion_model."), *KOHYA_WORDS)
+    stray = "diffusion_model.transformer_blocks.0.ff.net.0.proj.alpha"
+    path = saved(tmp_path / "a.safetensors", tensors | {stray: torch.tensor(3.0)})
+    report = export_lora(path, tmp_path / "out", allow_partial=True)
+    assert (report.scaling, report.alpha_source) == (1, "nothing")
+    assert any("Not exported, since no LoRA has it" in text and stray in text for text in report.notices)
+
+
+def test_modules_without_an_alpha_among_others_are_counted(tmp_path: Path) -> None:
+    made = factors()
+    name = after("diffusion_model.")
+    some = dict(list(made.items())[:5])
+    path = saved(tmp_path / "a.safetensors", spelled(made, name, *KOHYA_WORDS) | alphas(some, name, 2, torch.float32))
+    report = export_lora(path, tmp_path / "out")
+    assert "3 of 8 modules have no alpha tensor: their scaling is taken as 1." in report.notices
+
+
+def test_what_is_cut_to_a_rank_says_what_becomes_of_its_scale(run: Path, tmp_path: Path) -> None:
+    report = export_lora(run, tmp_path / "out", rank=2)
+    assert "What is cut to a lower rank has its scale multiplied in." in report.notices
+    assert not any("from no file" in text for text in report.notices)
+    with pytest.raises(OptionError, match="--scale metadata does not go with --rank"):
+        export_lora(run, tmp_path / "other", rank=2, scale="metadata")

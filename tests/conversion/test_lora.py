@@ -91,7 +91,7 @@ def test_a_scale_that_nothing_states_is_taken_as_1_with_a_note(layout: str, tmp_
     assert found.notices[1:] == (
         "Nothing states the scale: taken as 1, as diffusers does. Trainers that lose it, with the scaling of their "
         "defaults: CogVideo's finetune 0.5, VideoX-Fun with --use_peft_lora 0.5, SAT's own exporter 1/rank. "
-        "State it with --scaling, or --alpha.",
+        "State it with --alpha, or in export-lora with --scaling.",
     )
 
 

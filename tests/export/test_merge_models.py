@@ -3,7 +3,8 @@
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from safetensors.torch import load_file, save_file
 import cogtools
 from cogtools.conversion.output import GrowingFile
 from cogtools.errors import CheckpointError, CogtoolsError, ExportError, OptionError, OutputError
-from cogtools.export.merge import MergeReport, merge
-from cogtools.layouts import diffusers
-from cogtools.layouts.family import Module
+from cogtools.export.merge import MergeReport, _other_models, merge
+from cogtools.layouts import diffusers, family
+from cogtools.layouts.family import Module, recognise
 from tests.support.command_line import CommandLine, imported_by
 from tests.support.factories import (
     TOY_1_5_5B,
@@ -281,6 +282,20 @@ def test_every_other_part_is_what_export_model_writes(trained: Path, tmp_path: P
     assert report.exported is not None
     assert [part.name for part in report.exported.parts] == ["transformer", "vae", "text_encoder", "scheduler"]
     assert report.exported.lora_tensors == 0
+
+
+def test_a_lora_of_another_model_of_the_same_sizes_is_warned_of(tmp_path: Path) -> None:
+    of_5b, of_5b_i2v = next(model for model in family.MODELS if model.slug == "5b"), (3072, 32, 2, 2)
+    lora = SimpleNamespace(
+        plan=SimpleNamespace(
+            transformer=recognise(3072, 42, of_5b_i2v),
+            lora=SimpleNamespace(checkpoint=SimpleNamespace(path=tmp_path / "a.pt")),
+        )
+    )
+    warned = _other_models([cast("Any", lora)], of_5b)
+    assert warned == [f"{tmp_path / 'a.pt'} was trained on CogVideoX-5B-I2V, and the base is CogVideoX-5B."]
+    lora.plan.transformer = recognise(3072, 42, None)  # any of its size
+    assert _other_models([cast("Any", lora)], of_5b) == []
 
 
 def test_what_it_says_names_its_own_options_only(tmp_path: Path, cogtools_cli: CommandLine) -> None:

@@ -640,7 +640,7 @@ def test_a_lora_that_is_in_diffusers_layout_already_exports_too(inspect: Command
         "\n  exports to 240 tensors, 7.4 MB, in diffusers' layout\n"
         "             Nothing states the scale: taken as 1, as diffusers does. Trainers that lose it, with the scaling "
         "of their defaults: CogVideo's finetune 0.5, VideoX-Fun with --use_peft_lora 0.5, SAT's own exporter 1/rank. "
-        "State it with --scaling, or --alpha.\n"
+        "State it with --alpha, or in export-lora with --scaling.\n"
         "  formats    diffusers, peft, comfyui, videox-fun, diffsynth, sat\n"
         f"             try: cogtools export-lora {path} OUT_DIR --format comfyui --alpha A\n" in inspect(path).out
     )

@@ -1,5 +1,6 @@
 """verify holds a file against the program that it is for, or the one that is asked for, in every layout."""
 
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -288,3 +289,35 @@ def test_a_file_that_is_checked_as_another_program_loads_it_was_not_changed_for_
     export_lora(run, tmp_path / "out")
     report = verify_lora(tmp_path / "out", format="comfyui")
     assert next(check.status for check in report.checks if check.name == "record") == "pass"
+
+
+# A scaling that is not alpha / rank
+
+
+@pytest.fixture
+def stabilised(run: Path, tmp_path: Path) -> Path:
+    """The same LoRA as PEFT saves a rank-stabilised one: alpha 2, rank 4, scaling 2 / sqrt(4)."""
+    folder = tmp_path / "stabilised"
+    export_lora(run, folder, format="peft")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    saved(folder / "adapter_model.safetensors", tensors)
+    return folder
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("scale", [None, "fold"])
+def test_a_rank_stabilised_lora_keeps_its_scaling(
+    name: Format, scale: Scale | None, stabilised: Path, tmp_path: Path
+) -> None:
+    report = export_lora(stabilised, tmp_path / "out", format=name, scale=scale, verify=True)
+    assert report.scaling == 1
+    assert report.verification is not None
+    assert (report.verification.verdict, wrong(report.verification)) == ("pass", {})
+
+
+def test_a_scaling_that_is_not_stated_is_found_again_in_the_record(stabilised: Path, tmp_path: Path) -> None:
+    export_lora(stabilised, tmp_path / "none", scale="none")
+    for name in ("comfyui", "peft"):
+        assert export_lora(tmp_path / "none", tmp_path / name, format=name).scaling == 1

@@ -432,3 +432,14 @@ def test_another_training_is_not_the_checkpoint(exported: Path, tmp_path: Path, 
     )
     assert result.code == 1
     assert result.out.splitlines()[-1].startswith("NOT verified: 1 of ")
+
+
+def test_shards_without_their_index_are_nothing_that_diffusers_loads(tmp_path: Path) -> None:
+    run = save_model_run(tmp_path / "run", TOY_2B)
+    cogtools.export_model(run, tmp_path / "out", max_shard_size="500KB")
+    index = "diffusion_pytorch_model.safetensors.index.json"
+    (tmp_path / "out/transformer" / index).unlink()
+    report = cogtools.verify_model(tmp_path / "out", against=run)
+    (check,) = [check for check in report.checks if check.name == "transformer files"]
+    assert (report.verdict, check.status) == ("fail", "fail")
+    assert [(problem.kind, problem.subject) for problem in check.problems] == [("missing", index)]
