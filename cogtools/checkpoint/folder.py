@@ -143,6 +143,14 @@ def iterations_in(folder: AnyPath) -> list[Iteration]:
     return list(read_save_folder(folder).iterations)
 
 
+def recorded_iteration(path: AnyPath, number: int | None, *, ema: bool) -> Iteration | None:
+    """The iteration of a save folder that a record names; None if it is not there, or there is no choice."""
+    folder = find_save_folder(path) if number is not None and is_folder(path) else None
+    every = [] if folder is None else iterations_in(folder)
+    found = [item for item in every if (item.number, item.ema) == (number, ema)]
+    return found[0] if len(found) == 1 and len(every) > 1 else None
+
+
 def refuse_choice(path: AnyPath, *, iteration: int | None, ema: bool) -> None:
     """Raise if `iteration` or `ema` ask for something else than this file is."""
     chosen = iteration_of(path.absolute().parent)

@@ -13,6 +13,7 @@ from cogtools.formatting import MAX_SHOWN_CHARS, number
 
 if TYPE_CHECKING:
     from cogtools.checkpoint.index import Checkpoint
+    from cogtools.checkpoint.run import Iteration
     from cogtools.conversion.options import ExportOptions
     from cogtools.conversion.plan import LoraPlan
 
@@ -46,6 +47,12 @@ def danger_notices(checkpoint: Checkpoint) -> list[str]:
     names = sorted(str(name) for name in checkpoint.foreign if danger_of(*name) == "dangerous")
     shown = ", ".join(name[:MAX_SHOWN_CHARS] for name in names[:SHOWN_PROBLEMS])
     return [f"The checkpoint names what can run code: {shown}. Nothing was run; do not torch.load it."] if names else []
+
+
+def recorded_notice(recorded: Iteration) -> str:
+    """What to say where nobody has said which weights of a checkpoint are meant, but the record has."""
+    kind = "EMA weights" if recorded.ema else "plain weights"
+    return f"Held against the {kind} of iteration {recorded.number}, which the file's record names."
 
 
 def choice_notices(checkpoint: Checkpoint) -> list[str]:

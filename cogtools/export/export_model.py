@@ -157,6 +157,13 @@ def prepare_model(
     Raises:
         CogtoolsError: if it cannot be done.
     """
+    if out.suffix == ".safetensors":
+        raise OptionError(
+            "a whole model is a folder of several files, and the output is named as one file",
+            found=str(out),
+            expected="the name of a folder",
+            hint="leave .safetensors out",
+        )
     if options.format == "sat":
         return _prepare_sat(source, out, options, change)
     return _prepare_diffusers(source, out, options, opened, change)

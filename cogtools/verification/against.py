@@ -15,12 +15,11 @@ import numpy as np
 
 from cogtools.checkpoint.decoding import doubles, tensor_doubles
 from cogtools.checkpoint.dtypes import FLOAT_FORMATS
-from cogtools.checkpoint.folder import find_save_folder, iterations_in
+from cogtools.checkpoint.folder import recorded_iteration
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.checkpoint.opening import open_checkpoint
-from cogtools.checkpoint.places import is_folder
 from cogtools.conversion.merge_plan import Weighted
-from cogtools.conversion.notices import choice_notices
+from cogtools.conversion.notices import choice_notices, recorded_notice
 from cogtools.conversion.options import BY_HAND
 from cogtools.conversion.plan import plan_lora
 from cogtools.conversion.scale import ALPHA_SOURCES, BY_CONFIG, BY_DEFAULT, BY_NOTHING
@@ -89,7 +88,9 @@ def open_source(
         CogtoolsError: if one cannot be read, or has no LoRA that could have been exported.
     """
     refuse_other_number(paths, record.merged)
-    recorded = _recorded(paths, record) if iteration is None and not ema else None
+    recorded = None
+    if iteration is None and not ema and record.merged is None:
+        recorded = recorded_iteration(paths[0], record.iteration, ema=bool(record.ema))
     if recorded is not None:
         iteration, ema = recorded.number, recorded.ema
     with ExitStack() as stack:
@@ -103,23 +104,9 @@ def open_source(
         yield Source(opened[0], plan, () if record.cut_to is None else (Weighted(plan),), recorded)
 
 
-def _recorded(paths: Sequence[AnyPath], record: ExportRecord) -> Iteration | None:
-    """The iteration of a save folder that a file's record names; None if it is not there, or there is no choice."""
-    if record.iteration is None or record.merged is not None or not is_folder(paths[0]):
-        return None
-    folder = find_save_folder(paths[0])
-    every = [] if folder is None else iterations_in(folder)
-    found = [item for item in every if (item.number, item.ema) == (record.iteration, bool(record.ema))]
-    return found[0] if len(found) == 1 and len(every) > 1 else None
-
-
 def source_notices(source: Source) -> list[str]:
     """What to say of the weights that a file is held against."""
-    recorded = source.recorded
-    if recorded is None:
-        return choice_notices(source.checkpoint)
-    kind = "EMA weights" if recorded.ema else "plain weights"
-    return [f"Held against the {kind} of iteration {recorded.number}, which the file's record names."]
+    return choice_notices(source.checkpoint) if source.recorded is None else [recorded_notice(source.recorded)]
 
 
 def _plan(checkpoint: Checkpoint, record: ExportRecord) -> LoraPlan:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cogtools.checkpoint.decoding import doubles
+from cogtools.checkpoint.folder import recorded_iteration
 from cogtools.checkpoint.gather import tensor_chunks
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.tensors import TensorEntry
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
 
     from cogtools.checkpoint.index import Checkpoint
     from cogtools.checkpoint.paths import AnyPath
+    from cogtools.checkpoint.run import Iteration
     from cogtools.conversion.model import ModelPart
     from cogtools.conversion.model_plan import PartPlan
+    from cogtools.conversion.model_reading import Reading
     from cogtools.layouts.family import Model
     from cogtools.verification.model_written import WrittenModel, WrittenPart
 
@@ -52,11 +55,13 @@ class ModelSource:
         checkpoint: it.
         parts: its parts.
         loras: the LoRAs that are given beside it, open.
+        recorded: the iteration that was taken since the model's record names it; None if it was not for that.
     """
 
     checkpoint: Checkpoint
     parts: Mapping[str, ModelPart]
     loras: tuple[Checkpoint, ...] = ()
+    recorded: Iteration | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -65,19 +70,33 @@ class ModelSource:
 
 
 @contextmanager
-def open_model_source(paths: Sequence[AnyPath], *, iteration: int | None, ema: bool) -> Iterator[ModelSource]:
+def open_model_source(
+    paths: Sequence[AnyPath], written: WrittenModel, *, iteration: int | None, ema: bool
+) -> Iterator[ModelSource]:
     """Open the checkpoint that a model is held against, and the LoRAs that were merged into it.
+
+    Of a save folder it is the iteration that is asked for; else the one that the model's record names, if any.
 
     Raises:
         CogtoolsError: if there is none, or it holds no model.
     """
     path, *others = paths
+    recorded = None if iteration is not None or ema else _recorded(path, written)
+    if recorded is not None:
+        iteration, ema = recorded.number, recorded.ema
     with ExitStack() as opened:
         checkpoint = opened.enter_context(open_checkpoint(path, iteration=iteration, ema=ema))
         parts = find_parts(checkpoint)
         if not parts:
             raise no_model(checkpoint)
-        yield ModelSource(checkpoint, parts, tuple(opened.enter_context(open_checkpoint(other)) for other in others))
+        loras = tuple(opened.enter_context(open_checkpoint(other)) for other in others)
+        yield ModelSource(checkpoint, parts, loras, recorded)
+
+
+def _recorded(path: AnyPath, written: WrittenModel) -> Iteration | None:
+    part = next((part.part for part in written.parts.values() if part.part is not None), None)
+    record = None if part is None else read_model_record(part.checkpoint)
+    return None if record is None else recorded_iteration(path, record.iteration, ema=bool(record.ema))
 
 
 def against_checks(
@@ -148,9 +167,19 @@ def _plan(written: WrittenPart, part: ModelPart, model: Model | None) -> PartPla
     if written.name == "text_encoder":
         return plan_for_diffusers(read_text_encoder(part))
     reading = read_transformer(part, model)
-    if written.part is not None and written.part.layout == "sat":
-        return plan_for_sat(reading)
-    return plan_for_diffusers(reading)
+    if written.part is None or written.part.layout != "sat":
+        return plan_for_diffusers(reading)
+    plan, there = plan_for_sat(reading), written.part.tensors
+    kept = (tensor for tensor in plan.tensors if not _may_differ(tensor.key, reading, is_there=tensor.key in there))
+    return replace(plan, tensors=tuple(kept))
+
+
+def _may_differ(key: str, reading: Reading, *, is_there: bool) -> bool:
+    """Whether SAT makes a tensor itself, or never uses it, so that it may be missing, or made up."""
+    bare = sat.bare_key(key)
+    if bare == transformer.SAT_POSITIONS:
+        return not is_there and (reading.model is None or not reading.model.learned_positions)
+    return bare == transformer.UNUSED_POSITIONS or (not is_there and bare in transformer.DROPPED)
 
 
 def _compared(name: str, written: WrittenPart, tensors: Sequence[Planned], advance: Callable[[int], None]) -> Check:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.paths import as_path, local_path
 from cogtools.conversion.model_reading import model_of_slug
-from cogtools.conversion.notices import choice_notices
+from cogtools.conversion.notices import choice_notices, recorded_notice
 from cogtools.layouts.pipeline import TRANSFORMER
 from cogtools.verification.given import given_paths
 from cogtools.verification.meter import Meter
@@ -66,7 +66,7 @@ def verify_model(
         if paths:
             from cogtools.verification.model_against import open_model_source
 
-            source = opened.enter_context(open_model_source(paths, iteration=iteration, ema=ema))
+            source = opened.enter_context(open_model_source(paths, written, iteration=iteration, ema=ema))
         known = asked or model_of(written)
         checks = _checks(written, source, known, Meter(progress, written.size_bytes * (1 if source is None else 2)))
         libraries: dict[str, str] = {}
@@ -93,6 +93,10 @@ def _checks(written: WrittenModel, source: ModelSource | None, model: Model | No
     return checks
 
 
+def _source_notices(source: ModelSource) -> list[str]:
+    return choice_notices(source.checkpoint) if source.recorded is None else [recorded_notice(source.recorded)]
+
+
 def _report(
     written: WrittenModel,
     source: ModelSource | None,
@@ -117,6 +121,6 @@ def _report(
         libraries=libraries,
         strict=strict,
         checks=tuple(checks),
-        notices=() if source is None else tuple(choice_notices(source.checkpoint)),
+        notices=() if source is None else tuple(_source_notices(source)),
         verdict=verdict_of(checks),
     )

@@ -132,3 +132,11 @@ def test_models_of_diffusers_are_written_for_sat_side_by_side(
     manifest = json.loads((tmp_path / "sat/cat-1000/cogtools.json").read_text())
     assert set(manifest["files"]) == {"latest", "1/mp_rank_00_model_states.pt"}
     assert cogtools_cli(*words).out.splitlines()[-1] == "0 done, 2 skipped, 0 failed"
+
+
+def test_positions_that_go_with_other_sizes_are_no_reason_to_write_a_model_again(tmp_path: Path) -> None:
+    run = save_model_run(tmp_path / "run", TOY_2B, config=False)
+    items = [*export([str(run)], tmp_path / "out"), *export([str(run)], tmp_path / "out")]
+    report = cogtools.verify_model(tmp_path / "out" / "run-1000", against=run)
+    assert [check.name for check in report.checks if check.status == "fail"] == ["transformer positions"]
+    assert [item.status for item in items] == ["done", "skipped"]

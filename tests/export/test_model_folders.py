@@ -392,3 +392,14 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path: Path) -> No
     assert done.returncode == 2
     assert "the output cannot be written" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_is_not_named_as_one_file(tmp_path: Path, cogtools_cli: CommandLine) -> None:
+    run = save_model_run(tmp_path / "run", TOY_2B, rank=4)
+    for command in ("export-model", "merge"):
+        result = cogtools_cli(command, run, tmp_path / "model.safetensors")
+        assert result.code == 2
+        assert result.err.splitlines()[0] == (
+            "error: a whole model is a folder of several files, and the output is named as one file"
+        )
+    assert not (tmp_path / "model.safetensors").exists()

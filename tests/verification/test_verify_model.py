@@ -443,3 +443,28 @@ def test_shards_without_their_index_are_nothing_that_diffusers_loads(tmp_path: P
     (check,) = [check for check in report.checks if check.name == "transformer files"]
     assert (report.verdict, check.status) == ("fail", "fail")
     assert [(problem.kind, problem.subject) for problem in check.problems] == [("missing", index)]
+
+
+@pytest.mark.parametrize("model", [TOY_2B, TOY_5B], ids=["2b", "5b"])
+def test_what_went_to_diffusers_and_back_is_the_training_s_but_for_what_sat_makes_itself(
+    model: SatModel, tmp_path: Path
+) -> None:
+    slug = "2b" if model is TOY_2B else "5b"
+    run = save_model_run(tmp_path / "run", model)
+    cogtools.export_model(run, tmp_path / "there")
+    cogtools.export_model(tmp_path / "there", tmp_path / "back", format="sat", model=slug)
+    assert cogtools.verify_model(tmp_path / "back", against=run, model=slug).verdict == "pass"
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["exported", "merged"])
+def test_the_weights_that_the_record_names_are_taken_of_a_save_folder(merged: bool, tmp_path: Path) -> None:
+    run = save_model_run(tmp_path / "run", TOY_2B, rank=4)
+    other = save_model_run(tmp_path / "other", TOY_2B, rank=4, seed=1)
+    (other / "1000").rename(run / "1000-ema")
+    if merged:
+        cogtools.merge(run, out=tmp_path / "out", ema=True)
+    else:
+        cogtools.export_model(run, tmp_path / "out", ema=True)
+    report = cogtools.verify_model(tmp_path / "out", against=run)
+    assert report.verdict == "pass"
+    assert report.notices == ("Held against the EMA weights of iteration 1000, which the file's record names.",)
