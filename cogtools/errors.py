@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 SHOWN_PROBLEMS = 10
 """How many problems a message lists before it says how many more there are."""
@@ -145,6 +145,19 @@ class CogtoolsError(Exception):
             "hint": None if self.hint is None else asdict(self.hint),
             "problems": [asdict(problem) for problem in self.problems],
         }
+
+    @staticmethod
+    def from_dict(fields: Mapping[str, Any]) -> CogtoolsError:
+        """The error that `to_dict` has told, of the same kind."""
+        kinds = {error.kind: error for error in CogtoolsError.__subclasses__()}
+        return kinds.get(fields["kind"], CogtoolsError)(
+            fields["what"],
+            file=fields["file"],
+            found=fields["found"],
+            expected=fields["expected"],
+            hint=None if fields["hint"] is None else Hint(**fields["hint"]),
+            problems=[Problem(**{**problem, "keys": tuple(problem["keys"])}) for problem in fields["problems"]],
+        )
 
     def __str__(self) -> str:
         return "\n".join([self.what, *(f"  {label + ':':<10} {text}" for label, text in self.fields())])

@@ -171,7 +171,7 @@ def _is_local(storage: Storage) -> bool:
 def _compare(storage: Storage, crc32: int) -> None:
     if crc32 != storage.crc32:
         raise CheckpointError(
-            "the checkpoint is damaged: weights of the LoRA have changed since they were saved",
+            "the checkpoint is damaged: weights have changed since they were saved",
             file=storage.range().file.path,
             found=f"storage {storage.key!r} with CRC-32 {crc32:08x}",
             expected=f"CRC-32 {storage.crc32:08x}, as the file records it",

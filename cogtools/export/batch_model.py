@@ -49,7 +49,7 @@ class ModelWork:
         try:
             report = verify_model(part.folder, against=source, model=self.options.model)
         except CheckpointError as error:
-            if not str(error.file).startswith(str(part.folder)):
+            if not f"{error.file}/".startswith(f"{part.folder}/"):
                 raise
             raise not_right(file, part.folder, error.what) from error
         # Positions that go with other sizes are what the export warns of, and no reason to write the same again.

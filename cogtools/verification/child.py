@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogtools.errors import CheckpointError, CogtoolsError, Hint, KilledError, LibraryError
+from cogtools.errors import CogtoolsError, KilledError
 from cogtools.system import as_cogtools_error, prepare_libraries
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def ask(module: str, question: Mapping[str, object], what: str) -> dict[str, obj
     except ValueError as error:
         raise _died(process.returncode, talk, what) from error
     if "error" in found:
-        raise _error_of(found["error"])
+        raise CogtoolsError.from_dict(found["error"])
     return dict(found["answer"])
 
 
@@ -138,14 +138,3 @@ def _answer(module: str, question: dict[str, object]) -> dict[str, object]:
         if known is None:
             raise
         return {"error": known.to_dict()}
-
-
-_KINDS = {kind.kind: kind for kind in (CheckpointError, KilledError, LibraryError)}
-"""The classes of the errors that may come from there."""
-
-
-def _error_of(fields: Mapping[str, Any]) -> CogtoolsError:
-    """An error of the process, from `CogtoolsError.to_dict`."""
-    hint = None if fields["hint"] is None else Hint(**fields["hint"])
-    error = _KINDS.get(fields["kind"], CogtoolsError)
-    return error(fields["what"], file=fields["file"], found=fields["found"], expected=fields["expected"], hint=hint)

@@ -62,7 +62,7 @@ def test_storages_of_a_file_on_this_machine_are_read_whole(
             finish(good[0], storage("7", 3, 4, file=file, crc32=0xABC))
     assert caught.value.to_dict() == {
         "kind": "checkpoint",
-        "what": "the checkpoint is damaged: weights of the LoRA have changed since they were saved",
+        "what": "the checkpoint is damaged: weights have changed since they were saved",
         "file": str(source),
         "found": f"storage '7' with CRC-32 {zlib.crc32(CONTENT[3:7]):08x}",
         "expected": "CRC-32 00000abc, as the file records it",

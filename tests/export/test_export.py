@@ -310,7 +310,7 @@ def test_weights_that_have_changed_are_found_by_their_crc32(run: Path, tmp_path:
     flip_a_bit_of_the_lora(run)
     with pytest.raises(CheckpointError) as caught:
         export_lora(run, tmp_path / "out")
-    assert caught.value.what == "the checkpoint is damaged: weights of the LoRA have changed since they were saved"
+    assert caught.value.what == "the checkpoint is damaged: weights have changed since they were saved"
     assert not (tmp_path / "out").exists()
 
 

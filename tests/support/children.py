@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from cogtools.errors import LibraryError
+from cogtools.errors import LibraryError, Problem
 
 
 def _hang() -> object:
@@ -33,7 +33,7 @@ def _fail() -> object:
 
 
 def _refuse() -> object:
-    raise LibraryError("no", file="x", found="a", expected="b", hint="c")
+    raise LibraryError("no", file="x", found="a", expected="b", hint="c", problems=[Problem("rank", "q", keys=("k",))])
 
 
 def _need() -> object:

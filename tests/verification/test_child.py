@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cogtools.errors import CogtoolsError, KilledError, LibraryError
+from cogtools.errors import CogtoolsError, KilledError, LibraryError, Problem
 from cogtools.verification import child
 
 
@@ -72,7 +72,10 @@ def test_an_error_that_the_user_can_act_on_is_one_here() -> None:
     with pytest.raises(LibraryError) as error:
         ask("refuse")
 
-    assert error.value.to_dict() == LibraryError("no", file="x", found="a", expected="b", hint="c").to_dict()
+    problem = Problem("rank", "q", keys=("k",))
+    expected = LibraryError("no", file="x", found="a", expected="b", hint="c", problems=[problem])
+    assert error.value.to_dict() == expected.to_dict()
+    assert error.value.problems == (problem,)
 
 
 @pytest.mark.parametrize(
