@@ -38,6 +38,7 @@ def test_a_value_that_libraries_fail_on_or_run_otherwise_is_no_pass(construction
     assert report.verdict != "pass"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("construction", constructions()[::30], ids=lambda construction: construction.id)
 def test_verdicts_are_just(construction: Construction, tmp_path: Path) -> None:
     """A part of what `make judge` does."""

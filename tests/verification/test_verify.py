@@ -102,7 +102,7 @@ MODES: dict[str, Options] = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["plain", "against", pytest.param("load", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("damage", [*DAMAGES, *EXPRESSIONS, *GOOD], ids=named)
 def test_a_file_gets_the_verdict_of_the_table_by_the_check_it_names(
     damage: Damage, mode: str, good: Source, tmp_path: Path
