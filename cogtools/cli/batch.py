@@ -42,19 +42,20 @@ def refuse_arguments(command: str, words: Sequence[str], expected: str, *, is_wr
         )
 
 
-def is_batch(sources: Sequence[str], out: str, *, every: bool, dask: str | None) -> bool:
-    """Whether each checkpoint gets a folder of its own in `out`.
-
-    As `cp` has it: a folder that goes into another one keeps a name of its own there.
-    """
+def is_batch(sources: Sequence[str], *, every: bool, dask: str | None) -> bool:
+    """Whether each checkpoint gets a folder of its own in the output."""
     from cogtools.checkpoint.folder import has_pattern
+    from cogtools.checkpoint.paths import as_path
+
+    return len(sources) > 1 or every or dask is not None or has_pattern(as_path(sources[0]))
+
+
+def goes_into(source: str, out: str) -> bool:
+    """Whether a folder goes into another one, as `cp` has it: it keeps a name of its own there."""
     from cogtools.checkpoint.paths import as_path
     from cogtools.checkpoint.places import is_folder
 
-    source = as_path(sources[0])
-    if len(sources) > 1 or every or dask is not None or has_pattern(source):
-        return True
-    return out.endswith(("/", os.sep)) and is_folder(source)
+    return out.endswith(("/", os.sep)) and is_folder(as_path(source))
 
 
 def run_batch(

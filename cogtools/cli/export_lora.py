@@ -6,7 +6,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from cogtools.cli.batch import is_batch, refuse_arguments, run_batch
+from cogtools.cli.batch import goes_into, is_batch, refuse_arguments, run_batch
 from cogtools.cli.options import WRONG, Dask, Ema, Every, Iteration, Json, Quiet, Rank
 from cogtools.conversion.options import Cast, ExportOptions, Format, Scale
 from cogtools.render import text
@@ -95,7 +95,7 @@ def export_lora_command(
         verify=verify,
         rank=rank,
     )
-    if is_batch(sources, out, every=every, dask=dask):
+    if is_batch(sources, every=every, dask=dask) or goes_into(sources[0], out):
         run_batch("export-lora", sources, out, options, every=every, dask=dask, json=json, quiet=quiet)
         return
     with Progress("writing", hidden=quiet or json) as progress:

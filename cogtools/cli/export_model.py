@@ -21,8 +21,7 @@ def export_model_command(
             show_default=False,
             help="A checkpoint: a file, an iteration's folder or the trainer's save folder; a VAE or a text encoder "
             "alone. With --format sat: a diffusers pipeline, its transformer folder, or a file of it. And a folder, in "
-            "which each part gets a folder of its own; with several checkpoints, or a folder and an OUT that ends in a "
-            "slash, each gets a folder in OUT for that.",
+            "which each part gets a folder of its own; with several checkpoints, each gets a folder in OUT for that.",
         ),
     ] = None,
     format_: Annotated[
@@ -83,7 +82,7 @@ def export_model_command(
         overwrite=overwrite,
         dry_run=dry_run,
     )
-    if is_batch(sources, out, every=every, dask=dask):
+    if is_batch(sources, every=every, dask=dask):
         run_batch("export-model", sources, out, options, every=every, dask=dask, json=json, quiet=quiet)
         return
     with Progress("writing", hidden=quiet or json) as progress:

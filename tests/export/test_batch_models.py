@@ -140,3 +140,10 @@ def test_positions_that_go_with_other_sizes_are_no_reason_to_write_a_model_again
     report = cogtools.verify_model(tmp_path / "out" / "run-1000", against=run)
     assert [check.name for check in report.checks if check.status == "fail"] == ["transformer positions"]
     assert [item.status for item in items] == ["done", "skipped"]
+
+
+def test_a_single_model_goes_into_the_folder_itself(
+    made: Path, runs: list[str], tmp_path: Path, cogtools_cli: CommandLine
+) -> None:
+    assert cogtools_cli("export-model", runs[0], f"{tmp_path}/out/").code == 0
+    assert files_in(tmp_path / "out") == files_in(made / "alone" / "cat-1000")
