@@ -17,8 +17,10 @@ from cogtools.checkpoint.formats.torch_zip_writer import TorchArchive
 from cogtools.checkpoint.names import LATEST, TRAINER_FILES
 from cogtools.conversion import manifest
 from cogtools.conversion.carry_out import PlannedFile
+from cogtools.conversion.model_training import model_config_text
 from cogtools.conversion.plan import Planned
 from cogtools.conversion.record import RECORD_KEY
+from cogtools.conversion.training_config import FILE_NAME as TRAINING_CONFIG
 from cogtools.errors import OptionError
 from cogtools.layouts import sat, transformer
 from cogtools.layouts.key_map import Run
@@ -238,4 +240,8 @@ def sat_files(plan: PartPlan, record: ModelRecord) -> tuple[PlannedFile, ...]:
     weights = f"{SAT_ITERATION}/{TRAINER_FILES[0]}"
     archive = TorchArchive(plan.tensors, wrapper="module")
     files = [PlannedFile(weights, tensors=plan.tensors, archive=archive), PlannedFile(LATEST, SAT_ITERATION.encode())]
+    model, config = plan.reading.model, {**transformer.DEFAULTS, **plan.reading.config}
+    if model is not None:  # what the tensors do not tell travels back too
+        text = model_config_text(config, rotary=model.rotary)
+        files.append(PlannedFile(TRAINING_CONFIG, text.encode()))
     return with_manifest(files, record.fields)

@@ -18,6 +18,8 @@ from cogtools.checkpoint.plausible import is_positive
 from cogtools.conversion.training_config import find_training_config, invalid, load_yaml
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from cogtools.checkpoint.index import Checkpoint
     from cogtools.checkpoint.paths import AnyPath
 
@@ -90,6 +92,32 @@ def read_model_training(checkpoint: Checkpoint) -> ModelTraining | None:
         shift_scale=_number(file.path, "shift_scale", _inside(content, _NOISE).get("shift_scale")),
         scale_factor=_number(file.path, "scale_factor", _inside(content, ("model",)).get("scale_factor")),
     )
+
+
+def model_config_text(config: Mapping[str, object], *, rotary: bool) -> str:
+    """What a training configuration says of a model: SAT does not read it there, cogtools does.
+
+    Args:
+        config: the transformer's config.json.
+        rotary: whether its positions are rotary embeddings.
+    """
+    import yaml
+
+    params: dict[str, object] = {"text_length": config["max_text_seq_length"]}
+    if not rotary:
+        spatial = config["spatial_interpolation_scale"]
+        params |= {"height_interpolation": spatial, "width_interpolation": spatial}
+        params["time_interpolation"] = config["temporal_interpolation_scale"]
+    kind = next(name for name, is_rotary in _POSITION_KINDS.items() if is_rotary == rotary)
+    content: dict[str, object] = {
+        "latent_width": config["sample_width"],
+        "latent_height": config["sample_height"],
+        "num_frames": config["sample_frames"],
+        "modules": {"pos_embed_config": {"target": f"dit_video_concat.{kind}", "params": params}},
+    }
+    for name in reversed(_NETWORK):
+        content = {name: content}
+    return yaml.safe_dump(content, sort_keys=False)
 
 
 def _inside(content: object, path: tuple[str, ...]) -> dict[object, object]:

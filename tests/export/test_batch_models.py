@@ -130,7 +130,7 @@ def test_models_of_diffusers_are_written_for_sat_side_by_side(
     assert result.code == 0, result.err
     assert sorted(path.name for path in (tmp_path / "sat").iterdir()) == ["cat-1000", "dog-1000"]
     manifest = json.loads((tmp_path / "sat/cat-1000/cogtools.json").read_text())
-    assert set(manifest["files"]) == {"latest", "1/mp_rank_00_model_states.pt"}
+    assert set(manifest["files"]) == {"latest", "1/mp_rank_00_model_states.pt", "training_config.yaml"}
     assert cogtools_cli(*words).out.splitlines()[-1] == "0 done, 2 skipped, 0 failed"
 
 
