@@ -6,9 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from cogtools.checkpoint.dtypes import DTYPES
 from cogtools.conversion.manifest import record_beside
-from cogtools.conversion.record import RECORD_KEY, MergedRecord, read_merged
+from cogtools.conversion.record import RECORD_KEY, MergedRecord, RecordFields, read_merged
 
 if TYPE_CHECKING:
     from cogtools.checkpoint.index import Checkpoint
@@ -59,20 +58,14 @@ def read_model_record(checkpoint: Checkpoint) -> ModelRecord:
         content = record_beside(checkpoint) if text is None else json.loads(text)
     except (ValueError, RecursionError):
         content = {}
-    fields = content if isinstance(content, dict) else {}
-
-    def word(name: str) -> str | None:
-        value = fields.get(name)
-        return value if isinstance(value, str) else None
-
-    iteration, ema = fields.get("iteration"), fields.get("ema")
+    fields = RecordFields(content if isinstance(content, dict) else {})
     return ModelRecord(
-        version=word("version"),
-        source=word("source"),
-        part=word("part"),
-        model=word("model"),
-        iteration=iteration if type(iteration) is int else None,
-        ema=ema if isinstance(ema, bool) else None,
-        dtype=word("dtype") if word("dtype") in DTYPES else None,
-        merged=read_merged(fields.get("merged")),
+        version=fields.text("version"),
+        source=fields.text("source"),
+        part=fields.text("part"),
+        model=fields.text("model"),
+        iteration=fields.count("iteration"),
+        ema=fields.truth("ema"),
+        dtype=fields.dtype("dtype"),
+        merged=read_merged(fields.values.get("merged")),
     )

@@ -115,7 +115,7 @@ class ExportRecord:
 
 def read_record(metadata: Mapping[str, str]) -> ExportRecord:
     """The record in the metadata of a file. It may come from anyone: what is not of its type counts as not there."""
-    content = _Content(_parsed(metadata))
+    content = RecordFields(_parsed(metadata))
     models = content.values.get("models")
     return ExportRecord(
         version=content.text("version"),
@@ -145,7 +145,7 @@ def read_merged(value: object) -> tuple[MergedRecord, ...] | None:
 
 
 def _read_merged(value: object) -> MergedRecord:
-    content = _Content(value if isinstance(value, dict) else {})
+    content = RecordFields(value if isinstance(value, dict) else {})
     return MergedRecord(
         source=content.text("source"),
         iteration=content.count("iteration"),
@@ -157,7 +157,7 @@ def _read_merged(value: object) -> MergedRecord:
     )
 
 
-class _Content:
+class RecordFields:
     """The fields of a JSON object, each as what it should be, or None."""
 
     def __init__(self, values: Mapping[str, object]) -> None:

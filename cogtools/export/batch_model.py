@@ -35,7 +35,11 @@ class ModelWork:
         Raises:
             OutputError: if it exists, or a part of it, and does not verify.
         """
-        planned = self._planned(file, target)
+        if not is_folder(target.folder):
+            return False
+        # What is there may be replaced by it only if cogtools wrote it.
+        options = replace(self._options, overwrite=True, dry_run=True)
+        planned = export_model_checkpoint(file, target.folder, options)
         whole = [part for part in planned.parts if is_whole(part.folder)]
         for part in whole:
             if part.tensors:
@@ -63,15 +67,10 @@ class ModelWork:
         What is there of it after `is_done` equals the checkpoint, or was cut off: a run has left it that was ended
         between two parts, or while it put them into a store. It is replaced.
         """
-        begun = any(is_folder(part.folder) for part in self._planned(file, target).parts)
-        overwrite = self.options.overwrite or begun
+        overwrite = self.options.overwrite or is_folder(target.folder)
         return export_model_checkpoint(file, target.folder, replace(self._options, overwrite=overwrite))
 
     @property
     def _options(self) -> ModelOptions:
         """The file says which iteration it is."""
         return replace(self.options, iteration=None, ema=False)
-
-    def _planned(self, file: AnyPath, target: Target) -> ModelExportReport:
-        """What would be written. What is there may be replaced by it only if cogtools wrote it."""
-        return export_model_checkpoint(file, target.folder, replace(self._options, overwrite=True, dry_run=True))

@@ -16,6 +16,7 @@ from cogtools.conversion.carry_out import Written, crc32_status, storages_of, wr
 from cogtools.conversion.lora import find_lora
 from cogtools.conversion.loss import NOTABLE
 from cogtools.conversion.merge_plan import Stack, Weighted, common_transformer, merged_into, sum_of
+from cogtools.conversion.model import find_parts
 from cogtools.conversion.notices import source_notices
 from cogtools.conversion.options import MergeOptions, ModelFormat, ModelOptions, checked_format
 from cogtools.conversion.output import refuse_unwritable
@@ -285,7 +286,9 @@ def roles_of(sources: Sequence[Source]) -> Roles:
             "there is no LoRA to merge into these base weights",
             found=str(base.checkpoint.path),
             expected="cogtools merge MODEL LORA... OUT",
-            hint=command("export-model", base.checkpoint.path, "OUT", advice="to convert it without one"),
+            hint=command(
+                "export-model", base.checkpoint.path, "OUT", *_other_format(base), advice="to convert it as it is"
+            ),
         )
     if base is None and len(loras) == 1:
         path = loras[0].checkpoint.path
@@ -296,6 +299,12 @@ def roles_of(sources: Sequence[Source]) -> Roles:
             hint=command("export-lora", path, "OUT_DIR", advice="to convert it, or cut it to a lower rank"),
         )
     return Roles(base, loras)
+
+
+def _other_format(base: Source) -> list[str]:
+    """What asks export-model for the layout that a base is not in."""
+    part = find_parts(base.checkpoint).get(TRANSFORMER)
+    return ["--format", "sat"] if part is not None and part.layout == "diffusers" else []
 
 
 def _weighted(roles: Roles, options: MergeOptions) -> list[Weighted]:

@@ -107,7 +107,7 @@ def _without_loras(
     hint = command("verify", written.checkpoint.path.parent, "--against", base, *["LORA"] * len(merged))
     return [
         judged(name, problems, good, bad),
-        Check(f"{name} loras", "warn", f"{rest} not compared: {names} merged into them, as the record says", hint=hint),
+        Check(f"{name} loras", "warn", f"{rest} not compared: any may have {names} merged into it", hint=hint),
     ]
 
 

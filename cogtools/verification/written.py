@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cogtools.checkpoint.folder import find_save_folder
 from cogtools.checkpoint.formats import safetensors
+from cogtools.checkpoint.names import MAIN_PART
 from cogtools.checkpoint.opening import open_checkpoint
 from cogtools.checkpoint.places import is_file, is_folder, list_folder
 from cogtools.conversion.lora import read_lora
@@ -61,10 +62,10 @@ def find_lora_file(out: AnyPath) -> AnyPath:
     if len(found) == 1:
         return out / found[0]
     folders = [entry.path for entry in entries if entry.is_folder]
-    inside = [folder.name for folder in folders if _holds_safetensors(folder)]
+    inside = [folder.name for folder in folders if _holds_safetensors(folder) or is_folder(folder / MAIN_PART)]
     if inside and not found:
         raise CheckpointError(
-            "there is no LoRA file in this folder, but in folders in it: they are verified one by one",
+            "there is no output in this folder, but in folders in it: they are verified one by one",
             file=out,
             found=", ".join(inside[:5]) + (" …" if len(inside) > 5 else ""),
             hint=command("verify", out / inside[0]),

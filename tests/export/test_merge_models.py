@@ -1,6 +1,7 @@
 """LoRAs are added to base weights as SAT adds its own: in single precision, rounded once, all else byte for byte."""
 
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -404,11 +405,14 @@ def failure(*paths: Path, **options: Any) -> CogtoolsError:
     return raised.value
 
 
-def test_base_weights_alone_are_for_export_model(base: Path) -> None:
-    error = failure(base)
-    assert isinstance(error, OptionError)
-    assert error.hint is not None
-    assert str(error.hint.command).startswith("cogtools export-model")
+def test_base_weights_alone_are_for_export_model(base: Path, tmp_path: Path, cogtools_cli: CommandLine) -> None:
+    for number, path in enumerate((base, save_model_run(tmp_path / "run", TOY_2B))):
+        error = failure(path)
+        assert isinstance(error, OptionError)
+        assert error.hint is not None
+        words = shlex.split(str(error.hint.command).replace(" OUT", f" {tmp_path}/out-{number}"))
+        assert words[:2] == ["cogtools", "export-model"]
+        assert cogtools_cli(*words[1:], "--model", "2b").code == 0
 
 
 def test_two_models_are_refused(base: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from cogtools import VerifyReport, export_lora, verify_lora
 from cogtools.conversion.options import Cast, Scale
-from cogtools.errors import CheckpointError, OptionError, Problem
+from cogtools.errors import CheckpointError, Hint, OptionError, Problem
 from cogtools.layouts.diffusers import FILE_NAME
 from cogtools.layouts.family import MODELS, LoraKey, Transformer
 from cogtools.layouts.folded import fold_names
@@ -632,11 +632,21 @@ def test_of_a_folder_of_loras_each_is_verified_by_itself(good: Source, tmp_path:
         verify_lora(tmp_path)
 
     assert str(error.value) == (
-        "there is no LoRA file in this folder, but in folders in it: they are verified one by one\n"
+        "there is no output in this folder, but in folders in it: they are verified one by one\n"
         f"  file:      {tmp_path}\n"
         "  found:     lora-disney-1000, lora-disney-2000\n"
         f"  try:       cogtools verify {tmp_path}/lora-disney-1000"
     )
+
+
+def test_of_a_folder_of_models_each_is_verified_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "sft-disney-1000" / "transformer").mkdir(parents=True)
+
+    with pytest.raises(CheckpointError) as error:
+        verify_lora(tmp_path)
+
+    assert error.value.found == "sft-disney-1000"
+    assert error.value.hint == Hint(command=f"cogtools verify {tmp_path}/sft-disney-1000")
 
 
 @pytest.mark.parametrize("name", ["missing", "missing/lora.safetensors"])

@@ -38,6 +38,7 @@ class ObjectStore(Store):
         self.scheme = scheme
         self.fs: Any = url_to_fs(url)[0]
         self.fs.invalidate_cache()  # an instance lives as long as the process, and keeps what it has listed
+        self._hint = f"look whether the URL is right, and at the credentials and the configuration for {scheme}"
         self._is_asynchronous = bool(getattr(self.fs, "async_impl", False))
         if not self._is_asynchronous and scheme != "hf":
             self.parallel = 1
@@ -127,7 +128,7 @@ class ObjectStore(Store):
                 "the output cannot be put there",
                 file=path,
                 found=reason(error),
-                hint=f"look whether the URL is right, and at the credentials and the configuration for {self.scheme}",
+                hint=self._hint,
             ) from error
         finally:
             self._forget(path)
@@ -183,7 +184,7 @@ class ObjectStore(Store):
                 "the store cannot be read",
                 file=path,
                 found=reason(error),
-                hint=f"look whether the URL is right, and at the credentials and the configuration for {self.scheme}",
+                hint=self._hint,
             ) from error
 
 
