@@ -50,13 +50,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("export-lora", cls=_Command, short_help="Export a checkpoint's LoRA for diffusers.")(export_lora_command)
+app.command("export-lora", cls=_Command, short_help="Export a LoRA for diffusers, ComfyUI and others.")(
+    export_lora_command
+)
 app.command("export-model", cls=_Command, short_help="Export a whole model for diffusers, or back for SAT.")(
     export_model_command
 )
 app.command("merge", cls=_Command, short_help="Merge LoRAs into base weights, or into one LoRA.")(merge_command)
 app.command("inspect", cls=_Command, short_help="Show what a checkpoint holds.")(inspect_command)
-app.command("verify", cls=_Command, short_help="Prove that a LoRA is complete, faithful and loads.")(verify_command)
+app.command("verify", cls=_Command, short_help="Prove that a LoRA or a model is whole and loads.")(verify_command)
 
 
 def _show_version(value: bool) -> None:
